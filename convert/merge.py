@@ -1,0 +1,177 @@
+"""Base model and PEFT LoRA adapter to one merged model, in float32.
+
+Merging into a quantized base loses the fine-tune, so such a base is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcat.errors import ExportError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_SAVED_MODULES = frozenset({"lm_head", "embed_tokens"})
+_BASE_FILES = ["*.safetensors", "*.json", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model and where it came from."""
+
+    model: PreTrainedModel
+    """Float32, on the CPU, in evaluation mode."""
+    tokenizer_folder: Path
+    """The adapter's folder if it has a tokenizer of its own, else the base's."""
+    base: str
+    """As the user or the adapter named it."""
+    fingerprint: str
+    """SHA-256 over the base's weight files and the adapter's, in hexadecimal."""
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the embedding."""
+        weight: Any = self.model.get_input_embeddings().weight
+        return int(weight.shape[0])
+
+
+def merge(adapter: Path | None, base: str | None) -> Merged:
+    """Load a base, apply an adapter and fold it into the weights.
+
+    Args:
+        adapter: folder that PEFT's `save_pretrained` wrote; None exports the base as it is.
+        base: local folder or hub name; None takes the one that the adapter names.
+
+    Raises:
+        ExportError: what is absent, unsupported or does not fit, by name.
+    """
+    config = _adapter_config(adapter) if adapter else {}
+    base = base or config.get("base_model_name_or_path")
+    if not base:
+        raise ExportError(f"{adapter}: names no base model: give one with --base")
+    folder = _base_folder(base)
+    model = _load_base(folder)
+    tokenizer_folder = folder
+    files = sorted(folder.glob("*.safetensors"))
+    if adapter:
+        if (adapter / "tokenizer.json").is_file():
+            tokenizer_folder = adapter
+        model = _apply(model, adapter)
+        files += sorted(adapter.glob("adapter_model.*"))
+    _check_finite(model)
+    return Merged(model.eval(), tokenizer_folder, base, _fingerprint(files))
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ExportError(
+            f"{path}: {error.strerror}: name the folder that PEFT's save_pretrained wrote"
+        ) from None
+    except ValueError as error:
+        raise ExportError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ExportError(f"{path}: not a LoRA adapter: only LoRA (rsLoRA, DoRA too) can be merged")
+    for module in config.get("modules_to_save") or ():
+        if module.rsplit(".", 1)[-1] not in _SAVED_MODULES:
+            raise ExportError(
+                f"{path}: modules_to_save holds {module!r}: only lm_head and embed_tokens "
+                "can be exported"
+            )
+    return config
+
+
+def _base_folder(base: str) -> Path:
+    folder = Path(base)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            folder = Path(snapshot_download(base, allow_patterns=_BASE_FILES))
+        except (OSError, HFValidationError, HfHubHTTPError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+            raise ExportError(
+                f"base {base!r}: no such folder, and not to be had from the hub ({reason}): "
+                "check the name and the network, or give a local folder with --base"
+            ) from None
+    if not any(folder.glob("*.safetensors")):
+        raise ExportError(f"base {folder}: no .safetensors file: save it with save_pretrained")
+    return folder
+
+
+def _load_base(folder: Path) -> Any:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call] # the command line draws its own
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None):
+            raise ExportError(f"base {folder}: is quantized: merge from the unquantized base")
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ExportError(f"base {folder}: cannot be loaded: {_first_line(error)}") from None
+
+
+def _apply(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    rows = _embedding_rows(adapter)
+    if rows and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows)  # the adapter was trained with tokens added
+    try:
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ExportError(
+            f"adapter {adapter}: does not fit the base: {_first_line(error)}"
+        ) from None
+    return merged
+
+
+def _embedding_rows(adapter: Path) -> int | None:
+    """Rows of an embedding or head that the adapter saved whole, if it saved one."""
+    from safetensors import SafetensorError, safe_open
+
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file: save the adapter with PEFT's save_pretrained")
+    try:
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                    return int(file.get_slice(name).get_shape()[0])
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{path}: damaged: {_first_line(error)}") from None
+    return None
+
+
+def _check_finite(model: torch.nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            raise ExportError(f"merged tensor {name} holds infinite or undefined numbers")
+
+
+def _fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,122 @@
+"""A task and its prompt as an Ollama Modelfile, and as the minimal chat template of the GGUF.
+
+Pure text. Ollama's Modelfile parser drops what Go does not count as printable, ends a quoted text
+at three quotes, and reads TEMPLATE as a Go text/template (Ollama 0.32: parser/parser.go,
+template/template.go); all three are escaped here. Ollama prefers the GGUF's chat template when it
+finds the words of tools or thinking in it (server/images.go), so those are broken up.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from qcat.errors import ExportError
+from qcat.prompt import QUESTION_ROOM, Prompt
+from qcat.task import Task
+
+_CTX_STEP = 256  # llama.cpp rounds contexts up to this
+_RUNS = re.compile(r'\{+|"{2,}')
+_CAPABILITY_WORDS = re.compile(r"(?<=t)(?=ools|ool_call)|(?<=<t)(?=hink>)|(?<=</t)(?=hink>)")
+_TEMPLATE = re.compile(r'^TEMPLATE """(.*?)"""$', re.DOTALL | re.MULTILINE)
+_ACTION = re.compile(r'\{\{ (?:(\.Prompt)|("(?:[^"\\]|\\.)*")) \}\}')
+
+
+def modelfile(
+    task: Task, prompt: Prompt, *, gguf: str, n_prefix: int, n_answer: int, end: str
+) -> str:
+    """The text of a Modelfile.
+
+    Args:
+        task: the task, for its name.
+        prompt: its prompt.
+        gguf: file name of the GGUF beside the Modelfile.
+        n_prefix: tokens of the prompt up to the question.
+        n_answer: tokens of the longest answer, without the end token.
+        end: text of the end token.
+    """
+    cells = n_prefix + QUESTION_ROOM + n_answer + 1
+    return "\n".join(
+        [
+            f"# Task {task.name}, made by qcat. Create the model, then ask:",
+            f"#   ollama create {task.name} -f Modelfile",
+            f'#   ollama run {task.name} "…"',
+            f"FROM ./{gguf}",
+            f'TEMPLATE """{go_template(prompt)}"""',
+            "PARAMETER temperature 0",
+            f"PARAMETER num_predict {n_answer + 1}",
+            f"PARAMETER num_ctx {-(-cells // _CTX_STEP) * _CTX_STEP}",
+            f'PARAMETER stop "{end}"',
+            "",
+        ]
+    )
+
+
+def go_template(prompt: Prompt) -> str:
+    """The prompt as a Go template with `{{ .Prompt }}` for the question."""
+    before, after = _around(prompt)
+    return f"{_go_text(before)}{{{{ .Prompt }}}}{_go_text(after)}"
+
+
+def chat_template(prompt: Prompt) -> str:
+    """The prompt as a Jinja chat template: the last message is the question, the rest ignored."""
+    before, after = _around(prompt)
+    return f"{_jinja_text(before)}{{{{ messages[-1]['content'] }}}}{_jinja_text(after)}"
+
+
+def render(text: str, question: str) -> str:
+    """What Ollama makes of a Modelfile and a question: its TEMPLATE, carried out.
+
+    Only the actions that `go_template` writes are known, so that a slip in it is an error here
+    and not another prompt there.
+
+    Raises:
+        ExportError: no TEMPLATE, or an action that is not one of these.
+    """
+    found = _TEMPLATE.search(text)
+    if not found:
+        raise ExportError("the Modelfile has no TEMPLATE")
+    pieces, at = [], 0
+    for action in _ACTION.finditer(found[1]):
+        pieces += [found[1][at : action.start()], question if action[1] else json.loads(action[2])]
+        at = action.end()
+    pieces.append(found[1][at:])
+    if any("{{" in piece for piece in (found[1][at:], *pieces[:-1:2])):
+        raise ExportError("the Modelfile's TEMPLATE holds an unknown action")
+    return "".join(pieces)
+
+
+def _around(prompt: Prompt) -> tuple[str, str]:
+    prefix = "".join(segment.text for segment in prompt.prefix)
+    return prefix + prompt.before, prompt.after.text
+
+
+def _go_text(text: str) -> str:
+    text = _RUNS.sub(lambda run: _go_string(run[0]), text)
+    return "".join(
+        char if char.isprintable() or char == "\n" else _go_string(char) for char in text
+    )
+
+
+def _go_string(text: str) -> str:
+    # A JSON string is a Go string, too, up to surrogate pairs, so those are left as text.
+    escaped = "".join(
+        char
+        if char.isprintable() and char not in '"\\'
+        else f"\\{char}"
+        if char in '"\\'
+        else f"\\u{ord(char):04x}"
+        if ord(char) < 0x10000
+        else f"\\U{ord(char):08x}"
+        for char in text
+    )
+    return f'{{{{ "{escaped}" }}}}'
+
+
+def _jinja_text(text: str) -> str:
+    text = re.sub(r"\{+", lambda run: f"{{{{ '{run[0]}' }}}}", text)
+    text = _CAPABILITY_WORDS.sub("{{ '' }}", text)
+    if text.endswith("\n"):  # Jinja drops a template's last line break
+        bare = text.rstrip("\n")
+        text = bare + "{{ '" + "\\n" * (len(text) - len(bare)) + "' }}"
+    return text

@@ -1,0 +1,160 @@
+"""The proof: held-out questions through merged, F16 and quantized model, and what changed.
+
+Accuracy, macro-F1, label flips and the Kullback-Leibler divergence of the label distributions;
+and, for every question, that training prompt, runtime prompt and Modelfile give the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from convert.modelfile import render
+from convert.replay import TorchReplay
+from qcat.backends.llama import LlamaModel, LlamaScorer
+from qcat.errors import ExportError
+from qcat.grammar import grammar
+from qcat.prompt import QUESTION_ROOM, Encoder, Prompt, encode_segments
+from qcat.scoring import label_log_probabilities
+from qcat.task import Task
+from qcat.trie import LabelTrie
+
+Floats = npt.NDArray[np.float64]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How one form of the model does on the held-out questions."""
+
+    accuracy: float
+    macro_f1: float
+    flips: int
+    """Questions that get another label than from the merged model."""
+    kl_mean: float
+    """Mean over questions of KL(merged || this), in nats."""
+    kl_max: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for the report."""
+        return asdict(self)
+
+
+def replay_torch(
+    replay: TorchReplay, trie: LabelTrie, rests: Sequence[Sequence[int]], progress: Progress
+) -> Floats:
+    """Label log-probabilities of the merged model, shape (questions, labels)."""
+    rows = []
+    for done, rest in enumerate(rests, 1):
+        rows.append(label_log_probabilities(trie, replay.score(rest).logits))
+        progress(done, len(rests))
+    return np.stack(rows)
+
+
+def replay_gguf(
+    path: Path,
+    *,
+    task: Task,
+    prefix: Sequence[int],
+    trie: LabelTrie,
+    rests: Sequence[Sequence[int]],
+    threads: int,
+    progress: Progress,
+) -> Floats:
+    """Label log-probabilities of a GGUF, one question a forward pass as `qcat ask` does it.
+
+    Returns:
+        Shape (questions, labels).
+    """
+    with LlamaModel(path) as model:
+        scorer = LlamaScorer(
+            model,
+            prefix=prefix,
+            trie=trie,
+            grammar=grammar(task),
+            room=QUESTION_ROOM,
+            threads=threads,
+        )
+        try:
+            rows = []
+            for done, rest in enumerate(rests, 1):
+                scores = next(scorer.score([rest]))
+                rows.append(label_log_probabilities(trie, scores.logits))
+                progress(done, len(rests))
+            return np.stack(rows)
+        finally:
+            scorer.close()
+
+
+def quality(found: Floats, reference: Floats, truth: Sequence[int]) -> Quality:
+    """Compare label log-probabilities with the merged model's and with the right labels.
+
+    Args:
+        found: shape (questions, labels).
+        reference: of the merged model, same shape.
+        truth: index of the right label, for each question.
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+
+    labels = found.argmax(1)
+    divergence = (np.exp(reference) * (reference - found)).sum(1)
+    return Quality(
+        accuracy=float(accuracy_score(truth, labels)),
+        macro_f1=float(f1_score(truth, labels, average="macro", zero_division=0.0)),
+        flips=int((labels != reference.argmax(1)).sum()),
+        kl_mean=float(np.maximum(divergence, 0).mean()),
+        kl_max=float(np.maximum(divergence, 0).max()),
+    )
+
+
+def check_tokens(
+    prompt: Prompt, trained: Encoder, served: Encoder, modelfile: str, questions: Sequence[str]
+) -> int:
+    """Assert that all three places see the same token ids, for every question.
+
+    A question that spells a special token (`<|im_end|>`) is plain text in training and here, but
+    a control token in Ollama, which has no switch for it: such questions are counted, not failed.
+
+    Args:
+        prompt: the task's prompt.
+        trained: the Hugging Face tokenizer.
+        served: the GGUF's.
+        modelfile: the Modelfile's text.
+        questions: as `clean_question` gives them.
+
+    Returns:
+        Questions that Ollama would read otherwise.
+
+    Raises:
+        ExportError: at the first question where they differ, with both ids.
+    """
+    special = 0
+    prefix = encode_segments(prompt.prefix, served)
+    for question in questions:
+        rest = prompt.rest(question)
+        ours = prefix + encode_segments(rest, served)
+        _compare(question, "training", encode_segments((*prompt.prefix, *rest), trained), ours)
+        if served.encode(question, special=True) != served.encode(question, special=False):
+            special += 1
+            continue
+        rendered = served.encode(render(modelfile, question), special=True)
+        _compare(question, "the Modelfile's TEMPLATE", rendered, ours)
+    return special
+
+
+def _compare(question: str, where: str, theirs: list[int], ours: list[int]) -> None:
+    if theirs == ours:
+        return
+    at = next(
+        (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
+        min(len(theirs), len(ours)),
+    )
+    raise ExportError(
+        f"question {question[:60]!r}: {where} has tokens {theirs[at : at + 4]} at {at}, "
+        f"the runtime {ours[at : at + 4]}: please report it with the tokenizer's name"
+    )

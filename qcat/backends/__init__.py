@@ -1,0 +1,1 @@
+"""What runs a model: `llama` (llama.cpp in this process)."""

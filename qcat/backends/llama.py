@@ -1,0 +1,404 @@
+"""llama.cpp in this process: tokens, and logits at the trie's branches. Sees no file but the model.
+
+The low-level interface is used because the high-level one keeps every position's logits and sorts
+the vocabulary in Python. Every handle is tied to its free where it is acquired.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from qcat.errors import ModelError
+from qcat.scoring import Scores, label_mass
+from qcat.trie import Branch, LabelTrie
+
+MAX_BATCH = 16
+"""Questions in one forward pass."""
+_MAX_DEEP = 64  # branches below the root in one forward pass
+_DEEP_CELLS = 256  # KV cells for them
+_FREE_TOKENS = 64  # KV cells for unconstrained generation
+_UBATCH = 512  # tokens that llama.cpp computes at once: more costs memory and gains nothing here
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+_log_lines: list[str] = []
+_verbose = False
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _log(level: int, text: bytes, _data: object) -> None:
+    message = text.decode("utf-8", "replace")
+    if _verbose:
+        os.write(2, text)
+    # 2 is a warning, 3 an error, 5 continues the line before
+    if level in (2, 3, 5):
+        _log_lines.append(message)
+        del _log_lines[:-1000]
+
+
+def capture_log(*, verbose: bool) -> list[str]:
+    """Keep llama.cpp's messages off the terminal unless `verbose`; return its last warnings."""
+    global _verbose
+    _verbose = verbose
+    llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
+    _log_lines.clear()
+    return _log_lines
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: llama.cpp's threads spin, so more cost time."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+class LlamaModel:
+    """One GGUF opened in llama.cpp: its vocabulary and, unless `vocab_only`, its weights.
+
+    The file must have been through `qcat.bundle.read_header`: llama.cpp can abort on damaged ones.
+
+    Raises:
+        ModelError: if llama.cpp refuses the file.
+    """
+
+    def __init__(self, path: Path, *, vocab_only: bool = False, verbose: bool = False) -> None:
+        log = capture_log(verbose=verbose)
+        self.path = path
+        self._stack = ExitStack()
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.n_gpu_layers = 0
+        self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.handle:
+            reason = next((line.strip() for line in log if "error" in line), "no reason given")
+            raise ModelError(f"{path}: llama.cpp cannot load it ({reason}): export it again")
+        self._stack.callback(llama_cpp.llama_model_free, self.handle)
+        self._vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self.handle)
+        self.end: int = llama_cpp.llama_vocab_eos(self._vocab)
+        if not 0 <= self.end < self.n_vocab:
+            self.close()
+            raise ModelError(f"{path}: the vocabulary has no end token: export it again")
+
+    @property
+    def vocab(self) -> Any:
+        """The native vocabulary handle. Raises ModelError after `close`."""
+        if self.handle is None:
+            raise ModelError(f"{self.path}: the model is closed: open it again")
+        return self._vocab
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text, without a begin or end token."""
+        data = text.encode()
+        room = len(data) + 1  # a token holds at least one byte
+        ids = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, False, special)
+        if count < 0:
+            raise ModelError(f"{self.path}: llama.cpp cannot tokenize {text[:40]!r}")
+        return ids[:count]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens shown; broken UTF-8 becomes U+FFFD."""
+        return b"".join(self.piece(token) for token in ids).decode("utf-8", "replace")
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that one token stands for."""
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, room, 0, True)
+            if count >= 0:
+                return buffer.raw[:count]
+            room = -count
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends the answer."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
+    def close(self) -> None:
+        """Free the model. Harmless a second time."""
+        self._stack.close()
+        self.handle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LlamaScorer:
+    """A context with a task's prefix evaluated, which scores questions against a label trie.
+
+    Sequence 0 holds the prefix; questions and branches share its KV cells (`llama_memory_seq_cp`
+    on a unified cache copies nothing). One lock makes it safe, not parallel, across threads.
+
+    Args:
+        model: the loaded model; it must outlive the scorer.
+        prefix: token ids of the prompt up to the question.
+        trie: the label language.
+        grammar: the same language as GBNF.
+        room: the most tokens that one question and the words after it may have.
+        threads: threads of computation.
+
+    Raises:
+        ModelError: the context cannot be made, or llama.cpp refuses the grammar.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        prefix: Sequence[int],
+        trie: LabelTrie,
+        grammar: str,
+        room: int,
+        threads: int,
+    ) -> None:
+        self._model, self._trie, self._room = model, trie, room
+        self._n_prefix = len(prefix)
+        self._lock = threading.Lock()
+        self._stack = ExitStack()
+        deep = trie.deep_branches
+        longest = max((len(branch.path) for branch in deep), default=0)
+        n_deep = min(_MAX_DEEP, MAX_BATCH * len(deep))
+        self._deep_cells = max(_DEEP_CELLS, longest) if deep else 0
+        cells = len(prefix) + room + max(self._deep_cells, _FREE_TOKENS)
+        if cells > model.n_ctx_train:
+            raise ModelError(
+                f"{model.path}: the prompt needs {cells} tokens, the model has room for "
+                f"{model.n_ctx_train}: shorten the labels' descriptions"
+            )
+        try:
+            self._context = self._open_context(cells, 1 + MAX_BATCH + n_deep, threads)
+            self._memory = llama_cpp.llama_get_memory(self._context)
+            self._batch = llama_cpp.llama_batch_init(cells, 0, 1)
+            self._stack.callback(llama_cpp.llama_batch_free, self._batch)
+            self._grammar = llama_cpp.llama_sampler_init_grammar(
+                model.vocab, grammar.encode(), b"root"
+            )
+            if not self._grammar:
+                raise ModelError(f"{model.path}: llama.cpp refuses the labels' grammar")
+            self._stack.callback(llama_cpp.llama_sampler_free, self._grammar)
+            self._n_batched = 0
+            for position, token in enumerate(prefix):
+                self._add(token, position, 0)
+            self._decode()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_context(self, cells: int, n_sequences: int, threads: int) -> Any:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = cells
+        params.n_ubatch = min(_UBATCH, cells)
+        params.n_seq_max = n_sequences
+        params.n_outputs_max = n_sequences
+        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = threads
+        params.no_perf = True
+        context = llama_cpp.llama_init_from_model(self._model.handle, params)
+        if not context:
+            raise ModelError(
+                f"{self._model.path}: not enough memory for a context of {cells} tokens"
+            )
+        self._stack.callback(llama_cpp.llama_free, context)
+        return context
+
+    def score(self, rests: Sequence[Sequence[int]]) -> Iterator[Scores]:
+        """Logits at every branch, for each question in turn.
+
+        Questions share a forward pass, up to `MAX_BATCH` of them and `room` tokens. All are
+        taken when the first result is asked for; an iterator given up early costs nothing more.
+
+        Args:
+            rests: for each question the token ids after the prefix, at most `room` of them.
+        """
+        queue = iter(rests)
+        waiting = next(queue, None)
+        while waiting is not None:
+            group: list[Sequence[int]] = []
+            room = self._room
+            while waiting is not None and len(group) < MAX_BATCH and len(waiting) <= room:
+                group.append(waiting)
+                room -= len(waiting)
+                waiting = next(queue, None)
+            if not group:
+                raise ModelError(f"a question of {len(waiting or ())} tokens, room for {room}")
+            yield from self._score_group(group)
+
+    def _score_group(self, group: list[Sequence[int]]) -> list[Scores]:
+        with self._lock:
+            self._check_open()
+            try:
+                ends = [
+                    self._extend(0, 1 + number, self._n_prefix, rest)
+                    for number, rest in enumerate(group)
+                ]
+                self._decode()
+                found: list[Scores] = []
+                for at in ends:
+                    row = self._row(at)
+                    root = self._trie.root_branch
+                    logits = [row[root.tokens]] if root else []
+                    found.append(Scores(logits, label_mass(row, self._trie.first_tokens)))
+                self._score_deep(group, found)
+            finally:
+                self._forget()
+            return found
+
+    def _score_deep(self, group: list[Sequence[int]], found: list[Scores]) -> None:
+        """Evaluate the branches below the root for all questions, as many at once as fit."""
+        jobs = (
+            (number, branch) for number in range(len(group)) for branch in self._trie.deep_branches
+        )
+        for chunk in self._deep_chunks(jobs):
+            rows = [
+                self._extend(
+                    1 + number,
+                    1 + MAX_BATCH + slot,
+                    self._n_prefix + len(group[number]),
+                    branch.path,
+                )
+                for slot, (number, branch) in enumerate(chunk)
+            ]
+            self._decode()
+            for at, (number, branch) in zip(rows, chunk, strict=True):
+                found[number].logits.append(self._row(at)[branch.tokens])
+            for slot in range(len(chunk)):
+                llama_cpp.llama_memory_seq_rm(self._memory, 1 + MAX_BATCH + slot, -1, -1)
+
+    def _deep_chunks(
+        self, jobs: Iterator[tuple[int, Branch]]
+    ) -> Iterator[list[tuple[int, Branch]]]:
+        waiting = next(jobs, None)
+        while waiting is not None:
+            chunk: list[tuple[int, Branch]] = []
+            cells = self._deep_cells
+            while waiting and len(chunk) < _MAX_DEEP and len(waiting[1].path) <= cells:
+                chunk.append(waiting)
+                cells -= len(waiting[1].path)
+                waiting = next(jobs, None)
+            yield chunk
+
+    def accepts(self, label: int) -> bool:
+        """Whether llama.cpp's own grammar sampler lets a label through, token by token.
+
+        At every step the sampler masks the trie's candidates only: the same verdict as over the
+        whole vocabulary, without its cost.
+        """
+        with self._lock:
+            self._check_open()
+            sampler = llama_cpp.llama_sampler_clone(self._grammar)
+            try:
+                sequence = self._trie.sequences[label]
+                for depth in range(len(sequence) + 1):
+                    token = sequence[depth] if depth < len(sequence) else self._trie.end
+                    if token not in self._allowed(sampler, self._trie.children[sequence[:depth]]):
+                        return False
+                    llama_cpp.llama_sampler_accept(sampler, token)
+            finally:
+                llama_cpp.llama_sampler_free(sampler)
+            return True
+
+    @staticmethod
+    def _allowed(sampler: Any, candidates: Sequence[int]) -> npt.NDArray[np.int32]:
+        data = np.zeros(len(candidates), _CANDIDATE)
+        data["id"] = candidates
+        array = llama_cpp.llama_token_data_array(
+            data=data.ctypes.data_as(llama_cpp.llama_token_data_p),
+            size=len(candidates),
+            selected=-1,
+            sorted=False,
+        )
+        llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+        return np.asarray(data["id"][np.isfinite(data["logit"])])
+
+    def generate(self, rest: Sequence[int], limit: int) -> str:
+        """What the model says without any constraint, greedily, up to `limit` tokens."""
+        with self._lock:
+            self._check_open()
+            said: list[int] = []
+            try:
+                at = self._extend(0, 1, self._n_prefix, rest)
+                position = self._n_prefix + len(rest)
+                for _ in range(min(limit, _FREE_TOKENS)):
+                    self._decode()
+                    token = int(self._row(at).argmax())
+                    if self._model.ends(token):
+                        break
+                    said.append(token)
+                    at = self._add(token, position, 1, output=True)
+                    position += 1
+            finally:
+                self._forget()
+            return self._model.decode(said)
+
+    def _extend(self, source: int, target: int, position: int, tokens: Sequence[int]) -> int:
+        """Let sequence `target` share `source`, add tokens to it; return the last one's index."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        last = len(tokens) - 1
+        at = 0
+        for offset, token in enumerate(tokens):
+            at = self._add(token, position + offset, target, output=offset == last)
+        return at
+
+    def _add(self, token: int, position: int, sequence: int, *, output: bool = False) -> int:
+        batch, at = self._batch, self._n_batched
+        batch.token[at] = token
+        batch.pos[at] = position
+        batch.n_seq_id[at] = 1
+        batch.seq_id[at][0] = sequence
+        batch.logits[at] = output
+        self._n_batched += 1
+        return at
+
+    def _decode(self) -> None:
+        self._batch.n_tokens = self._n_batched
+        self._n_batched = 0
+        status = llama_cpp.llama_decode(self._context, self._batch)
+        if status:
+            raise ModelError(f"{self._model.path}: llama.cpp could not evaluate it ({status})")
+
+    def _row(self, at: int) -> npt.NDArray[np.float32]:
+        """Logits of the whole vocabulary at a batch index: a view, valid until the next decode."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, at)
+        row = np.ctypeslib.as_array(pointer, (self._model.n_vocab,))
+        if not np.isfinite(row[self._trie.first_tokens]).all():
+            raise ModelError(
+                f"{self._model.path}: the model answers no numbers: its weights are bad"
+            )
+        return row
+
+    def _forget(self) -> None:
+        """Drop every sequence but the prefix, and whatever waits in the batch."""
+        self._n_batched = 0
+        llama_cpp.llama_memory_seq_keep(self._memory, 0)
+
+    def _check_open(self) -> None:
+        if self._context is None:
+            raise ModelError(f"{self._model.path}: the classifier is closed: open it again")
+
+    def close(self) -> None:
+        """Free the context. Harmless a second time."""
+        self._stack.close()
+        self._context = None

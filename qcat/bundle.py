@@ -1,0 +1,297 @@
+"""What a qcat GGUF says of itself, and the check that a file is whole before llama.cpp sees it.
+
+llama.cpp aborts the process on some damaged files, so the header is walked here first: every
+length against the bytes that are there, every tensor's extent against the file's size. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little endian).
+Knows nothing of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from qcat.errors import BundleError, TaskError
+from qcat.task import Task
+
+TASK_KEY = "qcat.task"
+SOURCE_KEY = "qcat.source"
+REPORT_KEY = "qcat.report"
+
+_MAGIC = b"GGUF"
+_STRING, _ARRAY = 8, 9
+# GGUF value types to struct formats: u8 i8 u16 i16 u32 i32 f32 bool, then u64 i64 f64
+_SCALARS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
+    10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+_SIZES = {kind: struct.calcsize(code) for kind, code in _SCALARS.items()}
+
+# ggml tensor types: number to name, elements a block, bytes a block (ggml/src/ggml.c)
+TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
+    30: ("BF16", 1, 2),
+}  # fmt: skip
+_MAX_DIMENSIONS = 4
+
+
+class Tensor(NamedTuple):
+    """One entry of the tensor table."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Row length first, as GGUF stores it."""
+    type: str
+    offset: int
+    """Bytes from the start of the tensor data."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """A GGUF header that has been checked against the file it came from."""
+
+    metadata: Mapping[str, Any]
+    """Scalars and strings by key; an array is given by its length only."""
+    tensors: tuple[Tensor, ...]
+    metadata_end: int
+    """Bytes up to the end of the last metadata pair."""
+    table_end: int
+    """Bytes up to the end of the tensor table."""
+    data_start: int
+    """Bytes up to the tensor data."""
+    n_metadata: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A qcat GGUF: the file, its header and the task it carries."""
+
+    path: Path
+    header: Header
+    task: Task
+
+    @classmethod
+    def read(cls, path: str | Path) -> Bundle:
+        """Check a file and read what it says of itself.
+
+        Raises:
+            BundleError: the file is absent, no GGUF, damaged, or carries no usable qcat task.
+        """
+        file = Path(path)
+        header = read_header(file)
+        if TASK_KEY not in header.metadata:
+            raise BundleError(f"{file}: a GGUF without qcat metadata: make one with `qcat export`")
+        data = section(header, TASK_KEY, file)
+        try:
+            task = Task.from_dict(data)
+            if task.verbalizer == "code" and not task.codes:
+                raise TaskError("no codes for the labels")
+        except (TaskError, TypeError) as error:
+            raise BundleError(f"{file}: metadata {TASK_KEY}: {error}: export it again") from None
+        return cls(file, header, task)
+
+
+def section(header: Header, key: str, path: Path) -> dict[str, Any]:
+    """A JSON object kept under a metadata key; empty if the key is absent.
+
+    Raises:
+        BundleError: if what is there is not a JSON object.
+    """
+    try:
+        data = json.loads(header.metadata.get(key, "{}"))
+    except (ValueError, TypeError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise BundleError(f"{path}: metadata {key} is not a JSON object: export it again")
+    return data
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of any GGUF. Raises BundleError, naming the file."""
+    try:
+        size = os.stat(path).st_size
+        if path.is_dir():
+            raise BundleError(f"{path}: is a folder: name the .gguf file in it")
+        if size < len(_MAGIC):
+            raise BundleError(f"{path}: not a GGUF file ({size} bytes)")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(data, size)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (struct.error, IndexError, _DamagedError) as error:
+        raise BundleError(f"{path}: damaged or cut short ({error}): copy or export again") from None
+
+
+def write_section(path: Path, key: str, data: Mapping[str, Any]) -> None:
+    """Add or replace one JSON object in a GGUF's metadata; the tensor data are copied as they are.
+
+    The new file replaces the old one at once, so a reader sees one of the two, whole.
+    """
+    header = read_header(path)
+    text = json.dumps(data, ensure_ascii=False).encode()
+    pair = _packed_string(key.encode()) + struct.pack("<I", _STRING) + _packed_string(text)
+    partial = path.with_name(f"{path.name}.part")
+    with path.open("rb") as source, partial.open("wb") as target:
+        source.seek(0)
+        start = source.read(8)
+        source.seek(8 + 16)
+        pairs = source.read(header.metadata_end - 24)
+        replaced = _without(pairs, key)
+        count = header.n_metadata + (0 if len(replaced) < len(pairs) else 1)
+        target.write(start + struct.pack("<QQ", len(header.tensors), count))
+        target.write(replaced + pair)
+        target.write(source.read(header.table_end - header.metadata_end))
+        alignment = _alignment(header.metadata)
+        target.write(b"\0" * (-target.tell() % alignment))
+        source.seek(header.data_start)
+        _copy(source, target)
+        target.flush()
+        os.fsync(target.fileno())
+    os.replace(partial, path)
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    while chunk := source.read(1 << 22):
+        target.write(chunk)
+
+
+class _DamagedError(Exception):
+    """What is wrong with the bytes; `read_header` adds the file's name."""
+
+
+class _Cursor:
+    """Reads little-endian values from bytes and refuses to leave them."""
+
+    def __init__(self, data: bytes | mmap.mmap, size: int, at: int = 0) -> None:
+        self.data, self.size, self.at = data, size, at
+
+    def skip(self, count: int) -> None:
+        if count > self.size - self.at:
+            raise _DamagedError(f"{count} bytes expected at byte {self.at} of {self.size}")
+        self.at += count
+
+    def take(self, code: str) -> Any:
+        start = self.at
+        self.skip(struct.calcsize(code))
+        return struct.unpack_from(code, self.data, start)[0]
+
+    def string(self) -> bytes:
+        length = self.take("<Q")
+        start = self.at
+        self.skip(length)
+        return self.data[start : self.at]
+
+    def text(self) -> str:
+        start = self.at
+        try:
+            return self.string().decode()
+        except UnicodeDecodeError:
+            raise _DamagedError(f"text expected at byte {start}") from None
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.take(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise _DamagedError(f"unknown value type {kind} at byte {self.at}")
+        item, count = self.take("<I"), self.take("<Q")
+        if item == _STRING:
+            self._skip_strings(count)
+        elif item in _SIZES:
+            self.skip(_SIZES[item] * count)
+        else:
+            raise _DamagedError(f"unknown array type {item} at byte {self.at}")
+        return count
+
+    def _skip_strings(self, count: int) -> None:
+        # A vocabulary has 300,000 of them: this loop is what reading a header costs.
+        if 8 * count > self.size - self.at:
+            raise _DamagedError(f"{count} strings expected at byte {self.at} of {self.size}")
+        at, last, data, unpack = self.at, self.size - 8, self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at > last:
+                raise _DamagedError(f"a string expected at byte {at} of {self.size}")
+            at += 8 + unpack(data, at)[0]
+        if at > self.size:
+            raise _DamagedError(f"a string runs past the end, byte {self.size}")
+        self.at = at
+
+
+def _parse(data: mmap.mmap, size: int) -> Header:
+    cursor = _Cursor(data, size)
+    if data[:4] != _MAGIC:
+        raise _DamagedError("does not begin with GGUF")
+    cursor.skip(4)
+    version = cursor.take("<I")
+    if version not in (2, 3):
+        raise _DamagedError(f"GGUF version {version}, 2 or 3 expected")
+    n_tensors, n_metadata = cursor.take("<Q"), cursor.take("<Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_metadata):
+        key, kind = cursor.text(), cursor.take("<I")
+        value = cursor.value(kind)
+        metadata[key] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    metadata_end = cursor.at
+    tensors = tuple(_tensor(cursor) for _ in range(n_tensors))
+    alignment = _alignment(metadata)
+    data_start = cursor.at + -cursor.at % alignment
+    for tensor in tensors:
+        end = data_start + tensor.offset + _bytes(tensor)
+        if tensor.offset % alignment or end > size:
+            raise _DamagedError(f"tensor {tensor.name} ends at byte {end} of {size}")
+    if not tensors:
+        raise _DamagedError("no tensors")
+    return Header(metadata, tensors, metadata_end, cursor.at, data_start, n_metadata)
+
+
+def _tensor(cursor: _Cursor) -> Tensor:
+    name, n_dims = cursor.text(), cursor.take("<I")
+    if not 1 <= n_dims <= _MAX_DIMENSIONS:
+        raise _DamagedError(f"tensor {name} has {n_dims} dimensions")
+    shape = tuple(cursor.take("<Q") for _ in range(n_dims))
+    kind, offset = cursor.take("<I"), cursor.take("<Q")
+    if kind not in TENSOR_TYPES:
+        raise _DamagedError(f"tensor {name} has the unknown type {kind}")
+    type_name, block, _ = TENSOR_TYPES[kind]
+    if shape[0] % block or 0 in shape:
+        raise _DamagedError(f"tensor {name} has the impossible shape {shape}")
+    return Tensor(name, shape, type_name, offset)
+
+
+def _bytes(tensor: Tensor) -> int:
+    _, block, size = next(kind for kind in TENSOR_TYPES.values() if kind[0] == tensor.type)
+    return math.prod(tensor.shape) // block * size
+
+
+def _alignment(metadata: Mapping[str, Any]) -> int:
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
+        raise _DamagedError(f"alignment {alignment}")
+    return alignment
+
+
+def _packed_string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def _without(pairs: bytes, key: str) -> bytes:
+    """The metadata pairs less the one under `key`."""
+    cursor = _Cursor(pairs, len(pairs))
+    while cursor.at < len(pairs):
+        start = cursor.at
+        found, kind = cursor.text(), cursor.take("<I")
+        cursor.value(kind)
+        if found == key:
+            return pairs[:start] + pairs[cursor.at :]
+    return pairs

@@ -1,0 +1,103 @@
+"""The command line: one thin module a command, loaded when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from typing import Any
+
+import click
+
+from qcat.errors import QcatError
+from qcat.version import __version__
+
+COMMANDS = {
+    "ask": "Put questions into categories.",
+    "export": "Turn an adapter into a proven 4-bit GGUF bundle.",
+    "grammar": "Print a task's GBNF grammar.",
+    "modelfile": "Print a bundle's Ollama Modelfile.",
+    "inspect": "Show what a GGUF says of itself.",
+    "doctor": "Show what this machine offers.",
+}
+
+
+class _Commands(click.Group):
+    """Commands by name, each imported only when it is called: `ask` must start in a blink."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"qcat.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qcat")
+def cli() -> None:
+    """Short questions into a fixed list of categories, on the CPU, with no invented label.
+
+    \b
+    Example:
+      qcat ask -m house.gguf "When was the pool pump replaced?"
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """The entry point: runs a command and turns errors into one line and an exit status."""
+    try:
+        sys.exit(run(args))
+    except BrokenPipeError:
+        # The reader went away (`qcat … | head`); keep Python from failing on the last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def run(args: list[str] | None) -> int:
+    """Run a command line and return its exit status."""
+    debug = os.environ.get("QCAT_DEBUG") == "1"
+    if not debug:
+        warnings.simplefilter("ignore")  # of libraries: nothing that a user could act on
+    try:
+        status: Any = cli.main(args=args, prog_name="qcat", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        raise
+    except QcatError as error:
+        if debug:
+            raise
+        click.echo(f"qcat: error: {' '.join(str(error).split())}", err=True)
+        return 1
+    except ModuleNotFoundError as error:
+        if debug or error.name in (None, "qcat", "convert"):
+            raise
+        click.echo(
+            f"qcat: error: {error.name} is not installed: pip install 'qcat[train]'", err=True
+        )
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(
+            f"qcat: error: unexpected {type(error).__name__}: {' '.join(str(error).split())}: "
+            "please report it with the traceback that QCAT_DEBUG=1 shows",
+            err=True,
+        )
+        return 1

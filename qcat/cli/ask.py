@@ -1,0 +1,138 @@
+"""`qcat ask`: questions in, one label a line out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import IO
+
+import click
+
+from qcat.classifier import Classifier, Prediction
+from qcat.errors import QuestionError
+
+ABSTAINED = 3
+
+
+@click.command()
+@click.argument("questions", nargs=-1, metavar="[QUESTION]...")
+@click.option("-m", "--model", envvar="QCAT_MODEL", required=True, metavar="FILE",
+              help="GGUF made by `qcat export`. [env: QCAT_MODEL]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--top", type=click.IntRange(1), metavar="K",
+              help="Show the K best labels with their probabilities.")  # fmt: skip
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, metavar="P",
+              help="Under this confidence print the abstain word and exit with 3.")  # fmt: skip
+@click.option("--abstain", default="-", metavar="WORD", show_default=True,
+              help="What to print under the threshold.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Refuse a question that is too long; else cut it.")
+@click.option("--decode", type=click.Choice(["label", "free"]), default="label",
+              help="`free`: no constraint, show what the model would have said.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), metavar="N",
+              help="Threads; by default the physical cores.")  # fmt: skip
+@click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
+def command(
+    questions: tuple[str, ...],
+    model: str,
+    as_json: bool,
+    top: int | None,
+    threshold: float,
+    abstain: str,
+    strict: bool,
+    decode: str,
+    threads: int | None,
+    verbose: bool,
+) -> int:
+    """Put each QUESTION into one of the model's categories; print the label alone.
+
+    Without a QUESTION, or with `-`, questions are read from stdin, one a line.
+
+    \b
+    Exit status: 0 answered, 1 error, 2 usage, 3 at least one under the threshold.
+
+    \b
+    Examples:
+      qcat ask -m house.gguf "When was the pool pump replaced?"
+      qcat ask -m house.gguf --json --top 3 < questions.txt
+    """
+    source: Iterator[str] = iter(questions)
+    if questions in ((), ("-",)):
+        source = _lines(sys.stdin.buffer)
+    status = 0
+    with Classifier.open(
+        model, threshold=threshold, strict=strict, threads=threads, verbose=verbose
+    ) as classifier:
+        answers = _say(classifier, source) if decode == "free" else _ask(classifier, source)
+        for number, question, answer in answers:
+            if isinstance(answer, QuestionError):
+                # Its line is kept, so that line n of the output answers line n of the input.
+                click.echo(json.dumps({"question": question, "error": str(answer)})
+                           if as_json else abstain)  # fmt: skip
+                click.echo(f"qcat: error: question {number}: {answer}", err=True)
+                status = 1
+            elif isinstance(answer, str):
+                click.echo(json.dumps({"question": question, "said": answer}, ensure_ascii=False)
+                           if as_json else answer.replace("\n", "\\n"))  # fmt: skip
+            else:
+                if answer.truncated:
+                    click.echo(f"qcat: warning: question {number} was cut: it is too long",
+                               err=True)  # fmt: skip
+                if answer.abstained and status == 0:
+                    status = ABSTAINED
+                click.echo(_line(question, answer, as_json, top, abstain))
+    return status
+
+
+Answer = tuple[int, str, Prediction | str | QuestionError]
+_TOGETHER = 16
+
+
+def _ask(classifier: Classifier, source: Iterator[str]) -> Iterator[Answer]:
+    """Answers in order; a question that cannot be asked spoils only its own line."""
+    number = 0
+    while group := list(islice(source, _TOGETHER)):
+        while group:
+            done = 0
+            try:
+                for prediction in classifier.ask_many(group):
+                    done += 1
+                    yield number + done, group[done - 1], prediction
+            except QuestionError:
+                done += 1
+                yield number + done, group[done - 1], _refusal(classifier, group[done - 1])
+            number += done
+            group = group[done:]
+
+
+def _refusal(classifier: Classifier, question: str) -> QuestionError:
+    try:
+        classifier.check(question)
+    except QuestionError as error:
+        return error
+    raise AssertionError("ask_many refused a question that ask takes")
+
+
+def _say(classifier: Classifier, source: Iterator[str]) -> Iterator[Answer]:
+    for number, question in enumerate(source, 1):
+        try:
+            yield number, question, classifier.say(question)
+        except QuestionError as error:
+            yield number, question, error
+
+
+def _lines(stream: IO[bytes]) -> Iterator[str]:
+    for number, line in enumerate(stream):
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        yield text.removeprefix("\ufeff") if number == 0 else text
+
+
+def _line(question: str, answer: Prediction, as_json: bool, top: int | None, abstain: str) -> str:
+    best = list(answer.probabilities.items())[:top]
+    if as_json:
+        row = {"question": question, **answer.to_dict(), "probabilities": dict(best)}
+        return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode()
+    if top:
+        return "\t".join(f"{label} {probability:.4f}" for label, probability in best)
+    return abstain if answer.abstained else answer.label

@@ -1,0 +1,67 @@
+"""`qcat doctor`: what this machine offers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import urllib.error
+import urllib.request
+from importlib import metadata
+
+import click
+import platformdirs
+
+_PACKAGES = ("qcat", "llama-cpp-python", "numpy", "torch", "transformers", "peft", "gguf", "ollama")
+
+
+@click.command()
+def command() -> None:
+    """Show versions, the CPU features compiled in, threads, caches, and whether Ollama is there.
+
+    \b
+    Example:
+      qcat doctor
+    """
+    rows = [("python", f"{platform.python_version()} on {platform.platform()}")]
+    for package in _PACKAGES:
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            version = "not installed"
+        rows.append((package, version))
+
+    import llama_cpp
+
+    from qcat.backends.llama import capture_log, default_threads
+
+    capture_log(verbose=False)
+    features = llama_cpp.llama_print_system_info().decode()
+    on = [
+        part.split("=")[0].split(":")[-1].strip() for part in features.split("|") if "= 1" in part
+    ]
+    rows += [
+        ("llama.cpp", "compiled with " + ", ".join(on)),
+        ("threads", f"{default_threads()} used of {os.cpu_count()} logical processors"),
+        ("hub cache", _hub_cache()),
+        ("qcat cache", platformdirs.user_cache_dir("qcat")),
+        ("ollama program", shutil.which("ollama") or "not found"),
+        ("ollama server", _ollama()),
+    ]
+    for name, value in rows:
+        click.echo(f"{name:<17} {value}")
+
+
+def _hub_cache() -> str:
+    home = os.environ.get("HF_HOME", os.path.join("~", ".cache", "huggingface"))
+    return os.path.expanduser(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub")))
+
+
+def _ollama() -> str:
+    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
+    address = host if "://" in host else f"http://{host}"
+    try:
+        with urllib.request.urlopen(f"{address}/api/version", timeout=1) as answer:
+            return f"{address} answers: {answer.read(200).decode('utf-8', 'replace')}"
+    except (urllib.error.URLError, OSError, ValueError):
+        return f"{address} does not answer: start it with `ollama serve`"

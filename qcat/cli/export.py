@@ -1,0 +1,128 @@
+"""`qcat export`: adapter to proven bundle."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from qcat.errors import ExportError
+from qcat.learn.dataset import read_examples
+from qcat.task import Task
+
+_QUANTIZATIONS = ["q4_k_m", "q4_0", "q5_k_m", "q8_0", "q3_k_m", "iq4_nl"]
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=_FILE)
+@click.option("-o", "--output", required=True, metavar="DIR", type=_FILE,
+              help="Folder to make; it must not exist.")  # fmt: skip
+@click.option("-t", "--task", "task_file", metavar="FILE", type=_FILE,
+              help="The task.  [default: RUN/task.toml]")  # fmt: skip
+@click.option("--base", metavar="MODEL",
+              help="Base model, folder or hub name.  [default: what the adapter names]")  # fmt: skip
+@click.option("--data", metavar="FILE", type=_FILE,
+              help="Held-out questions for the proof, JSONL.  [default: RUN/test.jsonl, if there]")  # fmt: skip
+@click.option("--train-data", metavar="FILE", type=_FILE,
+              help="Training questions for the importance matrix, JSONL.  "
+              "[default: RUN/train.jsonl, if there]")  # fmt: skip
+@click.option("--quant", type=click.Choice(_QUANTIZATIONS), default="q4_k_m", show_default=True)
+@click.option("--precision", type=click.Choice(["f16", "bf16"]), default="f16", show_default=True,
+              help="Of the GGUF that is quantized.")  # fmt: skip
+@click.option("--max-flips", type=click.FloatRange(0, 1), default=0.02, show_default=True,
+              metavar="SHARE",
+              help="Fail if more held-out questions than this change their label.")  # fmt: skip
+def command(
+    run: Path,
+    output: Path,
+    task_file: Path | None,
+    base: str | None,
+    data: Path | None,
+    train_data: Path | None,
+    quant: str,
+    precision: Any,
+    max_flips: float,
+) -> None:
+    """Merge the LoRA adapter in RUN, convert it to a 4-bit GGUF and prove that nothing was lost.
+
+    RUN is a folder that PEFT's save_pretrained wrote, or a whole checkpoint without an adapter.
+
+    \b
+    Examples:
+      qcat export runs/house -o dist/house
+      qcat export adapter -t task.toml --base Qwen/Qwen3-0.6B --data held_out.jsonl -o house
+    """
+    if not run.is_dir():
+        raise ExportError(f"{run}: no such folder: name the one that holds the adapter")
+    task = Task.read(task_file or run / "task.toml")
+    held_out = _examples(data, run / "test.jsonl", task)
+    training = _examples(train_data, run / "train.jsonl", task)
+    has_adapter = (run / "adapter_config.json").is_file()
+    if not has_adapter and not (run / "config.json").is_file():
+        raise ExportError(f"{run}: holds neither adapter_config.json nor config.json")
+
+    from convert.card import quality_rows
+    from convert.pipeline import Request, export
+
+    request = Request(
+        task=task,
+        target=output,
+        adapter=run if has_adapter else None,
+        base=base if has_adapter else base or str(run),
+        quantization=quant,
+        precision=precision,
+        held_out=tuple((example.text, example.label) for example in held_out),
+        training=tuple(example.text for example in training),
+        max_flips=max_flips,
+    )
+    with _Bars() as bars:
+        report = export(request, bars.show)
+    for kind, count in report["fallbacks"].items():
+        click.echo(f"qcat: warning: {count} tensors have row lengths that {quant} does not fit: "
+                   f"stored as {kind}", err=True)  # fmt: skip
+    if "proof" in report:
+        _print_table(quality_rows(report))
+    else:
+        click.echo("qcat: warning: not proved: give held-out questions with --data", err=True)
+    click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB; next:")
+    click.echo(f'  qcat ask -m {output / task.name}.gguf "…"')
+    click.echo(f"  ollama create {task.name} -f {output / 'Modelfile'}")
+
+
+def _examples(given: Path | None, default: Path, task: Task) -> list[Any]:
+    path = given or (default if default.is_file() else None)
+    return read_examples(path, task) if path else []
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+class _Bars:
+    """One progress bar a step on stderr; none where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._step = ""
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, step: str, done: int, total: int) -> None:
+        if self._bar is None or self._step != step:
+            self.__exit__()
+            self._step = step
+            self._bar = tqdm(desc=step, total=total, file=sys.stderr, disable=None)
+        self._bar.n = done
+        self._bar.refresh()

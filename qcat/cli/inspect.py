@@ -1,0 +1,67 @@
+"""`qcat inspect`: what a GGUF says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, section
+
+
+@click.command()
+@click.argument("gguf", metavar="FILE.gguf", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+def command(gguf: Path, as_json: bool) -> None:
+    """Show the task, the labels, the source and the proof that a GGUF carries.
+
+    \b
+    Example:
+      qcat inspect house.gguf
+    """
+    bundle = Bundle.read(gguf)
+    metadata, task = bundle.header.metadata, bundle.task
+    report = section(bundle.header, REPORT_KEY, gguf)
+    source = section(bundle.header, SOURCE_KEY, gguf)
+    types = Counter(tensor.type for tensor in bundle.header.tensors)
+    facts = {
+        "file": str(gguf),
+        "bytes": gguf.stat().st_size,
+        "architecture": metadata.get("general.architecture"),
+        "vocabulary": metadata.get("tokenizer.ggml.tokens"),
+        "tensors": dict(types.most_common()),
+    }
+    if as_json:
+        everything = {**facts, "task": task.to_dict(), "source": source, "report": report}
+        click.echo(json.dumps(everything, indent=1, ensure_ascii=False))
+        return
+    rows = [
+        ("file", f"{gguf} ({gguf.stat().st_size / 1e6:.1f} MB)"),
+        ("model", f"{facts['architecture']}, {facts['vocabulary']} tokens in the vocabulary"),
+        ("tensors", ", ".join(f"{count} {kind}" for kind, count in types.most_common())),
+        (
+            "task",
+            f"{task.name}: {len(task.labels)} labels, {task.style} style, by {task.verbalizer}",
+        ),
+        ("source", f"{source.get('base')} with adapter {source.get('adapter')}"),
+        ("fingerprint", str(source.get("fingerprint"))),
+        ("made with", ", ".join(f"{k} {v}" for k, v in source.get("versions", {}).items())),
+    ]
+    proof = report.get("proof")
+    if proof:
+        made = proof["quantized"]
+        rows.append((
+            "proof",
+            f"{proof['questions']} held-out questions: accuracy {made['accuracy']:.3f}, "
+            f"macro-F1 {made['macro_f1']:.3f}, {made['flips']} flips from the merged model",
+        ))  # fmt: skip
+    else:
+        rows.append(("proof", "none: no held-out questions were given at export"))
+    for name, value in rows:
+        click.echo(f"{name:<12} {value}")
+    click.echo("labels")
+    for label, description in task.labels.items():
+        code = f"{task.codes[label]} = " if task.codes else ""
+        click.echo(f"  {code}{label}" + (f": {description}" if description else ""))

@@ -1,0 +1,37 @@
+"""`qcat modelfile`: the Ollama Modelfile of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qcat.bundle import Bundle
+from qcat.classifier import prepare
+from qcat.prompt import encode_segments
+
+
+@click.command()
+@click.argument("gguf", metavar="FILE.gguf", type=click.Path(path_type=Path))
+def command(gguf: Path) -> None:
+    """Print the Modelfile for a GGUF made by `qcat export`, as export writes it beside the file.
+
+    \b
+    Example:
+      qcat modelfile house.gguf > Modelfile && ollama create house -f Modelfile
+    """
+    bundle = Bundle.read(gguf)
+    from convert.modelfile import modelfile
+    from qcat.backends.llama import LlamaModel
+
+    with LlamaModel(gguf, vocab_only=True) as model:
+        prompt, trie = prepare(bundle, model)
+        text = modelfile(
+            bundle.task,
+            prompt,
+            gguf=gguf.name,
+            n_prefix=len(encode_segments(prompt.prefix, model)),
+            n_answer=max(len(sequence) for sequence in trie.sequences),
+            end=model.decode([model.end]),
+        )
+    click.echo(text, nl=False)

@@ -1,0 +1,29 @@
+"""The one error family. Each message is one line: what is wrong, where, and what to do next."""
+
+
+class QcatError(Exception):
+    """Anything that a user of qcat can mend; the command line prints it and exits with 1."""
+
+
+class TaskError(QcatError):
+    """A task that cannot be used: a bad label, a missing key, an unreadable `task.toml`."""
+
+
+class BundleError(QcatError):
+    """A GGUF file that is damaged, or that says nothing of a qcat task."""
+
+
+class ModelError(QcatError):
+    """A model that cannot be loaded, or that cannot spell the task's labels."""
+
+
+class QuestionError(QcatError):
+    """One question that cannot be asked: empty, or too long under `strict`."""
+
+
+class DataError(QcatError):
+    """A file of labelled questions that cannot be read."""
+
+
+class ExportError(QcatError):
+    """An export that cannot be made, or whose proof failed."""

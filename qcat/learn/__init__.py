@@ -1,0 +1,1 @@
+"""What needs labelled questions: reading them, and later training and evaluation."""

@@ -1,0 +1,213 @@
+"""What is to be decided: the labels, their descriptions, the instruction and the words around.
+
+Knows nothing of models. Reads and writes `task.toml`; the prompt is built in `qcat.prompt`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tomli_w
+
+from qcat.errors import TaskError
+
+Style = Literal["plain", "chat"]
+Verbalizer = Literal["name", "code"]
+
+MIN_LABELS, MAX_LABELS = 2, 500
+MAX_LABEL_CHARS = 200
+DEFAULT_INSTRUCTION = "Classify the question into exactly one category from the list below."
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_CODE = re.compile(r"[A-Z]{2}")
+_KEYS = (
+    "name", "instruction", "question", "answer", "style", "verbalizer", "labels", "codes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task. Building one checks it and normalises its text (NFC, stripped).
+
+    Raises:
+        TaskError: naming the label or key that cannot be used.
+    """
+
+    name: str
+    """File and model name: lower-case letters, digits, `.`, `_`, `-`."""
+    labels: Mapping[str, str]
+    """Label to description (possibly empty). The order matters and is kept."""
+    instruction: str = DEFAULT_INSTRUCTION
+    """The first lines of the prompt."""
+    question: str = "Question"
+    """The word before the question."""
+    answer: str = "Category"
+    """The word before the answer."""
+    style: Style = "plain"
+    """`plain`, or `chat` for ChatML with an empty think block where the model has one."""
+    verbalizer: Verbalizer = "name"
+    """What the model writes: the label's `name`, or its two-letter `code`."""
+    codes: Mapping[str, str] = field(default_factory=dict)
+    """Label to code; empty until chosen for a tokenizer (`qcat.prompt.with_codes`)."""
+
+    def __post_init__(self) -> None:
+        checked = {
+            "name": _checked_name(self.name),
+            "labels": _checked_labels(self.labels),
+            "instruction": _text(self.instruction, "instruction", lines=True, empty=False),
+            "question": _text(self.question, "question", empty=False),
+            "answer": _text(self.answer, "answer", empty=False),
+            "style": _choice(self.style, "style", get_args(Style)),
+            "verbalizer": _choice(self.verbalizer, "verbalizer", get_args(Verbalizer)),
+        }
+        for key, value in checked.items():
+            object.__setattr__(self, key, value)
+        object.__setattr__(self, "codes", _checked_codes(self.codes, self.labels))
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What the model writes for each label, in label order, without the leading space.
+
+        Raises:
+            TaskError: if the verbalizer is `code` and no codes have been chosen yet.
+        """
+        if self.verbalizer == "name":
+            return tuple(self.labels)
+        if not self.codes:
+            raise TaskError(f"task {self.name!r} has no codes yet: they are chosen by a tokenizer")
+        return tuple(self.codes[label] for label in self.labels)
+
+    def replace(self, **changes: Any) -> Task:
+        """A copy with some fields changed, checked anew."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in `task.toml` and in a GGUF's metadata."""
+        data: dict[str, Any] = {key: getattr(self, key) for key in _KEYS[:-2]}
+        data["labels"] = dict(self.labels)
+        if self.codes:
+            data["codes"] = dict(self.codes)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Task:
+        """The inverse of `to_dict`. Raises TaskError for unknown or missing keys."""
+        unknown = sorted(set(data) - set(_KEYS))
+        if unknown:
+            raise TaskError(f"unknown key {unknown[0]!r}: the keys are {', '.join(_KEYS)}")
+        for key in ("name", "labels"):
+            if key not in data:
+                raise TaskError(f"key {key!r} is missing")
+        return cls(**data)
+
+    @classmethod
+    def from_toml(cls, text: str) -> Task:
+        """Parse the text of a `task.toml`. Raises TaskError, with the line for a syntax error."""
+        try:
+            data = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise TaskError(f"not valid TOML: {error}") from None
+        return cls.from_dict(data)
+
+    def to_toml(self) -> str:
+        """The text of a `task.toml` that reads back as an equal task."""
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def read(cls, path: str | Path) -> Task:
+        """Read `task.toml`. Raises TaskError that names the file."""
+        try:
+            text = Path(path).read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise TaskError(f"{path}: cannot read the task: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
+        try:
+            return cls.from_toml(text)
+        except TaskError as error:
+            raise TaskError(f"{path}: {error}") from None
+
+
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise TaskError(
+            f"name {name!r} cannot name a file: use lower-case letters, digits, '.', '_', '-'"
+        )
+    return name
+
+
+def _text(
+    value: object, where: str, *, lines: bool = False, empty: bool = True, kind: str = "text"
+) -> str:
+    """NFC, stripped, without control characters (line breaks only where `lines`)."""
+    if not isinstance(value, str):
+        raise TaskError(f"{where}: {kind} expected, found {type(value).__name__}")
+    text = unicodedata.normalize("NFC", value).strip()
+    if lines:
+        text = "\n".join(line.rstrip() for line in text.splitlines())
+    for char in text:
+        # Cc control, Cs lone surrogate, Zl and Zp line and paragraph separator
+        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") and not (lines and char == "\n"):
+            raise TaskError(f"{where}: control character U+{ord(char):04X}: remove it")
+    if not text and not empty:
+        raise TaskError(f"{where}: is empty: write some text")
+    return text
+
+
+def _choice(value: object, key: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise TaskError(f"{key} {value!r} is not one of {', '.join(allowed)}")
+    return str(value)
+
+
+def _checked_labels(labels: object) -> dict[str, str]:
+    if not isinstance(labels, Mapping):
+        raise TaskError('labels: a table expected, one line a label: "pool" = "what it covers"')
+    checked: dict[str, str] = {}
+    folded: dict[str, str] = {}
+    for raw, description in labels.items():
+        label = _text(raw, f"label {raw!r}", empty=False)
+        if len(label) > MAX_LABEL_CHARS:
+            raise TaskError(
+                f"label {label[:30] + '…'!r}: {len(label)} characters, "
+                f"at most {MAX_LABEL_CHARS}: shorten it and move the rest to its description"
+            )
+        # Folding can undo NFC, so it is normalised again: "ǰ" and its twins must meet.
+        key = unicodedata.normalize("NFC", label.casefold())
+        if key in folded:
+            raise TaskError(
+                f"labels {folded[key]!r} and {label!r} differ only in case or spacing: keep one"
+            )
+        folded[key] = label
+        checked[label] = _text(description, f"label {label!r}: description")
+    if not MIN_LABELS <= len(checked) <= MAX_LABELS:
+        raise TaskError(
+            f"labels: {len(checked)} given, from {MIN_LABELS} to {MAX_LABELS} can be told apart"
+        )
+    return checked
+
+
+def _checked_codes(codes: object, labels: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(codes, Mapping):
+        raise TaskError("codes: a table expected, label to two capital letters")
+    if not codes:
+        return {}
+    given: dict[str, str] = {}
+    for raw, code in codes.items():
+        label = _text(raw, f"codes: label {raw!r}")
+        if label not in labels:
+            raise TaskError(f"codes: {label!r} is not among the labels")
+        if not isinstance(code, str) or not _CODE.fullmatch(code):
+            raise TaskError(f"codes: {label!r} has {code!r}: two capital letters expected")
+        if code in given.values():
+            raise TaskError(f"codes: {code!r} stands for two labels: one code a label")
+        given[label] = code
+    missing = [label for label in labels if label not in given]
+    if missing:
+        raise TaskError(f"codes: {missing[0]!r} has none: give all labels a code, or none")
+    return {label: given[label] for label in labels}

@@ -1,0 +1,84 @@
+"""A Hugging Face tokenizer that gives the ids that the GGUF runtime gives.
+
+For training and conversion. Reads `tokenizer.json` itself, the file that fast tokenizers are made
+of, because transformers may rebuild the pre-tokenizer from the class name. Needs `tokenizers`
+(it comes with transformers), imported when one is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qcat.errors import ModelError
+
+_MARKUP = re.compile(r"<[^<>\s]+>")
+
+
+def is_control(added: Mapping[str, Any]) -> bool:
+    """Whether an entry of `added_tokens` is a control token, never to be found in user text.
+
+    Special tokens are, and so is anything written like markup (`<think>`, `<tool_call>`), which
+    Qwen3 does not mark special. Words that a user added are not: they stand for themselves.
+    """
+    return bool(added["special"]) or _MARKUP.fullmatch(added["content"]) is not None
+
+
+class HubTokenizer:
+    """The tokenizer of a model folder, as an `Encoder`.
+
+    Args:
+        folder: holds `tokenizer.json` and, for the end token's name, `tokenizer_config.json`.
+
+    Raises:
+        ModelError: a file is absent or unreadable, or no end token is named.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.folder = folder
+        self.spec = _read_json(folder / "tokenizer.json")
+        self.config = _read_json(folder / "tokenizer_config.json")
+        text = json.dumps(self.spec)
+        plain = dict(self.spec)
+        plain["added_tokens"] = [
+            added for added in self.spec["added_tokens"] if not is_control(added)
+        ]
+        try:
+            self._special = Tokenizer.from_str(text)
+            self._plain = Tokenizer.from_str(json.dumps(plain))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"{folder / 'tokenizer.json'}: {error}") from None
+        end = self.token_id("eos_token")
+        if end is None:
+            raise ModelError(f"{folder / 'tokenizer_config.json'}: no eos_token: name one")
+        self.end: int = end
+
+    def token_id(self, role: str) -> int | None:
+        """Id of the token in a role of `tokenizer_config.json`, such as `eos_token`."""
+        name = self.config.get(role)
+        name = name.get("content") if isinstance(name, dict) else name
+        return None if name is None else self._special.token_to_id(name)
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids, without a begin or end token; control tokens only where `special`."""
+        tokenizer = self._special if special else self._plain
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"{path}: {error.strerror}: save the model's tokenizer there with save_pretrained"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: a JSON object expected")
+    return data

@@ -1,0 +1,120 @@
+"""Tiny models, made once a session. Nothing is downloaded, nothing is mocked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from qcat.task import Task
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "household"
+SHARED = Path(os.environ.get("QCAT_SHARED", ROOT.parent / "shared"))
+REAL_TOKENIZER = SHARED / "qwen3-tokenizer"
+
+settings.register_profile(
+    "qcat",
+    deadline=None,  # the machines that run this are noisy
+    derandomize=True,  # the same examples every time: a failure is about the change
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("qcat")
+
+needs_real_tokenizer = pytest.mark.skipif(
+    not (REAL_TOKENIZER / "tokenizer.json").is_file(),
+    reason=f"no Qwen3 tokenizer at {REAL_TOKENIZER} (set QCAT_SHARED)",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A tiny base model and, if asked for, an adapter for it."""
+
+    base: Path
+    adapter: Path
+    model: Any
+    """The base in torch, before the adapter."""
+
+
+def corpus() -> list[str]:
+    """Texts to train tokenizers on: the example questions and the words of the prompts."""
+    lines = (EXAMPLE / "questions.jsonl").read_text("utf-8").splitlines()
+    task = Task.read(EXAMPLE / "task.toml")
+    words = [
+        f"{task.instruction}\n\nValid categories:\n- {label}\n\nQuestion: q?\nCategory: {label}"
+        for label in task.labels
+    ]
+    codes = [f" {first}{second}" for first in "ABCDE" for second in "ABCDEFGHIJ"] * 50
+    return [json.loads(line)["text"] for line in lines] + words * 20 + codes
+
+
+@pytest.fixture(scope="session")
+def household() -> Task:
+    """The example task with its 18 labels."""
+    return Task.read(EXAMPLE / "task.toml")
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
+    """`make_checkpoint(kind="qwen3", hidden=256, …)`: a random base and adapter, cached."""
+    import tiny_model
+
+    @cache
+    def make(kind: str = "qwen3", **shape: Any) -> Checkpoint:
+        folder = tmp_path_factory.mktemp(kind)
+        count = tiny_model.make_tokenizer(folder / "base", corpus(), kind=kind)
+        vocabulary = count + -count % 64 + 64  # rows beyond the tokenizer's, as in Qwen3
+        model = tiny_model.make_base(folder / "base", kind=kind, vocabulary=vocabulary, **shape)
+        again = type(model).from_pretrained(folder / "base")
+        tiny_model.make_adapter(folder / "adapter", again, str(folder / "base"))
+        return Checkpoint(folder / "base", folder / "adapter", model)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle_file(
+    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Checkpoint]
+) -> Callable[..., Path]:
+    """`bundle_file(task, kind="qwen3", hidden=64)`: a GGUF made by export, Q8_0, cached."""
+    from convert.pipeline import Request, export
+
+    @cache
+    def make(toml: str, kind: str, hidden: int) -> Path:
+        task = Task.from_toml(toml)
+        target = tmp_path_factory.mktemp("bundle") / "out"
+        checkpoint = make_checkpoint(kind, hidden=hidden)
+        export(Request(task, target, adapter=checkpoint.adapter, quantization="q8_0"))
+        return target / f"{task.name}.gguf"
+
+    return lambda task, kind="qwen3", hidden=64: make(task.to_toml(), kind, hidden)
+
+
+@pytest.fixture(scope="session")
+def house(bundle_file: Callable[..., Path], household: Task) -> Path:
+    """A tiny household GGUF with random weights."""
+    return bundle_file(household)
+
+
+@pytest.fixture
+def qcat() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the installed command: `qcat("ask", "-m", file, "…", input="…")`."""
+    program = Path(sys.executable).with_name("qcat")
+
+    def run(*args: Any, **more: Any) -> subprocess.CompletedProcess[str]:
+        command = [str(program), *(str(arg) for arg in args)]
+        return subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", timeout=300, **more
+        )
+
+    return run

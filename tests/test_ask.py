@@ -1,0 +1,81 @@
+"""`qcat ask` through the installed command, as a script uses it."""
+
+from __future__ import annotations
+
+import json
+
+
+def test_prints_one_label_a_line(qcat, house, household):
+    done = qcat("ask", "-m", house, "When was the pool pump replaced?", "and the fence")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert set(lines) <= set(household.labels)
+
+
+def test_json_has_all_probabilities(qcat, house, household):
+    done = qcat("ask", "-m", house, "--json", "When was the pool pump replaced?")
+    row = json.loads(done.stdout)
+    assert set(row["probabilities"]) == set(household.labels)
+    assert abs(sum(row["probabilities"].values()) - 1) < 1e-9
+    assert row["label"] == next(iter(row["probabilities"]))
+    assert row["confidence"] == row["probabilities"][row["label"]]
+    assert row["truncated"] is False
+
+
+def test_reads_stdin_and_keeps_lines_apart(qcat, house):
+    alone = qcat("ask", "-m", house, "--top", "2", "second")
+    done = qcat("ask", "-m", house, "--top", "2", "-", input="first\n \nsecond\n")
+    assert done.returncode == 1
+    assert done.stderr == "qcat: error: question 2: the question is empty: write one\n"
+    first, empty, second = done.stdout.splitlines()
+    assert empty == "-"
+    assert second.split("\t")[0].rsplit(" ", 1)[0] == alone.stdout.split("\t")[0].rsplit(" ", 1)[0]
+    assert first != second
+
+
+def test_abstains_under_the_threshold_with_status_3(qcat, house):
+    done = qcat("ask", "-m", house, "--threshold", "1", "anything?")
+    assert (done.returncode, done.stdout) == (3, "-\n")
+    done = qcat("ask", "-m", house, "--threshold", "1", "--abstain", "human", "anything?")
+    assert (done.returncode, done.stdout) == (3, "human\n")
+
+
+def test_too_long_is_cut_with_a_warning_or_refused(qcat, house):
+    question = "pump " * 1000
+    cut = qcat("ask", "-m", house, "--json", question)
+    assert cut.returncode == 0
+    assert cut.stderr == "qcat: warning: question 1 was cut: it is too long\n"
+    assert json.loads(cut.stdout)["truncated"] is True
+    refused = qcat("ask", "-m", house, "--strict", question)
+    assert refused.returncode == 1
+    assert "too long" in refused.stderr
+    assert refused.stdout == "-\n"
+
+
+def test_free_decoding_shows_what_the_model_says(qcat, house, household):
+    done = qcat("ask", "-m", house, "--decode", "free", "When was the pump replaced?")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.strip() not in household.labels  # random weights know no label
+
+
+def test_usage_errors_exit_with_2(qcat, house):
+    assert qcat("ask", "question").returncode == 2  # no model named
+    assert qcat("ask", "-m", house, "--threshold", "2", "q").returncode == 2
+    assert qcat("nonsense").returncode == 2
+
+
+def test_a_missing_file_is_one_line(qcat, tmp_path):
+    done = qcat("ask", "-m", tmp_path / "none.gguf", "q")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("qcat: error: ")
+
+
+def test_help_has_an_example_on_every_command(qcat):
+    for command in ("ask", "export", "grammar", "modelfile", "inspect", "doctor"):
+        done = qcat(command, "--help")
+        assert done.returncode == 0
+        assert "Example" in done.stdout, command
