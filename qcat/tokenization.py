@@ -43,14 +43,11 @@ class HubTokenizer:
         self.folder = folder
         self.spec = _read_json(folder / "tokenizer.json")
         self.config = _read_json(folder / "tokenizer_config.json")
-        text = json.dumps(self.spec)
-        plain = dict(self.spec)
-        plain["added_tokens"] = [
-            added for added in self.spec["added_tokens"] if not is_control(added)
-        ]
+        marked = [{**added, "special": is_control(added)} for added in self.spec["added_tokens"]]
+        text = json.dumps({**self.spec, "added_tokens": marked})
         try:
-            self._special = Tokenizer.from_str(text)
-            self._plain = Tokenizer.from_str(json.dumps(plain))
+            self._special, self._plain = Tokenizer.from_str(text), Tokenizer.from_str(text)
+            self._plain.encode_special_tokens = True  # the library's name for "as plain text"
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"{folder / 'tokenizer.json'}: {error}") from None
         end = self.token_id("eos_token")

@@ -18,20 +18,45 @@ ABSTAINED = 3
 
 @click.command()
 @click.argument("questions", nargs=-1, metavar="[QUESTION]...")
-@click.option("-m", "--model", envvar="QCAT_MODEL", required=True, metavar="FILE",
-              help="GGUF made by `qcat export`. [env: QCAT_MODEL]")  # fmt: skip
+@click.option(
+    "-m",
+    "--model",
+    envvar="QCAT_MODEL",
+    required=True,
+    metavar="FILE",
+    help="GGUF made by `qcat export`. [env: QCAT_MODEL]",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option("--top", type=click.IntRange(1), metavar="K",
-              help="Show the K best labels with their probabilities.")  # fmt: skip
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, metavar="P",
-              help="Under this confidence print the abstain word and exit with 3.")  # fmt: skip
-@click.option("--abstain", default="-", metavar="WORD", show_default=True,
-              help="What to print under the threshold.")  # fmt: skip
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Show the K best labels with their probabilities.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="P",
+    help="Under this confidence print the abstain word and exit with 3.",
+)
+@click.option(
+    "--abstain",
+    default="-",
+    metavar="WORD",
+    show_default=True,
+    help="What to print under the threshold.",
+)
 @click.option("--strict", is_flag=True, help="Refuse a question that is too long; else cut it.")
-@click.option("--decode", type=click.Choice(["label", "free"]), default="label",
-              help="`free`: no constraint, show what the model would have said.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1), metavar="N",
-              help="Threads; by default the physical cores.")  # fmt: skip
+@click.option(
+    "--decode",
+    type=click.Choice(["label", "free"]),
+    default="label",
+    help="`free`: no constraint, show what the model would have said.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), metavar="N", help="Threads; by default the physical cores."
+)
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
 def command(
     questions: tuple[str, ...],
@@ -68,17 +93,22 @@ def command(
         for number, question, answer in answers:
             if isinstance(answer, QuestionError):
                 # Its line is kept, so that line n of the output answers line n of the input.
-                click.echo(json.dumps({"question": question, "error": str(answer)})
-                           if as_json else abstain)  # fmt: skip
+                click.echo(
+                    json.dumps({"question": question, "error": str(answer)}) if as_json else abstain
+                )
                 click.echo(f"qcat: error: question {number}: {answer}", err=True)
                 status = 1
             elif isinstance(answer, str):
-                click.echo(json.dumps({"question": question, "said": answer}, ensure_ascii=False)
-                           if as_json else answer.replace("\n", "\\n"))  # fmt: skip
+                click.echo(
+                    json.dumps({"question": question, "said": answer}, ensure_ascii=False)
+                    if as_json
+                    else answer.replace("\n", "\\n")
+                )
             else:
                 if answer.truncated:
-                    click.echo(f"qcat: warning: question {number} was cut: it is too long",
-                               err=True)  # fmt: skip
+                    click.echo(
+                        f"qcat: warning: question {number} was cut: it is too long", err=True
+                    )
                 if answer.abstained and status == 0:
                     status = ABSTAINED
                 click.echo(_line(question, answer, as_json, top, abstain))

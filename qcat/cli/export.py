@@ -19,23 +19,56 @@ _FILE = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("run", metavar="RUN", type=_FILE)
-@click.option("-o", "--output", required=True, metavar="DIR", type=_FILE,
-              help="Folder to make; it must not exist.")  # fmt: skip
-@click.option("-t", "--task", "task_file", metavar="FILE", type=_FILE,
-              help="The task.  [default: RUN/task.toml]")  # fmt: skip
-@click.option("--base", metavar="MODEL",
-              help="Base model, folder or hub name.  [default: what the adapter names]")  # fmt: skip
-@click.option("--data", metavar="FILE", type=_FILE,
-              help="Held-out questions for the proof, JSONL.  [default: RUN/test.jsonl, if there]")  # fmt: skip
-@click.option("--train-data", metavar="FILE", type=_FILE,
-              help="Training questions for the importance matrix, JSONL.  "
-              "[default: RUN/train.jsonl, if there]")  # fmt: skip
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR",
+    type=_FILE,
+    help="Folder to make; it must not exist.",
+)
+@click.option(
+    "-t",
+    "--task",
+    "task_file",
+    metavar="FILE",
+    type=_FILE,
+    help="The task.  [default: RUN/task.toml]",
+)
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Base model, folder or hub name.  [default: what the adapter names]",
+)
+@click.option(
+    "--data",
+    metavar="FILE",
+    type=_FILE,
+    help="Held-out questions for the proof, JSONL.  [default: RUN/test.jsonl, if there]",
+)
+@click.option(
+    "--train-data",
+    metavar="FILE",
+    type=_FILE,
+    help="Training questions for the importance matrix, JSONL.  "
+    "[default: RUN/train.jsonl, if there]",
+)
 @click.option("--quant", type=click.Choice(_QUANTIZATIONS), default="q4_k_m", show_default=True)
-@click.option("--precision", type=click.Choice(["f16", "bf16"]), default="f16", show_default=True,
-              help="Of the GGUF that is quantized.")  # fmt: skip
-@click.option("--max-flips", type=click.FloatRange(0, 1), default=0.02, show_default=True,
-              metavar="SHARE",
-              help="Fail if more held-out questions than this change their label.")  # fmt: skip
+@click.option(
+    "--precision",
+    type=click.Choice(["f16", "bf16"]),
+    default="f16",
+    show_default=True,
+    help="Of the GGUF that is quantized.",
+)
+@click.option(
+    "--max-flips",
+    type=click.FloatRange(0, 1),
+    default=0.02,
+    show_default=True,
+    metavar="SHARE",
+    help="Fail if more held-out questions than this change their label.",
+)
 def command(
     run: Path,
     output: Path,
@@ -58,12 +91,15 @@ def command(
     """
     if not run.is_dir():
         raise ExportError(f"{run}: no such folder: name the one that holds the adapter")
+    has_adapter = (run / "adapter_config.json").is_file()
+    if not has_adapter and not (run / "config.json").is_file():
+        raise ExportError(
+            f"{run}: holds neither adapter_config.json nor config.json: "
+            "name the folder that save_pretrained wrote"
+        )
     task = Task.read(task_file or run / "task.toml")
     held_out = _examples(data, run / "test.jsonl", task)
     training = _examples(train_data, run / "train.jsonl", task)
-    has_adapter = (run / "adapter_config.json").is_file()
-    if not has_adapter and not (run / "config.json").is_file():
-        raise ExportError(f"{run}: holds neither adapter_config.json nor config.json")
 
     from convert.card import quality_rows
     from convert.pipeline import Request, export
@@ -82,8 +118,11 @@ def command(
     with _Bars() as bars:
         report = export(request, bars.show)
     for kind, count in report["fallbacks"].items():
-        click.echo(f"qcat: warning: {count} tensors have row lengths that {quant} does not fit: "
-                   f"stored as {kind}", err=True)  # fmt: skip
+        click.echo(
+            f"qcat: warning: {count} tensors have row lengths that {quant} does not fit: "
+            f"stored as {kind}",
+            err=True,
+        )
     if "proof" in report:
         _print_table(quality_rows(report))
     else:

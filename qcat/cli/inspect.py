@@ -52,11 +52,13 @@ def command(gguf: Path, as_json: bool) -> None:
     proof = report.get("proof")
     if proof:
         made = proof["quantized"]
-        rows.append((
-            "proof",
-            f"{proof['questions']} held-out questions: accuracy {made['accuracy']:.3f}, "
-            f"macro-F1 {made['macro_f1']:.3f}, {made['flips']} flips from the merged model",
-        ))  # fmt: skip
+        rows.append(
+            (
+                "proof",
+                f"{proof['questions']} held-out questions: accuracy {made['accuracy']:.3f}, "
+                f"macro-F1 {made['macro_f1']:.3f}, {made['flips']} flips from the merged model",
+            )
+        )
     else:
         rows.append(("proof", "none: no held-out questions were given at export"))
     for name, value in rows:

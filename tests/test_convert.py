@@ -1,0 +1,256 @@
+"""The converted file computes what the merged torch model computes, and a slip is noticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_model
+import torch
+
+from convert import tensors, writer
+from convert.merge import merge
+from convert.vocab import read_vocabulary
+from convert.writer import write_gguf
+from qcat.backends.llama import LlamaModel
+from qcat.errors import ExportError
+from qcat.tokenization import HubTokenizer
+
+PROMPT = "When was the pool pump replaced?\nCategory: water heater, fence and 12 gutters"
+KINDS = ("qwen3", "qwen2", "llama")
+
+
+def convert(merged, path, task, **more):
+    tokenizer = HubTokenizer(merged.tokenizer_folder)
+    vocabulary = read_vocabulary(tokenizer, merged.vocabulary_rows)
+    write_gguf(path, merged.model, vocabulary, task=task, chat_template="", source={}, **more)
+    return tokenizer
+
+
+def gguf_log_probabilities(path, ids):
+    """Log-probabilities at every position, through a plain llama.cpp context: (tokens, vocab)."""
+    import llama_cpp
+
+    with LlamaModel(path) as model:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = 512
+        params.n_threads = params.n_threads_batch = 2
+        context = llama_cpp.llama_init_from_model(model.handle, params)
+        batch = llama_cpp.llama_batch_init(512, 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for at, token in enumerate(ids):
+                batch.token[at], batch.pos[at] = token, at
+                batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = 1, 0, 1
+            assert llama_cpp.llama_decode(context, batch) == 0
+            rows = [
+                np.ctypeslib.as_array(
+                    llama_cpp.llama_get_logits_ith(context, at), (model.n_vocab,)
+                ).copy()
+                for at in range(len(ids))
+            ]
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_free(context)
+    return torch.log_softmax(torch.tensor(np.stack(rows)), -1).numpy()
+
+
+def torch_log_probabilities(model, ids):
+    with torch.inference_mode():
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1).numpy()
+
+
+def difference(merged, path, tokenizer):
+    ids = tokenizer.encode(PROMPT, special=False)
+    theirs = gguf_log_probabilities(path, ids)
+    ours = torch_log_probabilities(merged.model, ids)
+    same = bool((theirs.argmax(-1) == ours.argmax(-1)).all())
+    return float(np.abs(theirs - ours).max()), same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["f16", "bf16"])
+def test_gguf_agrees_with_torch(kind, precision, make_checkpoint, household, tmp_path):
+    checkpoint = make_checkpoint(kind)
+    merged = merge(checkpoint.adapter, None)
+    tokenizer = convert(merged, tmp_path / "m.gguf", household, precision=precision)
+    largest, same = difference(merged, tmp_path / "m.gguf", tokenizer)
+    assert largest < (2e-2 if precision == "f16" else 2e-1)
+    if precision == "f16":
+        assert same
+    # and the adapter is not lost on the way
+    ids = tokenizer.encode(PROMPT, special=False)
+    base = torch_log_probabilities(checkpoint.model.eval(), ids)
+    assert np.abs(base - torch_log_probabilities(merged.model, ids)).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_old_rope_notation_gives_the_same_model(kind, make_checkpoint, household, tmp_path):
+    checkpoint = make_checkpoint(kind)
+    old = tmp_path / "old"
+    shutil.copytree(checkpoint.base, old)
+    config = json.loads((old / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    assert theta == 500000.0  # no version's default, so a lost one shows
+    config |= {"rope_theta": theta, "rope_scaling": None, "torch_dtype": config.pop("dtype")}
+    (old / "config.json").write_text(json.dumps(config))
+    new, before = merge(checkpoint.adapter, None), merge(checkpoint.adapter, str(old))
+    tokenizer = convert(before, tmp_path / "old.gguf", household)
+    largest, same = difference(new, tmp_path / "old.gguf", tokenizer)
+    assert largest < 2e-2
+    assert same
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_untied_head(kind, make_checkpoint, household, tmp_path):
+    checkpoint = make_checkpoint(kind, tied=False, hidden=64)
+    merged = merge(checkpoint.adapter, None)
+    tokenizer = convert(merged, tmp_path / "m.gguf", household)
+    largest, same = difference(merged, tmp_path / "m.gguf", tokenizer)
+    assert largest < 2e-2
+    assert same
+
+
+@pytest.mark.parametrize(
+    ("kind", "left", "right"),
+    [
+        ("qwen3", "self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+        ("qwen2", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        ("llama", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    ],
+)
+def test_a_swapped_mapping_is_noticed(
+    kind, left, right, make_checkpoint, household, tmp_path, monkeypatch
+):
+    merged = merge(make_checkpoint(kind).adapter, None)
+    name = type(merged.model).__name__
+    arch = tensors.ARCHITECTURES[name]
+    block = dict(arch.block)
+    block[left], block[right] = block[right], block[left]
+    broken = {**tensors.ARCHITECTURES, name: replace(arch, block=block)}
+    monkeypatch.setattr(tensors, "ARCHITECTURES", broken)
+    tokenizer = convert(merged, tmp_path / "m.gguf", household)
+    assert difference(merged, tmp_path / "m.gguf", tokenizer)[0] > 2e-2
+
+
+def test_unpermuted_llama_attention_is_noticed(make_checkpoint, household, tmp_path, monkeypatch):
+    merged = merge(make_checkpoint("llama").adapter, None)
+    monkeypatch.setattr(writer, "gguf_tensor", lambda name, tensor, arch, params: tensor)
+    tokenizer = convert(merged, tmp_path / "m.gguf", household)
+    assert difference(merged, tmp_path / "m.gguf", tokenizer)[0] > 2e-2
+
+
+def adapter_case(checkpoint, folder, **settings):
+    model = type(checkpoint.model).from_pretrained(checkpoint.base)
+    tiny_model.make_adapter(folder, model, str(checkpoint.base), **settings)
+    return folder
+
+
+@pytest.mark.filterwarnings(  # peft says what this test is about
+    "ignore:Model .*`tie_word_embeddings=True`", "ignore:Input and output embeddings are no longer"
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "v_proj"], "r": 4},
+    ],
+    ids=str,
+)
+def test_adapters_of_many_kinds(settings, make_checkpoint, household, tmp_path):
+    """Merged and converted they equal PEFT's own unmerged forward pass."""
+    from peft import PeftModel
+
+    checkpoint = make_checkpoint("qwen3", hidden=64)
+    folder = adapter_case(checkpoint, tmp_path / "adapter", **settings)
+    tokenizer = HubTokenizer(checkpoint.base)
+    ids = tokenizer.encode(PROMPT, special=False)
+    base = type(checkpoint.model).from_pretrained(checkpoint.base)
+    unmerged = torch_log_probabilities(PeftModel.from_pretrained(base, folder).eval(), ids)
+    merged = merge(folder, None)
+    convert(merged, tmp_path / "m.gguf", household)
+    assert np.abs(gguf_log_probabilities(tmp_path / "m.gguf", ids) - unmerged).max() < 2e-2
+
+
+def test_saved_modules_of_other_kinds_are_refused_by_name(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("qwen3", hidden=64)
+    folder = adapter_case(checkpoint, tmp_path / "adapter", modules_to_save=["norm"])
+    with pytest.raises(ExportError, match="modules_to_save holds 'norm'"):
+        merge(folder, None)
+
+
+def test_a_quantized_base_is_refused(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("qwen3", hidden=64)
+    shutil.copytree(checkpoint.base, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="merge from the unquantized base"):
+        merge(checkpoint.adapter, str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel cannot"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "'linear'",
+        ),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, "sliding"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_what_gguf_would_lack_is_refused(change, message, make_checkpoint, household, tmp_path):
+    checkpoint = make_checkpoint("qwen3", hidden=64)
+    merged = merge(checkpoint.adapter, None)
+    config = json.loads((checkpoint.base / "config.json").read_text())
+    config.pop("layer_types", None)
+    merged.model.config = type(merged.model.config)(**config | change)
+    with pytest.raises(ExportError, match=message):
+        convert(merged, tmp_path / "m.gguf", household)
+
+
+def test_an_unknown_tensor_is_refused_by_name():
+    arch = tensors.ARCHITECTURES["Qwen3ForCausalLM"]
+    with pytest.raises(ExportError, match=r"layers\.0\.self_attn\.q_proj\.bias"):
+        tensors.gguf_name("model.layers.0.self_attn.q_proj.bias", arch)
+
+
+def test_no_base_anywhere(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("qwen3", hidden=64)
+    with pytest.raises(ExportError, match="no such folder, and not to be had from the hub"):
+        merge(checkpoint.adapter, str(tmp_path / "gone" / "base" / "model"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExportError, match=r"no \.safetensors file"):
+        merge(checkpoint.adapter, str(tmp_path / "empty"))
+    with pytest.raises(ExportError, match=r"adapter_config\.json"):
+        merge(tmp_path / "empty", str(checkpoint.base))
+
+
+def test_an_adapter_for_another_base(make_checkpoint):
+    small, large = make_checkpoint("qwen3", hidden=64), make_checkpoint("qwen3", hidden=256)
+    with pytest.raises(ExportError, match="does not fit the base"):
+        merge(small.adapter, str(large.base))
+
+
+def test_a_truncated_adapter_or_base(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("qwen3", hidden=64)
+    shutil.copytree(checkpoint.adapter, tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ExportError, match="damaged"):
+        merge(tmp_path / "adapter", None)
+    shutil.copytree(checkpoint.base, tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ExportError, match="cannot be loaded"):
+        merge(checkpoint.adapter, str(tmp_path / "base"))
