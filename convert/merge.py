@@ -114,6 +114,7 @@ def _load_base(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call] # the command line draws its own
 
     try:
@@ -131,7 +132,8 @@ def _apply(model: Any, adapter: Path) -> Any:
 
     rows = _embedding_rows(adapter)
     if rows and rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows)  # the adapter was trained with tokens added
+        # The adapter was trained with tokens added; it brings their rows itself.
+        model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 
 def test_prints_one_label_a_line(qcat, house, household):
@@ -33,6 +36,36 @@ def test_reads_stdin_and_keeps_lines_apart(qcat, house):
     assert empty == "-"
     assert second.split("\t")[0].rsplit(" ", 1)[0] == alone.stdout.split("\t")[0].rsplit(" ", 1)[0]
     assert first != second
+
+
+def test_a_slow_writer_is_answered_line_by_line(house):
+    program = Path(sys.executable).with_name("qcat")
+    with subprocess.Popen(
+        [program, "ask", "-m", house, "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for question in ("first?", "second?"):
+            process.stdin.write(f"{question}\n")
+            process.stdin.flush()
+            assert process.stdout.readline().strip()
+        process.stdin.close()
+        assert process.wait() == 0
+
+
+def test_odd_bytes_on_stdin(house):
+    program = Path(sys.executable).with_name("qcat")
+    text = b"\xef\xbb\xbfbom?\r\n\xff\xfe?\n\x00pool\x00?\nno line break at the end"
+    done = subprocess.run([program, "ask", "-m", house, "--json"], input=text, capture_output=True)
+    assert done.returncode == 0
+    asked = [json.loads(line)["question"] for line in done.stdout.splitlines()]
+    assert asked == ["bom?", "\ufffd\ufffd?", "\x00pool\x00?", "no line break at the end"]
+
+
+def test_a_closed_pipe_is_no_traceback(house):
+    program = Path(sys.executable).with_name("qcat")
+    command = f"yes 'pool?' | head -n 2000 | '{program}' ask -m '{house}' - | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
 
 
 def test_abstains_under_the_threshold_with_status_3(qcat, house):

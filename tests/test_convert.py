@@ -179,6 +179,32 @@ def test_adapters_of_many_kinds(settings, make_checkpoint, household, tmp_path):
     assert np.abs(gguf_log_probabilities(tmp_path / "m.gguf", ids) - unmerged).max() < 2e-2
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_trained_with_added_tokens(make_checkpoint, household, tmp_path):
+    """Its embedding has more rows than the base's, and its tokenizer more words."""
+    import tiny_model
+    from tokenizers import AddedToken, Tokenizer
+
+    checkpoint = make_checkpoint("qwen3", hidden=64, tied=False)
+    rows = checkpoint.model.config.vocab_size + 8
+    model = type(checkpoint.model).from_pretrained(checkpoint.base)
+    model.resize_token_embeddings(rows)
+    folder = tmp_path / "adapter"
+    saved = ["embed_tokens", "lm_head"]
+    tiny_model.make_adapter(folder, model, str(checkpoint.base), modules_to_save=saved)
+    tokenizer = Tokenizer.from_file(str(checkpoint.base / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("poolpumpX1", normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    shutil.copy(checkpoint.base / "tokenizer_config.json", folder)
+    merged = merge(folder, None)
+    assert merged.vocabulary_rows == rows
+    found = convert(merged, tmp_path / "m.gguf", household)
+    assert len(found.encode("poolpumpX1", special=False)) == 1
+    largest, same = difference(merged, tmp_path / "m.gguf", found)
+    assert largest < 2e-2
+    assert same
+
+
 def test_saved_modules_of_other_kinds_are_refused_by_name(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint("qwen3", hidden=64)
     folder = adapter_case(checkpoint, tmp_path / "adapter", modules_to_save=["norm"])

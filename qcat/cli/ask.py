@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import sys
 from collections.abc import Iterator
-from itertools import islice
-from typing import IO
+from itertools import chain
 
 import click
 
@@ -82,14 +83,14 @@ def command(
       qcat ask -m house.gguf "When was the pool pump replaced?"
       qcat ask -m house.gguf --json --top 3 < questions.txt
     """
-    source: Iterator[str] = iter(questions)
+    groups = iter([list(questions)])
     if questions in ((), ("-",)):
-        source = _lines(sys.stdin.buffer)
+        groups = _available_lines(sys.stdin.fileno())
     status = 0
     with Classifier.open(
         model, threshold=threshold, strict=strict, threads=threads, verbose=verbose
     ) as classifier:
-        answers = _say(classifier, source) if decode == "free" else _ask(classifier, source)
+        answers = _say(classifier, groups) if decode == "free" else _ask(classifier, groups)
         for number, question, answer in answers:
             if isinstance(answer, QuestionError):
                 # Its line is kept, so that line n of the output answers line n of the input.
@@ -116,13 +117,12 @@ def command(
 
 
 Answer = tuple[int, str, Prediction | str | QuestionError]
-_TOGETHER = 16
 
 
-def _ask(classifier: Classifier, source: Iterator[str]) -> Iterator[Answer]:
+def _ask(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer]:
     """Answers in order; a question that cannot be asked spoils only its own line."""
     number = 0
-    while group := list(islice(source, _TOGETHER)):
+    for group in groups:
         while group:
             done = 0
             try:
@@ -144,18 +144,24 @@ def _refusal(classifier: Classifier, question: str) -> QuestionError:
     raise AssertionError("ask_many refused a question that ask takes")
 
 
-def _say(classifier: Classifier, source: Iterator[str]) -> Iterator[Answer]:
-    for number, question in enumerate(source, 1):
+def _say(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer]:
+    for number, question in enumerate(chain.from_iterable(groups), 1):
         try:
             yield number, question, classifier.say(question)
         except QuestionError as error:
             yield number, question, error
 
 
-def _lines(stream: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(stream):
-        text = line.decode("utf-8", "replace").rstrip("\r\n")
-        yield text.removeprefix("\ufeff") if number == 0 else text
+def _available_lines(descriptor: int) -> Iterator[list[str]]:
+    """Lines of stdin in groups: as many as are there, so that a slow writer is answered at once."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    rest = ""
+    while chunk := os.read(descriptor, 1 << 16):
+        *lines, rest = (rest + decoder.decode(chunk)).split("\n")
+        if lines:
+            yield [line.removesuffix("\r") for line in lines]
+    if rest := rest + decoder.decode(b"", final=True):
+        yield [rest.removesuffix("\r")]
 
 
 def _line(question: str, answer: Prediction, as_json: bool, top: int | None, abstain: str) -> str:

@@ -1,0 +1,166 @@
+"""What holds for the project as a whole: who imports whom, what stays unloaded, stored examples."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import EXAMPLE, ROOT
+
+from convert.modelfile import modelfile
+from qcat.cli import COMMANDS
+from qcat.errors import TaskError
+from qcat.grammar import grammar
+from qcat.prompt import QUESTION_ROOM, build_prompt
+from qcat.task import Task
+from qcat.version import __version__
+
+# Which packages may import which, besides their own. Nothing may import `cli`.
+ALLOWED = {
+    "core": set(),
+    "backends": {"core"},
+    "classifier": {"core", "backends"},
+    "learn": {"core", "backends", "classifier"},
+    "convert": {"core", "backends", "classifier"},
+    "cli": {"core", "backends", "classifier", "learn", "convert"},
+}
+
+
+def room(module):
+    """The room of the architecture that a module lives in; None for what is not ours."""
+    parts = module.split(".")
+    if parts[0] == "convert":
+        return "convert"
+    if parts[0] != "qcat":
+        return None
+    if len(parts) > 1 and parts[1] in ("backends", "learn", "cli", "classifier"):
+        return parts[1]
+    return "core"
+
+
+def imports(path):
+    """Every module that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+SOURCES = sorted([*ROOT.glob("qcat/**/*.py"), *ROOT.glob("convert/**/*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    if name == "qcat":
+        return  # the public face re-exports the classifier
+    for module in imports(path):
+        target = room(module)
+        if target and target != room(name):
+            assert target in ALLOWED[room(name)], f"{name} imports {module}"
+        if module.split(".")[0] == "click":
+            assert room(name) == "cli", f"{name} imports click"
+        if module.split(".")[0] == "llama_cpp":
+            assert name in ("qcat.backends.llama", "convert.quantize", "qcat.cli.doctor")
+
+
+def test_asking_loads_neither_torch_nor_transformers(house):
+    code = (
+        "import sys, qcat\n"
+        "assert 'llama_cpp' not in sys.modules\n"
+        "with qcat.Classifier.open(sys.argv[1]) as c: c.ask('pool?')\n"
+        "sys.argv = ['qcat', 'ask', '-m', sys.argv[1], 'pool?']\n"
+        "from qcat.cli import run\n"
+        "assert run(None) == 0\n"
+        "heavy = {'torch', 'transformers', 'peft', 'gguf', 'sklearn', 'tokenizers', 'convert'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, house], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
+@pytest.mark.parametrize("stored", sorted(ROOT.glob("grammars/*.gbnf")), ids=lambda path: path.name)
+def test_stored_grammars_are_what_the_code_writes(stored):
+    task = Task.read(ROOT / "examples" / stored.stem / "task.toml")
+    assert stored.read_text("utf-8") == grammar(task)
+
+
+@pytest.mark.parametrize(
+    "stored", sorted(ROOT.glob("modelfiles/*.Modelfile")), ids=lambda path: path.name
+)
+def test_stored_modelfiles_are_what_the_code_writes(stored):
+    class Qwen3:
+        """Knows Qwen3's chat tokens; no more of a vocabulary shows in a Modelfile's text."""
+
+        def encode(self, text, *, special):
+            known = special and text in ("<|im_start|>", "<|im_end|>", "<think>")
+            return [0] if known else list(text.encode())
+
+    name, _, style = stored.stem.partition(".")
+    task = Task.read(ROOT / "examples" / name / "task.toml").replace(style=style or "plain")
+    text = modelfile(
+        task,
+        build_prompt(task, Qwen3()),
+        gguf=f"{name}.gguf",
+        n_prefix=80,
+        n_answer=2,
+        end="<|im_end|>",
+    )
+    assert stored.read_text("utf-8") == text
+
+
+def test_examples_are_stored_at_all():
+    assert list(ROOT.glob("grammars/*.gbnf"))
+    assert len(list(ROOT.glob("modelfiles/*.Modelfile"))) == 2
+
+
+def test_version_is_one(qcat):
+    assert qcat("--version").stdout == f"qcat, version {__version__}\n"
+
+
+def test_readme_names_every_command(qcat):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for command in COMMANDS:
+        assert f"qcat {command}" in readme
+    assert "make demo" in readme
+    assert "make test" in readme
+    assert str(QUESTION_ROOM) in readme
+
+
+def test_doctor(qcat):
+    done = qcat("doctor")
+    assert done.returncode == 0
+    rows = dict(
+        re.split(r"\s{2,}|\s(?=\S+$)", line, maxsplit=1) for line in done.stdout.splitlines()
+    )
+    assert rows["qcat"] == __version__
+    assert rows["threads"].split()[0].isdigit()
+    for name in ("llama.cpp", "hub cache", "qcat cache", "ollama server"):
+        assert name in done.stdout
+
+
+def test_grammar_of_a_task_file(qcat):
+    done = qcat("grammar", EXAMPLE / "task.toml")
+    assert done.stdout == grammar(Task.read(EXAMPLE / "task.toml"))
+
+
+def test_grammar_needs_codes(qcat, tmp_path):
+    text = (EXAMPLE / "task.toml").read_text("utf-8").replace('"name"\n\n', '"code"\n\n')
+    (tmp_path / "task.toml").write_text(text, "utf-8")
+    done = qcat("grammar", tmp_path / "task.toml")
+    assert done.returncode == 1
+    assert "codes are chosen for a tokenizer" in done.stderr
+    with pytest.raises(TaskError, match="no codes yet"):
+        grammar(Task.read(tmp_path / "task.toml"))
+
+
+def test_debug_shows_the_traceback(qcat, tmp_path):
+    import os
+
+    done = qcat("inspect", tmp_path / "no.gguf", env={**os.environ, "QCAT_DEBUG": "1"})
+    assert "Traceback" in done.stderr
+    assert "BundleError" in done.stderr
