@@ -6,6 +6,7 @@ is cleared away by the next one.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -18,15 +19,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.card import model_card
-from convert.imatrix import importance_matrix
+from convert.imatrix import ImportanceMatrix, importance_matrix
 from convert.merge import Merged, merge
 from convert.modelfile import chat_template, modelfile
 from convert.quantize import quantize
 from convert.replay import TorchReplay
-from convert.verify import check_tokens, quality, replay_gguf, replay_torch
+from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_torch
 from convert.vocab import read_vocabulary
 from convert.writer import Precision, write_gguf
 from qcat.backends.llama import LlamaModel, default_threads
@@ -140,9 +139,80 @@ def _working_folder(target: Path) -> Iterator[Path]:
         ) from None
 
 
-def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str, Any]:
-    threads = default_threads()
+@dataclass(frozen=True)
+class _Setup:
+    """What the steps share, once the tokenizer is known."""
 
+    task: Task
+    """With codes chosen, if it uses them."""
+    tokenizer: HubTokenizer
+    prompt: Prompt
+    prefix: list[int]
+    trie: LabelTrie
+
+    def rest(self, question: str) -> list[int]:
+        """Token ids after the prefix. Raises DataError for a question that does not fit."""
+        ids = encode_segments(self.prompt.rest(question), self.tokenizer)
+        if len(ids) > QUESTION_ROOM:
+            raise DataError(
+                f"question {question[:60]!r}…: {len(ids)} tokens, "
+                f"room for {QUESTION_ROOM}: shorten it"
+            )
+        return ids
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the merged model in torch was needed for, so that it can go before quantizing."""
+
+    setup: _Setup
+    source: dict[str, Any]
+    imatrix: ImportanceMatrix | None
+    reference: Floats | None
+    """Label log-probabilities of the held-out questions, shape (questions, labels)."""
+
+
+def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str, Any]:
+    full = folder / f"full.{request.precision}.gguf"
+    measured = _convert_and_measure(full, request, progress)
+    gc.collect()  # the torch model is gone: the quantizer is the next to need memory
+    setup = measured.setup
+    gguf = folder / f"{setup.task.name}.gguf"
+    text, special = _modelfile(full, gguf.name, setup, request)
+
+    progress("quantize", 0, 1)
+    made = quantize(
+        full, gguf, request.quantization, imatrix=measured.imatrix, threads=default_threads()
+    )
+    progress("quantize", 1, 1)
+
+    report: dict[str, Any] = {
+        "task": setup.task.name,
+        "quantization": request.quantization,
+        "source": measured.source,
+        "imatrix_questions": min(len(request.training), _IMATRIX_QUESTIONS),
+        "tensors": made.types,
+        "fallbacks": made.fallbacks,
+    }
+    if measured.reference is not None:
+        report["proof"] = {
+            **_prove(full, gguf, setup, measured.reference, request, progress),
+            "special_in_ollama": special,
+        }
+    full.unlink()
+    write_section(gguf, REPORT_KEY, report)
+    report["bytes"] = gguf.stat().st_size
+    (folder / "Modelfile").write_text(text, "utf-8")
+    (folder / "labels.gbnf").write_text(grammar(setup.task), "utf-8")
+    (folder / "task.toml").write_text(setup.task.to_toml(), "utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), "utf-8")
+    card = model_card(setup.task, report, gguf.name)
+    (folder / "MODEL_CARD.md").write_text(card, "utf-8")
+    return report
+
+
+def _convert_and_measure(full: Path, request: Request, progress: Progress) -> _Measured:
+    """Everything that needs the model in torch: merge, write the GGUF, matrix, reference."""
     progress("merge", 0, 1)
     merged = merge(request.adapter, request.base)
     progress("merge", 1, 1)
@@ -151,12 +221,16 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
     vocabulary = read_vocabulary(tokenizer, merged.vocabulary_rows)
     task = with_codes(request.task, tokenizer)
     prompt = build_prompt(task, tokenizer)
-    prefix = encode_segments(prompt.prefix, tokenizer)
-    trie = LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end)
+    setup = _Setup(
+        task=task,
+        tokenizer=tokenizer,
+        prompt=prompt,
+        prefix=encode_segments(prompt.prefix, tokenizer),
+        trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
+    )
+    training = [setup.rest(question) for question in _spread(request.training, _IMATRIX_QUESTIONS)]
+    held_out = [setup.rest(question) for question, _ in request.held_out]
     source = _source(request, merged)
-
-    gguf = folder / f"{task.name}.gguf"
-    full = folder / f"{task.name}.{request.precision}.gguf"
     write_gguf(
         full,
         merged.model,
@@ -167,107 +241,68 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
         precision=request.precision,
         progress=lambda done, total: progress("convert", done, total),
     )
-    replay = (
-        TorchReplay(merged.model, prefix, trie) if request.training or request.held_out else None
-    )
-    chosen = _spread(request.training, _IMATRIX_QUESTIONS)
-    imatrix = (
-        importance_matrix(
-            replay,
-            [_rest(prompt, tokenizer, question) for question in chosen],
-            lambda done, total: progress("importance matrix", done, total),
-        )
-        if replay and chosen
-        else None
-    )
-    progress("quantize", 0, 1)
-    made = quantize(full, gguf, request.quantization, imatrix=imatrix, threads=threads)
-    progress("quantize", 1, 1)
+    imatrix = reference = None
+    if training or held_out:
+        replay = TorchReplay(merged.model, setup.prefix, setup.trie)
+        if training:
+            imatrix = importance_matrix(
+                replay, training, lambda done, total: progress("importance matrix", done, total)
+            )
+        if held_out:
+            reference = replay_torch(
+                replay,
+                setup.trie,
+                held_out,
+                lambda done, total: progress("prove merged", done, total),
+            )
+    return _Measured(setup, source, imatrix, reference)
 
-    with LlamaModel(gguf, vocab_only=True) as served:
-        prepare(Bundle.read(gguf), served)
-        end = served.decode([tokenizer.end])
+
+def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[str, int]:
+    """The Modelfile, its tokens checked; and how many questions spell a special token."""
+    with LlamaModel(full, vocab_only=True) as served:
+        prepare(Bundle.read(full), served)
         text = modelfile(
-            task,
-            prompt,
-            gguf=gguf.name,
-            n_prefix=len(prefix),
-            n_answer=max(len(sequence) for sequence in trie.sequences),
-            end=end,
+            setup.task,
+            setup.prompt,
+            gguf=gguf,
+            n_prefix=len(setup.prefix),
+            n_answer=max(len(sequence) for sequence in setup.trie.sequences),
+            end=served.decode([served.end]),
         )
-        special = check_tokens(
-            prompt, tokenizer, served, text, [question for question, _ in request.held_out]
-        )
-    (folder / "Modelfile").write_text(text, "utf-8")
-    (folder / "labels.gbnf").write_text(grammar(task), "utf-8")
-    (folder / "task.toml").write_text(task.to_toml(), "utf-8")
-
-    report: dict[str, Any] = {
-        "task": task.name,
-        "quantization": request.quantization,
-        "source": source,
-        "imatrix_questions": len(chosen),
-        "tensors": made.types,
-        "fallbacks": made.fallbacks,
-    }
-    if replay and request.held_out:
-        report["proof"] = _prove(
-            request, replay, task, prompt, tokenizer, trie, full, gguf, progress
-        )
-        report["proof"]["special_in_ollama"] = special
-    full.unlink()
-    write_section(gguf, REPORT_KEY, report)
-    report["bytes"] = gguf.stat().st_size
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), "utf-8")
-    (folder / "MODEL_CARD.md").write_text(model_card(task, report, gguf.name), "utf-8")
-    return report
+        questions = [question for question, _ in request.held_out]
+        return text, check_tokens(setup.prompt, setup.tokenizer, served, text, questions)
 
 
 def _prove(
-    request: Request,
-    replay: TorchReplay,
-    task: Task,
-    prompt: Prompt,
-    tokenizer: HubTokenizer,
-    trie: LabelTrie,
     full: Path,
     gguf: Path,
+    setup: _Setup,
+    reference: Floats,
+    request: Request,
     progress: Progress,
 ) -> dict[str, Any]:
     truth = [label for _, label in request.held_out]
-    rests = [_rest(prompt, tokenizer, question) for question, _ in request.held_out]
-    reference = replay_torch(
-        replay, trie, rests, lambda done, total: progress("prove merged", done, total)
-    )
+    rests = [setup.rest(question) for question, _ in request.held_out]
 
-    def of_file(path: Path, step: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return replay_gguf(
+    def of_file(path: Path, step: str) -> dict[str, Any]:
+        found = replay_gguf(
             path,
-            task=task,
-            prefix=encode_segments(prompt.prefix, tokenizer),
-            trie=trie,
+            task=setup.task,
+            prefix=setup.prefix,
+            trie=setup.trie,
             rests=rests,
             threads=default_threads(),
-            progress=lambda done, total: progress(step, done, total),
+            progress=lambda done, total: progress(f"prove {step}", done, total),
         )
+        return quality(found, reference, truth).to_dict()
 
     return {
         "questions": len(rests),
         "merged": quality(reference, reference, truth).to_dict(),
-        "f16": quality(of_file(full, "prove f16"), reference, truth).to_dict(),
-        "quantized": quality(
-            of_file(gguf, f"prove {request.quantization}"), reference, truth
-        ).to_dict(),
+        "f16": of_file(full, request.precision),
+        "quantized": of_file(gguf, request.quantization),
     }
-
-
-def _rest(prompt: Prompt, tokenizer: HubTokenizer, question: str) -> list[int]:
-    ids = encode_segments(prompt.rest(question), tokenizer)
-    if len(ids) > QUESTION_ROOM:
-        raise DataError(
-            f"question {question[:60]!r}…: {len(ids)} tokens, room for {QUESTION_ROOM}: shorten it"
-        )
-    return ids
 
 
 def _spread(questions: tuple[str, ...], most: int) -> tuple[str, ...]:

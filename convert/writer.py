@@ -142,7 +142,8 @@ def _add_tensors(
     for done, (name, tensor) in enumerate(state.items(), 1):
         values = gguf_tensor(name, tensor, arch, params)
         if tensor.ndim > 1:
-            if precision == "f16" and float(values.abs().max()) > _F16_MAX:
+            low, high = (float(extreme) for extreme in values.aminmax())
+            if precision == "f16" and max(-low, high) > _F16_MAX:
                 raise ExportError(f"tensor {name} does not fit float16: export with bf16")
             values = values.to(matrix[0])
         raw = values.contiguous().view(torch.uint8) if values.dtype == torch.bfloat16 else values

@@ -101,6 +101,8 @@ def command(
     held_out = _examples(data, run / "test.jsonl", task)
     training = _examples(train_data, run / "train.jsonl", task)
 
+    if sys.stderr.isatty():
+        click.echo("loading torch and transformers …", err=True)
     from convert.card import quality_rows
     from convert.pipeline import Request, export
 
