@@ -135,12 +135,27 @@ def _apply(model: Any, adapter: Path) -> Any:
         # The adapter was trained with tokens added; it brings their rows itself.
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+        tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
+        before = _probe(tuned)
+        merged = tuned.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ExportError(
             f"adapter {adapter}: does not fit the base: {_first_line(error)}"
         ) from None
+    if float((_probe(merged) - before).abs().max()) > 1e-2 * float(before.abs().max()):
+        raise ExportError(
+            f"adapter {adapter}: merging changes what the model computes, as LoRA on a tied head "
+            "or embedding does: train without lm_head and embed_tokens in target_modules"
+        )
     return merged
+
+
+def _probe(model: Any) -> torch.Tensor:
+    """Logits after a few arbitrary tokens, shape (n_vocab,): to compare before and after."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.as_tensor(model(input_ids=torch.arange(3, 19)[None]).logits[0, -1]).clone()
 
 
 def _embedding_rows(adapter: Path) -> int | None:

@@ -8,7 +8,6 @@ finds the words of tools or thinking in it (server/images.go), so those are brok
 
 from __future__ import annotations
 
-import json
 import re
 
 from qcat.errors import ExportError
@@ -44,6 +43,8 @@ def modelfile(
             f"FROM ./{gguf}",
             f'TEMPLATE """{go_template(prompt)}"""',
             "PARAMETER temperature 0",
+            # Ollama's penalty would look at the prompt's end, where the labels stand.
+            "PARAMETER repeat_penalty 1",
             f"PARAMETER num_predict {n_answer + 1}",
             f"PARAMETER num_ctx {-(-cells // _CTX_STEP) * _CTX_STEP}",
             f'PARAMETER stop "{end}"',
@@ -78,7 +79,7 @@ def render(text: str, question: str) -> str:
         raise ExportError("the Modelfile has no TEMPLATE")
     pieces, at = [], 0
     for action in _ACTION.finditer(found[1]):
-        pieces += [found[1][at : action.start()], question if action[1] else json.loads(action[2])]
+        pieces += [found[1][at : action.start()], question if action[1] else _unquoted(action[2])]
         at = action.end()
     pieces.append(found[1][at:])
     if any("{{" in piece for piece in (found[1][at:], *pieces[:-1:2])):
@@ -98,8 +99,16 @@ def _go_text(text: str) -> str:
     )
 
 
+def _unquoted(text: str) -> str:
+    """The value of a Go string that `_go_string` wrote."""
+    return re.sub(
+        r"\\(?:u([0-9a-f]{4})|U([0-9a-f]{8})|(.))",
+        lambda escape: escape[3] or chr(int(escape[1] or escape[2], 16)),
+        text[1:-1],
+    )
+
+
 def _go_string(text: str) -> str:
-    # A JSON string is a Go string, too, up to surrogate pairs, so those are left as text.
     escaped = "".join(
         char
         if char.isprintable() and char not in '"\\'

@@ -6,8 +6,9 @@ is cleared away by the next one.
 
 from __future__ import annotations
 
+import errno
 import gc
-import hashlib
+import glob
 import json
 import os
 import shutil
@@ -49,6 +50,8 @@ Progress = Callable[[str, int, int], None]
 """Called with a step's name, and how much of it is done of how much."""
 
 _IMATRIX_QUESTIONS = 512  # more change the matrix by less than the quantizer's own noise
+
+_PROBES = ("When was it replaced?", "12 'é'…", "ok")  # so that tokens are compared without data too
 
 
 @dataclass(frozen=True)
@@ -116,27 +119,32 @@ def _working_folder(target: Path) -> Iterator[Path]:
     """
     from filelock import FileLock, Timeout
 
-    target = target.absolute()
-    name = hashlib.sha256(os.fsencode(target)).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"qcat-{os.getuid()}-{name}.lock", blocking=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with lock:
-            for stale in target.parent.glob(f".{target.name}.export-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.export-", dir=target.parent))
-            try:
-                folder.chmod(0o755)
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        parent = target.parent.resolve()
+        lock = FileLock(parent / f".{target.name}.export.lock", blocking=False)
+        lock.acquire()
     except Timeout:
         raise ExportError(f"{target}: another export is writing it: wait for it") from None
     except OSError as error:
-        raise ExportError(
-            f"{error.filename or target}: {error.strerror or error}: "
-            "make room, or choose another folder"
-        ) from None
+        raise ExportError(f"{target}: {error.strerror or error}: choose another folder") from None
+    prefix = f".{target.name}.export-"
+    folder = None
+    try:
+        for stale in parent.glob(f"{glob.escape(prefix)}????????"):
+            shutil.rmtree(stale, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        folder.chmod(0o755)
+        yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ExportError(f"{target}: the disk is full: make room") from None
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 @dataclass(frozen=True)
@@ -261,7 +269,16 @@ def _convert_and_measure(full: Path, request: Request, progress: Progress) -> _M
 def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[str, int]:
     """The Modelfile, its tokens checked; and how many questions spell a special token."""
     with LlamaModel(full, vocab_only=True) as served:
-        prepare(Bundle.read(full), served)
+        prompt, trie = prepare(Bundle.read(full), served)
+        if (prompt, trie.sequences, trie.end) != (
+            setup.prompt,
+            setup.trie.sequences,
+            setup.trie.end,
+        ):
+            raise ExportError(
+                "llama.cpp spells the labels otherwise than the tokenizer does: "
+                "please report it with the tokenizer's name"
+            )
         text = modelfile(
             setup.task,
             setup.prompt,
@@ -270,7 +287,7 @@ def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[
             n_answer=max(len(sequence) for sequence in setup.trie.sequences),
             end=served.decode([served.end]),
         )
-        questions = [question for question, _ in request.held_out]
+        questions = [*_PROBES, *(question for question, _ in request.held_out)]
         return text, check_tokens(setup.prompt, setup.tokenizer, served, text, questions)
 
 
@@ -314,8 +331,8 @@ def _spread(questions: tuple[str, ...], most: int) -> tuple[str, ...]:
 def _source(request: Request, merged: Merged) -> dict[str, Any]:
     packages = ("qcat", "llama-cpp-python", "gguf", "torch", "transformers", "peft")
     return {
-        "base": Path(merged.base).name if Path(merged.base).is_dir() else merged.base,
-        "adapter": request.adapter.name if request.adapter else None,
+        "base": Path(merged.base).resolve().name if Path(merged.base).is_dir() else merged.base,
+        "adapter": request.adapter.resolve().name if request.adapter else None,
         "fingerprint": merged.fingerprint,
         "versions": {package: metadata.version(package) for package in packages},
     }

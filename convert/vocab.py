@@ -47,6 +47,13 @@ def read_vocabulary(tokenizer: HubTokenizer, size: int) -> Vocabulary:
     model = spec["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ExportError(f"{where}: byte-level BPE expected, found {model.get('type')}")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if model.get(key):
+            raise ExportError(f"{where}: {key} is set: llama.cpp would not follow it")
+    if spec["normalizer"] not in (None, {"type": "NFC"}):
+        raise ExportError(
+            f"{where}: normalizer {json.dumps(spec['normalizer'])[:80]}: only NFC can be followed"
+        )
     by_id: dict[int, tuple[str, int]] = {
         number: (token, NORMAL) for token, number in model["vocab"].items()
     }

@@ -44,6 +44,24 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
 }  # fmt: skip
 _MAX_DIMENSIONS = 4
 
+# What `convert.writer` writes of a model, with the largest number that makes sense
+_ARCHITECTURES = ("qwen3", "qwen2", "llama")
+_COUNTS = {
+    "block_count": 512,  # llama.cpp's own limit
+    "context_length": 1 << 30,
+    "embedding_length": 1 << 20,
+    "feed_forward_length": 1 << 22,
+    "attention.head_count": 1 << 12,
+    "attention.head_count_kv": 1 << 12,
+    "attention.key_length": 1 << 12,
+    "attention.value_length": 1 << 12,
+    "rope.dimension_count": 1 << 12,
+    "vocab_size": 1 << 24,
+}
+_RATES = ("rope.freq_base", "attention.layer_norm_rms_epsilon")
+_TOKENS = "tokenizer.ggml.tokens"
+_DISTINCT = "tokenizer.ggml.tokens: distinct"  # not in the file: counted while it is read
+
 
 class Tensor(NamedTuple):
     """One entry of the tensor table."""
@@ -91,6 +109,10 @@ class Bundle:
         header = read_header(file)
         if TASK_KEY not in header.metadata:
             raise BundleError(f"{file}: a GGUF without qcat metadata: make one with `qcat export`")
+        try:
+            _check_model(header)
+        except _DamagedError as error:
+            raise BundleError(f"{file}: {error}: export it again") from None
         data = section(header, TASK_KEY, file)
         try:
             task = Task.from_dict(data)
@@ -128,6 +150,8 @@ def read_header(path: Path) -> Header:
             return _parse(data, size)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError:  # a NUL or a lone surrogate in the name
+        raise BundleError(f"{str(path)!r}: no file can have this name") from None
     except (struct.error, IndexError, _DamagedError) as error:
         raise BundleError(f"{path}: damaged or cut short ({error}): copy or export again") from None
 
@@ -240,7 +264,10 @@ def _parse(data: mmap.mmap, size: int) -> Header:
     metadata: dict[str, Any] = {}
     for _ in range(n_metadata):
         key, kind = cursor.text(), cursor.take("<I")
+        start = cursor.at
         value = cursor.value(kind)
+        if key == _TOKENS and kind == _ARRAY:
+            metadata[_DISTINCT] = _count_distinct(data, start + 12, value)
         metadata[key] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     metadata_end = cursor.at
     tensors = tuple(_tensor(cursor) for _ in range(n_tensors))
@@ -249,23 +276,34 @@ def _parse(data: mmap.mmap, size: int) -> Header:
     for tensor in tensors:
         end = data_start + tensor.offset + _bytes(tensor)
         if tensor.offset % alignment or end > size:
-            raise _DamagedError(f"tensor {tensor.name} ends at byte {end} of {size}")
+            raise _DamagedError(f"tensor {_shown(tensor.name)} ends at byte {end} of {size}")
     if not tensors:
         raise _DamagedError("no tensors")
     return Header(metadata, tensors, metadata_end, cursor.at, data_start, n_metadata)
 
 
+def _count_distinct(data: mmap.mmap, at: int, count: int) -> int:
+    """Different strings without a NUL among `count` that begin at a byte, walked before."""
+    unpack = struct.Struct("<Q").unpack_from
+    seen = set()
+    for _ in range(count):
+        end = at + 8 + unpack(data, at)[0]
+        seen.add(data[at + 8 : end])
+        at = end
+    return len(seen) - (b"".join(seen).count(b"\0") > 0)
+
+
 def _tensor(cursor: _Cursor) -> Tensor:
     name, n_dims = cursor.text(), cursor.take("<I")
     if not 1 <= n_dims <= _MAX_DIMENSIONS:
-        raise _DamagedError(f"tensor {name} has {n_dims} dimensions")
+        raise _DamagedError(f"tensor {_shown(name)} has {n_dims} dimensions")
     shape = tuple(cursor.take("<Q") for _ in range(n_dims))
     kind, offset = cursor.take("<I"), cursor.take("<Q")
     if kind not in TENSOR_TYPES:
-        raise _DamagedError(f"tensor {name} has the unknown type {kind}")
+        raise _DamagedError(f"tensor {_shown(name)} has type {kind}, which qcat does not make")
     type_name, block, _ = TENSOR_TYPES[kind]
     if shape[0] % block or 0 in shape:
-        raise _DamagedError(f"tensor {name} has the impossible shape {shape}")
+        raise _DamagedError(f"tensor {_shown(name)} has the impossible shape {shape}")
     return Tensor(name, shape, type_name, offset)
 
 
@@ -276,9 +314,47 @@ def _bytes(tensor: Tensor) -> int:
 
 def _alignment(metadata: Mapping[str, Any]) -> int:
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
-        raise _DamagedError(f"alignment {alignment}")
+    if not isinstance(alignment, int) or alignment < 32 or alignment & (alignment - 1):
+        raise _DamagedError(f"alignment {_shown(alignment)}")
     return alignment
+
+
+def _check_model(header: Header) -> None:
+    """Refuse hyper-parameters that `qcat export` does not write: llama.cpp aborts on some."""
+    metadata = header.metadata
+    arch = metadata.get("general.architecture")
+    if arch not in _ARCHITECTURES:
+        raise _DamagedError(f"architecture {_shown(arch)} is not one that qcat makes")
+    for key, value in metadata.items():
+        if key == "tokenizer.ggml.model" and value != "gpt2":
+            raise _DamagedError(f"tokenizer {_shown(value)} is not one that qcat makes")
+        if not key.startswith(f"{arch}."):
+            continue
+        name = key.removeprefix(f"{arch}.")
+        if name in _COUNTS:
+            known = isinstance(value, int) and 1 <= value <= _COUNTS[name]
+        else:
+            known = name in _RATES and isinstance(value, float) and 0 < value < math.inf
+        if not known:
+            raise _DamagedError(f"metadata {_shown(key)} is {_shown(value)}: qcat writes no such")
+    width = metadata.get(f"{arch}.attention.key_length")
+    if metadata.get(f"{arch}.rope.dimension_count", width) != width:
+        raise _DamagedError("rope.dimension_count is not the width of a head")
+    heads = metadata.get(f"{arch}.attention.head_count", 0)
+    kv_heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
+    rows = {"attn_q": heads * (width or 0), "attn_k": kv_heads * (width or 0)}
+    for tensor in header.tensors:
+        kind = tensor.name.removesuffix(".weight").rpartition(".")[2]
+        if kind in rows and len(tensor.shape) == 2 and tensor.shape[1] != rows[kind]:
+            raise _DamagedError(f"tensor {_shown(tensor.name)} does not fit the number of heads")
+    if metadata.get(_TOKENS) != metadata.get(_DISTINCT):
+        raise _DamagedError("a token stands twice in the vocabulary, or holds a NUL")
+
+
+def _shown(value: object) -> str:
+    """A value from a file, fit for one line of a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _packed_string(text: bytes) -> bytes:

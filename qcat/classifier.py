@@ -33,7 +33,7 @@ from qcat.trie import LabelTrie
 if TYPE_CHECKING:
     from qcat.backends.llama import LlamaModel, LlamaScorer
 
-_MAX_CHARS = 100_000  # of a question, before it is tokenized to see how much of it fits
+_MAX_CHARS = 20_000  # of a question, before it is tokenized to see how much of it fits
 _WINDOW = 64  # questions tokenized ahead by ask_many
 
 
@@ -111,7 +111,10 @@ class Classifier:
         Raises:
             BundleError: the file is absent, damaged, or no qcat GGUF.
             ModelError: llama.cpp cannot load it, or its vocabulary cannot spell the labels.
+            ValueError: a threshold or number of threads that makes no sense.
         """
+        if not 0 <= threshold <= 1 or (threads is not None and threads < 1):
+            raise ValueError("threshold from 0 to 1 and at least one thread expected")
         bundle = Bundle.read(Path(model))
         from qcat.backends.llama import LlamaModel, LlamaScorer, default_threads
 
@@ -148,25 +151,28 @@ class Classifier:
             QuestionError: for the first question that cannot be asked, naming its number, when
                 its turn comes; the answers before it have been given by then.
         """
-        source = enumerate(questions, 1)
-        while window := list(islice(source, _WINDOW)):
-            encoded: list[tuple[list[int], bool]] = []
-            failed: QuestionError | None = None
-            for number, question in window:
-                try:
-                    encoded.append(self._encode(question))
-                except QuestionError as error:
-                    failed = QuestionError(f"question {number}: {error}")
-                    break
-            scores = self._scorer.score([rest for rest, _ in encoded])
-            for (_, truncated), score in zip(encoded, scores, strict=True):
-                yield self._predict(score, truncated)
-            if failed:
-                raise failed
+        for number, answer in enumerate(self.ask_each(questions), 1):
+            if isinstance(answer, QuestionError):
+                raise QuestionError(f"question {number}: {answer}")
+            yield answer
 
-    def check(self, question: str) -> None:
-        """Raise the QuestionError that `ask` would raise for a question, without asking it."""
-        self._encode(question)
+    def ask_each(self, questions: Iterable[str]) -> Iterator[Prediction | QuestionError]:
+        """As `ask_many`, but a question that cannot be asked gives its error in its place."""
+        source = iter(questions)
+        while window := list(islice(source, _WINDOW)):
+            encoded = [self._encode_or_error(question) for question in window]
+            scores = self._scorer.score([e[0] for e in encoded if not isinstance(e, QuestionError)])
+            for entry in encoded:
+                if isinstance(entry, QuestionError):
+                    yield entry
+                else:
+                    yield self._predict(next(scores), entry[1])
+
+    def _encode_or_error(self, question: str) -> tuple[list[int], bool] | QuestionError:
+        try:
+            return self._encode(question)
+        except QuestionError as error:
+            return error
 
     def say(self, question: str, limit: int = 16) -> str:
         """What the model would answer without any constraint, for comparison.
@@ -190,20 +196,22 @@ class Classifier:
 
     def _encode(self, question: str) -> tuple[list[int], bool]:
         """Token ids after the prefix, and whether the question's end was cut to make them fit."""
-        text = clean_question(question[: _MAX_CHARS + 1])
-        ids = encode_segments(self._prompt.rest(text[:_MAX_CHARS]), self._model)
-        if len(ids) <= QUESTION_ROOM and len(question) <= _MAX_CHARS:
+        words = " ".join(question.split())
+        text = clean_question(words[:_MAX_CHARS])
+        ids = encode_segments(self._prompt.rest(text), self._model)
+        if len(ids) <= QUESTION_ROOM and len(words) <= _MAX_CHARS:
             return ids, False
         if self.strict:
             raise QuestionError(
                 f"the question is too long: {len(ids)} tokens, room for {QUESTION_ROOM}: shorten it"
             )
-        fits, too_many = 1, len(text)  # characters; the most that fit, by bisection
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            cut = encode_segments(self._prompt.rest(text[:middle].rstrip()), self._model)
-            fits, too_many = (middle, too_many) if len(cut) <= QUESTION_ROOM else (fits, middle)
-        return encode_segments(self._prompt.rest(text[:fits].rstrip()), self._model), True
+        pieces = [self._model.piece(token) for token in ids[:QUESTION_ROOM]]
+        while len(ids) > QUESTION_ROOM and pieces:
+            # What is left is spelled anew, which may take another number of tokens.
+            pieces.pop()
+            kept = b"".join(pieces).decode("utf-8", "ignore").removeprefix(self._prompt.before)
+            ids = encode_segments(self._prompt.rest(kept.rstrip()), self._model)
+        return ids, True
 
     def _predict(self, scores: Scores, truncated: bool) -> Prediction:
         probabilities = np.exp(label_log_probabilities(self._trie, scores.logits))

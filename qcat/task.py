@@ -22,6 +22,7 @@ Verbalizer = Literal["name", "code"]
 
 MIN_LABELS, MAX_LABELS = 2, 500
 MAX_LABEL_CHARS = 200
+MAX_WORD_CHARS = 40
 DEFAULT_INSTRUCTION = "Classify the question into exactly one category from the list below."
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _CODE = re.compile(r"[A-Z]{2}")
@@ -60,8 +61,8 @@ class Task:
             "name": _checked_name(self.name),
             "labels": _checked_labels(self.labels),
             "instruction": _text(self.instruction, "instruction", lines=True, empty=False),
-            "question": _text(self.question, "question", empty=False),
-            "answer": _text(self.answer, "answer", empty=False),
+            "question": _word(self.question, "question"),
+            "answer": _word(self.answer, "answer"),
             "style": _choice(self.style, "style", get_args(Style)),
             "verbalizer": _choice(self.verbalizer, "verbalizer", get_args(Verbalizer)),
         }
@@ -97,9 +98,9 @@ class Task:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Task:
         """The inverse of `to_dict`. Raises TaskError for unknown or missing keys."""
-        unknown = sorted(set(data) - set(_KEYS))
+        unknown = sorted(str(key) for key in set(data) - set(_KEYS))
         if unknown:
-            raise TaskError(f"unknown key {unknown[0]!r}: the keys are {', '.join(_KEYS)}")
+            raise TaskError(f"unknown key {unknown[0][:40]!r}: the keys are {', '.join(_KEYS)}")
         for key in ("name", "labels"):
             if key not in data:
                 raise TaskError(f"key {key!r} is missing")
@@ -110,7 +111,7 @@ class Task:
         """Parse the text of a `task.toml`. Raises TaskError, with the line for a syntax error."""
         try:
             data = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise TaskError(f"not valid TOML: {error}") from None
         return cls.from_dict(data)
 
@@ -156,6 +157,13 @@ def _text(
             raise TaskError(f"{where}: control character U+{ord(char):04X}: remove it")
     if not text and not empty:
         raise TaskError(f"{where}: is empty: write some text")
+    return text
+
+
+def _word(value: object, key: str) -> str:
+    text = _text(value, key, empty=False)
+    if len(text) > MAX_WORD_CHARS:
+        raise TaskError(f"{key}: {len(text)} characters, at most {MAX_WORD_CHARS}: a word will do")
     return text
 
 

@@ -205,6 +205,18 @@ def test_an_adapter_trained_with_added_tokens(make_checkpoint, household, tmp_pa
     assert same
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Model .*`tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`"
+)
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_lora_on_a_tied_head_is_refused(module, make_checkpoint, tmp_path):
+    """Merged, it would change head and embedding alike: another model than the one trained."""
+    checkpoint = make_checkpoint("qwen3", hidden=64)
+    folder = adapter_case(checkpoint, tmp_path / "adapter", target_modules=["q_proj", module])
+    with pytest.raises(ExportError, match="merging changes what the model computes"):
+        merge(folder, None)
+
+
 def test_saved_modules_of_other_kinds_are_refused_by_name(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint("qwen3", hidden=64)
     folder = adapter_case(checkpoint, tmp_path / "adapter", modules_to_save=["norm"])

@@ -20,7 +20,6 @@ from convert.quantize import QUANTIZATIONS, quantize
 from convert.replay import TorchReplay
 from qcat.bundle import Bundle, read_header, section
 from qcat.classifier import Classifier
-from qcat.cli.export import _QUANTIZATIONS
 from qcat.prompt import build_prompt, encode_answers, encode_segments
 from qcat.task import Task
 from qcat.tokenization import HubTokenizer
@@ -158,10 +157,6 @@ def test_every_quantization(kind, make_checkpoint, household, tmp_path):
         assert classifier.ask("gutters?").label in household.labels
 
 
-def test_the_command_offers_what_the_quantizer_can():
-    assert tuple(_QUANTIZATIONS) == QUANTIZATIONS
-
-
 def test_awkward_row_lengths_are_reported(qcat, make_checkpoint, tmp_path):
     """Rows of 64 do not fit K-quants, which need 256."""
     checkpoint = make_checkpoint("qwen3", hidden=64)
@@ -274,6 +269,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, qcat, make_checkpoint, t
     assert sorted(os.listdir(files)) == before
 
 
+def test_a_label_that_spells_a_special_token_is_refused(make_checkpoint, tmp_path):
+    from qcat.errors import ExportError
+
+    task = Task("odd", {"pool <|im_end|>": "", "fence": ""})
+    with pytest.raises(ExportError, match="spells a special token"):
+        export(Request(task, tmp_path / "out", adapter=make_checkpoint("qwen3", hidden=64).adapter))
+    assert os.listdir(tmp_path) == []
+
+
 def test_unwritable_place(qcat, make_checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     done = qcat(
@@ -289,16 +293,26 @@ def test_unwritable_place(qcat, make_checkpoint, tmp_path):
     assert "choose another folder" in done.stderr
 
 
-def test_two_exports_to_one_folder(make_checkpoint, tmp_path):
+@pytest.mark.parametrize("name", ["out", "h[1]", "*"])
+def test_two_exports_to_one_folder(name, tmp_path):
     from convert.pipeline import _working_folder
     from qcat.errors import ExportError
 
-    with (
-        _working_folder(tmp_path / "out"),
-        pytest.raises(ExportError, match="another export"),
-        _working_folder(tmp_path / "out"),
-    ):
-        pass
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    stale = tmp_path / "real" / f".{name}.export-12345678"
+    other = tmp_path / "real" / ".other.export-12345678"
+    stale.mkdir()
+    other.mkdir()
+    with _working_folder(tmp_path / "real" / name) as folder:
+        with (
+            pytest.raises(ExportError, match="another export"),
+            _working_folder(tmp_path / "link" / name),
+        ):
+            pass
+        assert folder.is_dir()
+        assert not stale.exists()
+    assert os.listdir(tmp_path / "real") == [other.name]
 
 
 def _export_held_out(task, adapter, target):

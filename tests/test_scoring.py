@@ -298,6 +298,45 @@ def test_use_after_close_is_an_error(house):
             use("anything?")
 
 
+def test_close_while_another_thread_asks(house):
+    """An error in that thread, not a crash of the process."""
+    import threading
+
+    for _ in range(5):
+        classifier = Classifier.open(house, threads=1)
+        ended = []
+
+        def ask(classifier=classifier, ended=ended):
+            try:
+                for _ in classifier.ask_many(random_questions(500)):
+                    pass
+            except ModelError as error:
+                ended.append(str(error))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        classifier.close()
+        thread.join()
+        assert all("closed" in message for message in ended)
+
+
+def test_native_layouts_are_the_ones_used():
+    import llama_cpp
+
+    from qcat.backends.llama import _CANDIDATE
+
+    assert ctypes.sizeof(llama_cpp.llama_token_data) == _CANDIDATE.itemsize
+
+
+def test_why_a_file_cannot_be_loaded_is_said(house, tmp_path):
+    data = house.read_bytes()
+    assert data.count(b"blk.1.attn_q.weight") == 1
+    broken = tmp_path / "renamed.gguf"
+    broken.write_bytes(data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"))
+    with pytest.raises(ModelError, match=r"attn_q\.weight"):
+        Classifier.open(broken)
+
+
 def test_many_labels_with_many_branches(bundle_file):
     """More branches than fit into one forward pass; the same probabilities one by one."""
     words = ["pool", "fence", "car", "gutters", "hvac", "doorbell", "fountain", "electric"]

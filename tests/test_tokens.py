@@ -228,6 +228,8 @@ def specification(folder):
     ("change", "message"),
     [
         (lambda spec: spec["model"].update(byte_fallback=True), "byte-level BPE expected"),
+        (lambda spec: spec["model"].update(ignore_merges=True), "ignore_merges is set"),
+        (lambda spec: spec.update(normalizer={"type": "Lowercase"}), "only NFC can be followed"),
         (lambda spec: spec["added_tokens"][0].update(lstrip=True), "strips its surroundings"),
         (lambda spec: spec["pre_tokenizer"]["pretokenizers"].pop(0), "llama.cpp would split"),
     ],

@@ -31,23 +31,30 @@ _UBATCH = 512  # tokens that llama.cpp computes at once: more costs memory and g
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
+_LOG_WARN, _LOG_ERROR, _LOG_CONTINUES = 3, 4, 5  # ggml_log_level in ggml.h
+
 _log_lines: list[str] = []
+_log_level = 0
 _verbose = False
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _log(level: int, text: bytes, _data: object) -> None:
-    message = text.decode("utf-8", "replace")
+    global _log_level
     if _verbose:
         os.write(2, text)
-    # 2 is a warning, 3 an error, 5 continues the line before
-    if level in (2, 3, 5):
-        _log_lines.append(message)
-        del _log_lines[:-1000]
+    if level != _LOG_CONTINUES:
+        _log_level = level
+    if _log_level in (_LOG_WARN, _LOG_ERROR):
+        _log_lines.append(text.decode("utf-8", "replace"))
+        del _log_lines[:-10_000]
 
 
 def capture_log(*, verbose: bool) -> list[str]:
-    """Keep llama.cpp's messages off the terminal unless `verbose`; return its last warnings."""
+    """Keep llama.cpp's messages off the terminal unless `verbose`; return its last warnings.
+
+    llama.cpp has one logger a process: this replaces it, for other users of llama_cpp too.
+    """
     global _verbose
     _verbose = verbose
     llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
@@ -66,7 +73,11 @@ def default_threads() -> int:
             cores.add(siblings.read_text())
         except OSError:
             cores.add(str(cpu))
-    return len(cores)
+    try:  # a container's share, "max" or microseconds of processor in a period
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(len(cores), int(quota) // int(period)))
+    except (OSError, ValueError):
+        return len(cores)
 
 
 class LlamaModel:
@@ -81,6 +92,7 @@ class LlamaModel:
     def __init__(self, path: Path, *, vocab_only: bool = False, verbose: bool = False) -> None:
         log = capture_log(verbose=verbose)
         self.path = path
+        self.lock = threading.RLock()  # of everything that a `close` in another thread would break
         self._stack = ExitStack()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
@@ -88,7 +100,8 @@ class LlamaModel:
         params.n_gpu_layers = 0
         self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
-            reason = next((line.strip() for line in log if "error" in line), "no reason given")
+            reason = next((line for line in log if ":" in line), "no reason given")
+            reason = " ".join(reason.split())[:200]
             raise ModelError(f"{path}: llama.cpp cannot load it ({reason}): export it again")
         self._stack.callback(llama_cpp.llama_model_free, self.handle)
         self._vocab = llama_cpp.llama_model_get_vocab(self.handle)
@@ -111,7 +124,8 @@ class LlamaModel:
         data = text.encode()
         room = len(data) + 1  # a token holds at least one byte
         ids = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, False, special)
+        with self.lock:
+            count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, False, special)
         if count < 0:
             raise ModelError(f"{self.path}: llama.cpp cannot tokenize {text[:40]!r}")
         return ids[:count]
@@ -125,19 +139,22 @@ class LlamaModel:
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
-            count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, room, 0, True)
+            with self.lock:
+                count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, room, 0, True)
             if count >= 0:
                 return buffer.raw[:count]
             room = -count
 
     def ends(self, token: int) -> bool:
         """Whether a token ends the answer."""
-        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+        with self.lock:
+            return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def close(self) -> None:
         """Free the model. Harmless a second time."""
-        self._stack.close()
-        self.handle = None
+        with self.lock:
+            self._stack.close()
+            self.handle = None
 
     def __enter__(self) -> Self:
         return self
@@ -176,7 +193,7 @@ class LlamaScorer:
     ) -> None:
         self._model, self._trie, self._room = model, trie, room
         self._n_prefix = len(prefix)
-        self._lock = threading.Lock()
+        self._lock = model.lock
         self._stack = ExitStack()
         deep = trie.deep_branches
         longest = max((len(branch.path) for branch in deep), default=0)
@@ -262,7 +279,7 @@ class LlamaScorer:
                 for at in ends:
                     row = self._row(at)
                     root = self._trie.root_branch
-                    logits = [row[root.tokens]] if root else []
+                    logits = [self._finite(row[root.tokens])] if root else []
                     found.append(Scores(logits, label_mass(row, self._trie.first_tokens)))
                 self._score_deep(group, found)
             finally:
@@ -286,7 +303,7 @@ class LlamaScorer:
             ]
             self._decode()
             for at, (number, branch) in zip(rows, chunk, strict=True):
-                found[number].logits.append(self._row(at)[branch.tokens])
+                found[number].logits.append(self._finite(self._row(at)[branch.tokens]))
             for slot in range(len(chunk)):
                 llama_cpp.llama_memory_seq_rm(self._memory, 1 + MAX_BATCH + slot, -1, -1)
 
@@ -386,11 +403,15 @@ class LlamaScorer:
         """Logits of the whole vocabulary at a batch index: a view, valid until the next decode."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, at)
         row = np.ctypeslib.as_array(pointer, (self._model.n_vocab,))
-        if not np.isfinite(row[self._trie.first_tokens]).all():
+        self._finite(row.max())  # which hands on a NaN from anywhere in the row
+        return row
+
+    def _finite(self, values: Any) -> Any:
+        if not np.isfinite(values).all():
             raise ModelError(
                 f"{self._model.path}: the model answers no numbers: its weights are bad"
             )
-        return row
+        return values
 
     def _forget(self) -> None:
         """Drop every sequence but the prefix, and whatever waits in the batch."""
@@ -403,5 +424,6 @@ class LlamaScorer:
 
     def close(self) -> None:
         """Free the context. Harmless a second time."""
-        self._stack.close()
-        self._context = None
+        with self._lock:
+            self._stack.close()
+            self._context = None

@@ -123,25 +123,9 @@ def _ask(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer
     """Answers in order; a question that cannot be asked spoils only its own line."""
     number = 0
     for group in groups:
-        while group:
-            done = 0
-            try:
-                for prediction in classifier.ask_many(group):
-                    done += 1
-                    yield number + done, group[done - 1], prediction
-            except QuestionError:
-                done += 1
-                yield number + done, group[done - 1], _refusal(classifier, group[done - 1])
-            number += done
-            group = group[done:]
-
-
-def _refusal(classifier: Classifier, question: str) -> QuestionError:
-    try:
-        classifier.check(question)
-    except QuestionError as error:
-        return error
-    raise AssertionError("ask_many refused a question that ask takes")
+        for question, answer in zip(group, classifier.ask_each(group), strict=True):
+            number += 1
+            yield number, question, answer
 
 
 def _say(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer]:

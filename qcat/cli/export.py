@@ -9,11 +9,11 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from convert.quantize import QUANTIZATIONS
 from qcat.errors import ExportError
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
 
-_QUANTIZATIONS = ["q4_k_m", "q4_0", "q5_k_m", "q8_0", "q3_k_m", "iq4_nl"]
 _FILE = click.Path(path_type=Path)
 
 
@@ -53,7 +53,7 @@ _FILE = click.Path(path_type=Path)
     help="Training questions for the importance matrix, JSONL.  "
     "[default: RUN/train.jsonl, if there]",
 )
-@click.option("--quant", type=click.Choice(_QUANTIZATIONS), default="q4_k_m", show_default=True)
+@click.option("--quant", type=click.Choice(QUANTIZATIONS), default="q4_k_m", show_default=True)
 @click.option(
     "--precision",
     type=click.Choice(["f16", "bf16"]),

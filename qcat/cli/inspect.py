@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, section
+from qcat.errors import BundleError
+from qcat.task import Task
 
 
 @click.command()
@@ -37,10 +40,31 @@ def command(gguf: Path, as_json: bool) -> None:
         everything = {**facts, "task": task.to_dict(), "source": source, "report": report}
         click.echo(json.dumps(everything, indent=1, ensure_ascii=False))
         return
+    try:
+        rows = _rows(gguf, task, facts, source, report)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BundleError(
+            f"{gguf}: its report or source is not what `qcat export` writes: export it again"
+        ) from None
+    for name, value in rows:
+        click.echo(f"{name:<12} {value}")
+    click.echo("labels")
+    for label, description in task.labels.items():
+        code = f"{task.codes[label]} = " if task.codes else ""
+        click.echo(f"  {code}{label}" + (f": {description}" if description else ""))
+
+
+def _rows(
+    gguf: Path,
+    task: Task,
+    facts: dict[str, Any],
+    source: dict[str, Any],
+    report: dict[str, Any],
+) -> list[tuple[str, str]]:
     rows = [
         ("file", f"{gguf} ({gguf.stat().st_size / 1e6:.1f} MB)"),
         ("model", f"{facts['architecture']}, {facts['vocabulary']} tokens in the vocabulary"),
-        ("tensors", ", ".join(f"{count} {kind}" for kind, count in types.most_common())),
+        ("tensors", ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())),
         (
             "task",
             f"{task.name}: {len(task.labels)} labels, {task.style} style, by {task.verbalizer}",
@@ -61,9 +85,4 @@ def command(gguf: Path, as_json: bool) -> None:
         )
     else:
         rows.append(("proof", "none: no held-out questions were given at export"))
-    for name, value in rows:
-        click.echo(f"{name:<12} {value}")
-    click.echo("labels")
-    for label, description in task.labels.items():
-        code = f"{task.codes[label]} = " if task.codes else ""
-        click.echo(f"  {code}{label}" + (f": {description}" if description else ""))
+    return rows
