@@ -60,7 +60,10 @@ _COUNTS = {
 }
 _RATES = ("rope.freq_base", "attention.layer_norm_rms_epsilon")
 _TOKENS = "tokenizer.ggml.tokens"
-_DISTINCT = "tokenizer.ggml.tokens: distinct"  # not in the file: counted while it is read
+
+
+class Length(int):
+    """What is kept of an array: how many items it has."""
 
 
 class Tensor(NamedTuple):
@@ -79,7 +82,7 @@ class Header:
     """A GGUF header that has been checked against the file it came from."""
 
     metadata: Mapping[str, Any]
-    """Scalars and strings by key; an array is given by its length only."""
+    """Scalars and strings by key; of an array its `Length` only."""
     tensors: tuple[Tensor, ...]
     metadata_end: int
     """Bytes up to the end of the last metadata pair."""
@@ -88,6 +91,8 @@ class Header:
     data_start: int
     """Bytes up to the tensor data."""
     n_metadata: int
+    distinct_tokens: int
+    """Different tokens in the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ class _Cursor:
             self.skip(_SIZES[item] * count)
         else:
             raise _DamagedError(f"unknown array type {item} at byte {self.at}")
-        return count
+        return Length(count)
 
     def _skip_strings(self, count: int) -> None:
         # A vocabulary has 300,000 of them: this loop is what reading a header costs.
@@ -262,12 +267,15 @@ def _parse(data: mmap.mmap, size: int) -> Header:
         raise _DamagedError(f"GGUF version {version}, 2 or 3 expected")
     n_tensors, n_metadata = cursor.take("<Q"), cursor.take("<Q")
     metadata: dict[str, Any] = {}
+    distinct = 0
     for _ in range(n_metadata):
         key, kind = cursor.text(), cursor.take("<I")
         start = cursor.at
         value = cursor.value(kind)
         if key == _TOKENS and kind == _ARRAY:
-            metadata[_DISTINCT] = _count_distinct(data, start + 12, value)
+            if data[start : start + 4] != struct.pack("<I", _STRING):
+                raise _DamagedError("the vocabulary is no list of texts")
+            distinct = _count_distinct(data, start + 12, value)
         metadata[key] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     metadata_end = cursor.at
     tensors = tuple(_tensor(cursor) for _ in range(n_tensors))
@@ -279,7 +287,7 @@ def _parse(data: mmap.mmap, size: int) -> Header:
             raise _DamagedError(f"tensor {_shown(tensor.name)} ends at byte {end} of {size}")
     if not tensors:
         raise _DamagedError("no tensors")
-    return Header(metadata, tensors, metadata_end, cursor.at, data_start, n_metadata)
+    return Header(metadata, tensors, metadata_end, cursor.at, data_start, n_metadata, distinct)
 
 
 def _count_distinct(data: mmap.mmap, at: int, count: int) -> int:
@@ -314,7 +322,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def _alignment(metadata: Mapping[str, Any]) -> int:
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 32 or alignment & (alignment - 1):
+    if type(alignment) is not int or alignment < 32 or alignment & (alignment - 1):
         raise _DamagedError(f"alignment {_shown(alignment)}")
     return alignment
 
@@ -332,7 +340,7 @@ def _check_model(header: Header) -> None:
             continue
         name = key.removeprefix(f"{arch}.")
         if name in _COUNTS:
-            known = isinstance(value, int) and 1 <= value <= _COUNTS[name]
+            known = type(value) is int and 1 <= value <= _COUNTS[name]
         else:
             known = name in _RATES and isinstance(value, float) and 0 < value < math.inf
         if not known:
@@ -347,7 +355,7 @@ def _check_model(header: Header) -> None:
         kind = tensor.name.removesuffix(".weight").rpartition(".")[2]
         if kind in rows and len(tensor.shape) == 2 and tensor.shape[1] != rows[kind]:
             raise _DamagedError(f"tensor {_shown(tensor.name)} does not fit the number of heads")
-    if metadata.get(_TOKENS) != metadata.get(_DISTINCT):
+    if metadata.get(_TOKENS) != header.distinct_tokens:
         raise _DamagedError("a token stands twice in the vocabulary, or holds a NUL")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from qcat import Classifier, QcatError
+from qcat import Classifier, QcatError, Task
 from qcat.bundle import TASK_KEY, read_header
 
 QUESTION = "When was the pool pump replaced?"
@@ -499,7 +499,9 @@ def test_a_file_cut_anywhere_is_refused(house, apart):
     cuts |= {at + by for at in (*starts, *ends) for by in (-64, -1, 0, 1, 64)}
     cases = [{"cut": at} for at in sorted(cuts) if at < max(ends)]
     assert len(cases) > 1100
-    assert not complaints(cases, apart(cases))
+    outcomes = apart(cases)
+    assert not complaints(cases, outcomes)
+    assert {outcome["error"] for outcome in outcomes} == {"BundleError"}  # not left to llama.cpp
 
 
 def test_a_flipped_byte_in_the_header_is_refused_or_harmless(house, apart):
@@ -527,16 +529,31 @@ def test_a_flipped_byte_in_the_weights_never_gives_nonsense(house, apart):
     assert not complaints(cases, apart(cases), may_open=True)
 
 
+@pytest.fixture(scope="module")
+def four_layers(
+    make_checkpoint: Callable[..., Any], household: Task, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A Qwen2 with as many layers as heads."""
+    from convert.pipeline import Request, export
+
+    target = tmp_path_factory.mktemp("four") / "out"
+    adapter = make_checkpoint("qwen2", hidden=64, layers=4).adapter
+    export(Request(household, target, adapter=adapter, quantization="q8_0"))
+    return target / "household.gguf"
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("attention.head_count", 2), ("attention.key_length", 8)]
+    ("key", "value"),
+    [
+        ("attention.head_count", typed_u32(2)),
+        ("attention.head_count", typed_array(U32, [struct.pack("<I", 2)] * 4)),  # one a layer
+        ("attention.key_length", typed_u32(8)),
+    ],
 )
-def test_heads_that_do_not_fit_the_weights_are_refused(
-    bundle_file, household, apart, tmp_path, key, value
-):
+def test_heads_that_do_not_fit_the_weights_are_refused(four_layers, apart, tmp_path, key, value):
     # Unlike qwen3, llama.cpp's qwen2 does not compare them when it loads.
     path = tmp_path / "heads.gguf"
-    pairs = {f"qwen2.{key}": typed_u32(value)}
-    path.write_bytes(rebuilt(bundle_file(household, kind="qwen2"), pairs=pairs))
+    path.write_bytes(rebuilt(four_layers, pairs={f"qwen2.{key}": value}))
     cases = [{"open": str(path)}]
     assert not complaints(cases, apart(cases))
 

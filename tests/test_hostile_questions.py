@@ -216,7 +216,8 @@ def check_all(gguf: Path, asked: Sequence[str]) -> list[dict[str, Any]]:
             ] == "the question is empty: write one" and not is_asked(question)
         elif "label" in outcome:
             right = (
-                outcome["known"]
+                is_asked(question)
+                and outcome["known"]
                 and outcome["finite"]
                 and outcome["best"]
                 and abs(outcome["sum"] - 1) < 1e-9

@@ -232,7 +232,7 @@ class LlamaScorer:
         params.n_outputs_max = n_sequences
         params.kv_unified = True
         # On the CPU flash attention sums in float16: its noise shows in the third digit of a
-        # probability, and at a few hundred tokens it saves nothing.
+        # probability.
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
