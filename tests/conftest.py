@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+
+# Spinning threads make a busy machine many times slower; read when OpenMP loads, so set first.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import subprocess
 import sys
 from collections.abc import Callable

@@ -549,6 +549,7 @@ def four_layers(
         ("attention.head_count", typed_array(U32, [struct.pack("<I", 2)] * 4)),  # one a layer
         ("attention.key_length", typed_u32(8)),
     ],
+    ids=["heads", "heads by layer", "width"],
 )
 def test_heads_that_do_not_fit_the_weights_are_refused(four_layers, apart, tmp_path, key, value):
     # Unlike qwen3, llama.cpp's qwen2 does not compare them when it loads.
