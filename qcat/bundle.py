@@ -136,6 +136,7 @@ def section(header: Header, key: str, path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(header.metadata.get(key, "{}"))
+        json.dumps(data, ensure_ascii=False).encode()  # fails on what could not be printed either
     except (ValueError, TypeError, RecursionError):
         data = None
     if not isinstance(data, dict):

@@ -128,16 +128,24 @@ class Task:
             raise TaskError(f"{path}: cannot read the task: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise TaskError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
+        except ValueError:  # a NUL or a lone surrogate in the name
+            raise TaskError(f"{str(path)!r}: no file can have this name") from None
         try:
             return cls.from_toml(text)
         except TaskError as error:
             raise TaskError(f"{path}: {error}") from None
 
 
+def _shown(value: object) -> str:
+    """What was given, fit for one line of a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
 def _checked_name(name: object) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise TaskError(
-            f"name {name!r} cannot name a file: use lower-case letters, digits, '.', '_', '-'"
+            f"name {_shown(name)} cannot name a file: use lower-case letters, digits, '.', '_', '-'"
         )
     return name
 
@@ -169,7 +177,7 @@ def _word(value: object, key: str) -> str:
 
 def _choice(value: object, key: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise TaskError(f"{key} {value!r} is not one of {', '.join(allowed)}")
+        raise TaskError(f"{key} {_shown(value)} is not one of {', '.join(allowed)}")
     return str(value)
 
 
@@ -179,7 +187,7 @@ def _checked_labels(labels: object) -> dict[str, str]:
     checked: dict[str, str] = {}
     folded: dict[str, str] = {}
     for raw, description in labels.items():
-        label = _text(raw, f"label {raw!r}", empty=False)
+        label = _text(raw, f"label {_shown(raw)}", empty=False)
         if len(label) > MAX_LABEL_CHARS:
             raise TaskError(
                 f"label {label[:30] + '…'!r}: {len(label)} characters, "
@@ -207,11 +215,11 @@ def _checked_codes(codes: object, labels: Mapping[str, str]) -> dict[str, str]:
         return {}
     given: dict[str, str] = {}
     for raw, code in codes.items():
-        label = _text(raw, f"codes: label {raw!r}")
+        label = _text(raw, f"codes: label {_shown(raw)}")
         if label not in labels:
-            raise TaskError(f"codes: {label!r} is not among the labels")
+            raise TaskError(f"codes: {_shown(label)} is not among the labels")
         if not isinstance(code, str) or not _CODE.fullmatch(code):
-            raise TaskError(f"codes: {label!r} has {code!r}: two capital letters expected")
+            raise TaskError(f"codes: {label!r} has {_shown(code)}: two capital letters expected")
         if code in given.values():
             raise TaskError(f"codes: {code!r} stands for two labels: one code a label")
         given[label] = code

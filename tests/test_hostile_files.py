@@ -657,6 +657,7 @@ def test_the_command_says_one_line(qcat, house, tmp_path, command):
         {"qcat.source": typed_string('{"versions": []}')},
         {"qcat.report": typed_string('{"proof": [1]}')},
         {"qcat.report": typed_string('{"proof": {"questions": 1}}')},
+        {"qcat.source": typed_string(r'{"base": "\ud800"}')},
     ],
 )
 def test_inspect_survives_other_sections_that_are_wrong(qcat, house, tmp_path, pairs):

@@ -406,6 +406,30 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         Task.read(utf16)
 
 
+def test_an_impossible_path_is_refused():
+    with pytest.raises(TaskError):
+        Task.read("a\0b.toml")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"x" * 5000: 1},
+        {"labels": {"x" * 5000: "", "b": ""}},
+        {"labels": {"a\0" * 5000: "", "b": ""}},
+        {"name": "x" * 5000},
+        {"style": "x" * 5000},
+        {"codes": {"x" * 5000: "AA"}},
+        {"codes": {"pool": "x" * 5000}},
+    ],
+    ids=["key", "long label", "bad label", "name", "style", "codes' label", "code"],
+)
+def test_a_message_stays_short(fields):
+    with pytest.raises(TaskError) as caught:
+        Task.from_dict({"name": "house", "labels": TWO} | fields)
+    assert len(str(caught.value)) < 300
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path):
     path = tmp_path / "task.toml"
     path.write_bytes(b'\xef\xbb\xbfname = "house"\r\n[labels]\r\npool = ""\r\nfence = ""\r\n')
