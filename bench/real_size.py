@@ -277,8 +277,8 @@ def export(checkpoint: Path, target: Path, kind: str, questions: int) -> dict[st
     from qcat.task import Task
 
     task = Task.read(EXAMPLE / "task.toml")
-    held_out = spread(_examples("held_out.jsonl"), questions)
-    training = spread(_examples("questions.jsonl"), questions)
+    held_out = spread(_examples()[::2], questions)
+    training = spread(_examples()[1::2], questions)
     steps.end("imports")
     report = run_export(
         Request(
@@ -304,11 +304,11 @@ def export(checkpoint: Path, target: Path, kind: str, questions: int) -> dict[st
     }
 
 
-def _examples(name: str) -> list[Example]:
+def _examples() -> list[Example]:
     from qcat.learn.dataset import read_examples
     from qcat.task import Task
 
-    return read_examples(EXAMPLE / name, Task.read(EXAMPLE / "task.toml"))
+    return read_examples(EXAMPLE / "questions.jsonl", Task.read(EXAMPLE / "task.toml"))
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -328,7 +328,7 @@ def latency(gguf: Path, rounds: int) -> dict[str, Any]:
     from qcat.classifier import prepare
     from qcat.prompt import encode_segments
 
-    questions = [example.text for example in spread(_examples("held_out.jsonl"), ASKED)]
+    questions = [example.text for example in spread(_examples(), ASKED)]
     bundle, threads = Bundle.read(gguf), default_threads()
     with Classifier.open(gguf, threads=threads) as house:
         prompt, trie = prepare(bundle, house._model)
@@ -514,7 +514,7 @@ def cold_start(gguf: Path) -> dict[str, Any]:
 
 
 def _first_question() -> str:
-    with (EXAMPLE / "held_out.jsonl").open(encoding="utf-8") as file:
+    with (EXAMPLE / "questions.jsonl").open(encoding="utf-8") as file:
         return str(json.loads(file.readline())["text"])
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcat.checkpoint import base_folder, first_line, load_base
 from qcat.errors import ExportError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SAVED_MODULES = frozenset({"lm_head", "embed_tokens"})
-_BASE_FILES = ["*.safetensors", "*.json", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,16 @@ def merge(adapter: Path | None, base: str | None) -> Merged:
         base: local folder or hub name; None takes the one that the adapter names.
 
     Raises:
-        ExportError: what is absent, unsupported or does not fit, by name.
+        ExportError, ModelError: what is absent, unsupported or does not fit, by name.
     """
+    import torch
+
     config = _adapter_config(adapter) if adapter else {}
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise ExportError(f"{adapter}: names no base model: give one with --base")
-    folder = _base_folder(base)
-    model = _load_base(folder)
+    folder = base_folder(base)
+    model = load_base(folder, torch.float32)
     tokenizer_folder = folder
     files = sorted(folder.glob("*.safetensors"))
     if adapter:
@@ -89,43 +91,6 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def _base_folder(base: str) -> Path:
-    folder = Path(base)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        try:
-            folder = Path(snapshot_download(base, allow_patterns=_BASE_FILES))
-        except (OSError, HFValidationError, HfHubHTTPError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-            raise ExportError(
-                f"base {base!r}: no such folder, and not to be had from the hub ({reason}): "
-                "check the name and the network, or give a local folder with --base"
-            ) from None
-    if not any(folder.glob("*.safetensors")):
-        raise ExportError(f"base {folder}: no .safetensors file: save it with save_pretrained")
-    return folder
-
-
-def _load_base(folder: Path) -> Any:
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call] # the command line draws its own
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if getattr(config, "quantization_config", None):
-            raise ExportError(f"base {folder}: is quantized: merge from the unquantized base")
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ExportError(f"base {folder}: cannot be loaded: {_first_line(error)}") from None
-
-
 def _apply(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -140,7 +105,7 @@ def _apply(model: Any, adapter: Path) -> Any:
         merged = tuned.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ExportError(
-            f"adapter {adapter}: does not fit the base: {_first_line(error)}"
+            f"adapter {adapter}: does not fit the base: {first_line(error)}"
         ) from None
     if float((_probe(merged) - before).abs().max()) > 1e-2 * float(before.abs().max()):
         raise ExportError(
@@ -171,7 +136,7 @@ def _embedding_rows(adapter: Path) -> int | None:
                 if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                     return int(file.get_slice(name).get_shape()[0])
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"{path}: damaged: {_first_line(error)}") from None
+        raise ExportError(f"{path}: damaged: {first_line(error)}") from None
     return None
 
 
@@ -188,8 +153,3 @@ def _fingerprint(files: list[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,6 +12,7 @@ from qcat.errors import (
     QcatError,
     QuestionError,
     TaskError,
+    TrainError,
 )
 from qcat.task import Task
 from qcat.version import __version__
@@ -27,5 +28,6 @@ __all__ = [
     "QuestionError",
     "Task",
     "TaskError",
+    "TrainError",
     "__version__",
 ]

@@ -27,3 +27,7 @@ class DataError(QcatError):
 
 class ExportError(QcatError):
     """An export that cannot be made, or whose proof failed."""
+
+
+class TrainError(QcatError):
+    """A training that cannot be begun, or gone on with."""

@@ -16,7 +16,7 @@ from convert.merge import merge
 from convert.vocab import read_vocabulary
 from convert.writer import write_gguf
 from qcat.backends.llama import LlamaModel
-from qcat.errors import ExportError
+from qcat.errors import ExportError, ModelError
 from qcat.tokenization import HubTokenizer
 
 PROMPT = "When was the pool pump replaced?\nCategory: water heater, fence and 12 gutters"
@@ -230,7 +230,7 @@ def test_a_quantized_base_is_refused(make_checkpoint, tmp_path):
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ExportError, match="merge from the unquantized base"):
+    with pytest.raises(ModelError, match="start from the unquantized base"):
         merge(checkpoint.adapter, str(tmp_path / "base"))
 
 
@@ -265,10 +265,10 @@ def test_an_unknown_tensor_is_refused_by_name():
 
 def test_no_base_anywhere(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint("qwen3", hidden=64)
-    with pytest.raises(ExportError, match="no such folder, and not to be had from the hub"):
+    with pytest.raises(ModelError, match="no such folder, and not to be had from the hub"):
         merge(checkpoint.adapter, str(tmp_path / "gone" / "base" / "model"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ExportError, match=r"no \.safetensors file"):
+    with pytest.raises(ModelError, match=r"no \.safetensors file"):
         merge(checkpoint.adapter, str(tmp_path / "empty"))
     with pytest.raises(ExportError, match=r"adapter_config\.json"):
         merge(tmp_path / "empty", str(checkpoint.base))
@@ -290,5 +290,5 @@ def test_a_truncated_adapter_or_base(make_checkpoint, tmp_path):
     shutil.copytree(checkpoint.base, tmp_path / "base")
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ExportError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         merge(checkpoint.adapter, str(tmp_path / "base"))

@@ -28,16 +28,16 @@ from qcat.trie import LabelTrie
 BUNDLE = ["MODEL_CARD.md", "Modelfile", "household.gguf", "labels.gbnf", "report.json", "task.toml"]
 
 
-def few(path, count):
-    """The first rows of an example file, as a new file's text."""
-    rows = (EXAMPLE / path).read_text("utf-8").splitlines()
-    return "\n".join(rows[:: max(1, len(rows) // count)][:count]) + "\n"
+def few(count, start=0):
+    """Rows of the example questions, spread over the labels, as a new file's text."""
+    rows = (EXAMPLE / "questions.jsonl").read_text("utf-8").splitlines()
+    return "\n".join(rows[start :: len(rows) // count][:count]) + "\n"
 
 
 def test_makes_a_whole_bundle_with_proof(qcat, make_checkpoint, tmp_path):
     checkpoint = make_checkpoint()
-    (tmp_path / "held.jsonl").write_text(few("held_out.jsonl", 20), "utf-8")
-    (tmp_path / "train.jsonl").write_text(few("questions.jsonl", 20), "utf-8")
+    (tmp_path / "held.jsonl").write_text(few(20), "utf-8")
+    (tmp_path / "train.jsonl").write_text(few(20, start=1), "utf-8")
     done = qcat(
         "export",
         checkpoint.adapter,
@@ -100,13 +100,14 @@ def test_makes_a_whole_bundle_with_proof(qcat, make_checkpoint, tmp_path):
 
 def test_too_many_flips_keep_nothing_but_the_report(make_checkpoint, qcat, tmp_path):
     checkpoint = make_checkpoint()
+    (tmp_path / "held.jsonl").write_text(few(109), "utf-8")
     done = qcat(
         "export",
         checkpoint.adapter,
         "-t",
         EXAMPLE / "task.toml",
         "--data",
-        EXAMPLE / "held_out.jsonl",
+        tmp_path / "held.jsonl",
         "--quant",
         "q3_k_m",
         "-o",
@@ -114,7 +115,7 @@ def test_too_many_flips_keep_nothing_but_the_report(make_checkpoint, qcat, tmp_p
     )
     assert done.returncode == 1
     assert "labels changed, more than 2.0%" in done.stderr
-    assert os.listdir(tmp_path) == ["out.report.json"]
+    assert sorted(os.listdir(tmp_path)) == ["held.jsonl", "out.report.json"]
     report = json.loads((tmp_path / "out.report.json").read_text())
     assert report["proof"]["quantized"]["flips"] > 2
 
@@ -127,7 +128,7 @@ def test_every_style_verbalizer_and_architecture(
 ):
     """F16 and torch give the same labels; the tokens agree in all three places (else it raises)."""
     task = household.replace(style=style, verbalizer=verbalizer)
-    rows = [json.loads(line) for line in few("held_out.jsonl", 8).splitlines()]
+    rows = [json.loads(line) for line in few(8).splitlines()]
     labels = list(task.labels)
     report = export(
         Request(

@@ -15,7 +15,10 @@ from qcat.version import __version__
 
 COMMANDS = {
     "ask": "Put questions into categories.",
+    "lint": "Check a task and its questions before training.",
+    "train": "Fine-tune a LoRA adapter.",
     "export": "Turn an adapter into a proven 4-bit GGUF bundle.",
+    "eval": "Measure a bundle on labelled questions.",
     "grammar": "Print a task's GBNF grammar.",
     "modelfile": "Print a bundle's Ollama Modelfile.",
     "inspect": "Show what a GGUF says of itself.",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from convert.quantize import QUANTIZATIONS
+from qcat.cli.output import Bars, table
 from qcat.errors import ExportError
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
@@ -91,6 +91,8 @@ def command(
     """
     if not run.is_dir():
         raise ExportError(f"{run}: no such folder: name the one that holds the adapter")
+    if (run / "plan.json").is_file() and not (run / "run.json").is_file():
+        raise ExportError(f"{run}: its training is unfinished: give the same `qcat train` again")
     has_adapter = (run / "adapter_config.json").is_file()
     if not has_adapter and not (run / "config.json").is_file():
         raise ExportError(
@@ -117,7 +119,7 @@ def command(
         training=tuple(example.text for example in training),
         max_flips=max_flips,
     )
-    with _Bars() as bars:
+    with Bars() as bars:
         report = export(request, bars.show)
     for kind, count in report["fallbacks"].items():
         click.echo(
@@ -126,7 +128,7 @@ def command(
             err=True,
         )
     if "proof" in report:
-        _print_table(quality_rows(report))
+        click.echo("\n".join(table(quality_rows(report))))
     else:
         click.echo("qcat: warning: not proved: give held-out questions with --data", err=True)
     click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB; next:")
@@ -137,33 +139,3 @@ def command(
 def _examples(given: Path | None, default: Path, task: Task) -> list[Any]:
     path = given or (default if default.is_file() else None)
     return read_examples(path, task) if path else []
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
-
-
-class _Bars:
-    """One progress bar a step on stderr; none where that is no terminal."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._step = ""
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, step: str, done: int, total: int) -> None:
-        if self._bar is None or self._step != step:
-            self.__exit__()
-            self._step = step
-            self._bar = tqdm(desc=step, total=total, file=sys.stderr, disable=None)
-        self._bar.n = done
-        self._bar.refresh()

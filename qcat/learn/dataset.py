@@ -1,15 +1,50 @@
-"""Labelled questions from a file, one JSON object a line: `{"text": …, "label": …}`."""
+"""Labelled questions from a file: JSONL, CSV or Parquet, by the file's suffix.
+
+A row has `text` and `label`, and may have `group`: the name of a family of paraphrases that must
+stay on one side of a split. Rows as Alpaca-style sets have them (`instruction`, `input`, `output`)
+are taken too: the input, or the instruction where there is none, is the text; the output the label.
+"""
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 import json
+import re
 import unicodedata
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from qcat.errors import DataError, QuestionError
 from qcat.prompt import clean_question
 from qcat.task import Task
+
+_COLUMNS = ["text", "label", "group", "instruction", "input", "output"]
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such a byte
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it stands in a file, nothing checked but its types."""
+
+    text: str
+    label: str
+    """NFC, stripped."""
+    group: str | None
+    line: int
+    """Where it begins in its file, from 1; in Parquet the row, from 1."""
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be read."""
+
+    line: int
+    """As in `Row`."""
+    problem: str
+    """What is wrong with it, without the place."""
 
 
 @dataclass(frozen=True)
@@ -22,45 +57,161 @@ class Example:
     """Index among the task's labels."""
     line: int
     """Where it stands in its file, from 1."""
+    group: str | None = None
+    """The family of paraphrases it belongs to, if the file names one."""
 
 
-def read_examples(path: Path, task: Task) -> list[Example]:
-    """Read a JSONL file of labelled questions for a task; other keys are ignored.
+def scan_rows(path: Path) -> list[Row | BadRow]:
+    """Read a JSONL (any suffix but the following), `.csv` or `.parquet` file, bad rows and all.
+
+    CSV has a header line with the names of the columns.
+
+    Raises:
+        DataError: naming the file, if it cannot be read as a whole or holds no rows.
+    """
+    found = {".csv": _csv, ".parquet": _parquet}.get(path.suffix.lower(), _jsonl)
+    rows = [
+        BadRow(line, fields) if isinstance(fields, str) else _row(fields, line)
+        for line, fields in found(path)
+    ]
+    if not rows:
+        raise DataError(f'{path}: no questions: write {{"text": …, "label": …}}, one a line')
+    return rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a file as `scan_rows` does, and stop at the first bad one.
 
     Raises:
         DataError: naming the file and line, for anything that is not such a row.
     """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
+    rows = []
+    for row in scan_rows(path):
+        if isinstance(row, BadRow):
+            raise DataError(f"{path}:{row.line}: {row.problem}")
+        rows.append(row)
+    return rows
+
+
+def read_examples(path: Path, task: Task) -> list[Example]:
+    """Read labelled questions for a task, in any of the formats of `read_rows`.
+
+    Raises:
+        DataError: naming the file and line, for a row that cannot be used: no text, a label that
+            the task lacks.
+    """
     numbers = {label: number for number, label in enumerate(task.labels)}
-    examples = [
-        _example(line, f"{path}:{number}", number, numbers)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not examples:
-        raise DataError(f'{path}: no questions: write {{"text": …, "label": …}}, one a line')
+    examples = []
+    for row in read_rows(path):
+        where = f"{path}:{row.line}"
+        if row.label not in numbers:
+            raise DataError(
+                f"{where}: label {row.label!r} is not in the task: add it or mend the row"
+            )
+        try:
+            text = clean_question(row.text)
+        except QuestionError as error:
+            raise DataError(f"{where}: {error}") from None
+        examples.append(Example(text, numbers[row.label], row.line, row.group))
     return examples
 
 
-def _example(line: str, where: str, number: int, labels: dict[str, int]) -> Example:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON object: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f'{where}: {{"text": …, "label": …}} expected')
+def _row(fields: Mapping[str, Any], line: int) -> Row | BadRow:
+    if "output" in fields and "label" not in fields:  # Alpaca's names
+        given = fields.get("input") or fields.get("instruction")
+        fields = {**fields, "text": given, "label": fields["output"]}
     for key in ("text", "label"):
-        if not isinstance(row.get(key), str):
-            raise DataError(f"{where}: no text under {key!r}")
-    label = unicodedata.normalize("NFC", row["label"]).strip()
-    if label not in labels:
-        raise DataError(f"{where}: label {label!r} is not in the task: add it or mend the row")
+        value = fields.get(key)
+        if value is None:
+            return BadRow(line, f"no text under {key!r}")
+        if not isinstance(value, str):
+            return BadRow(line, f"no text under {key!r} but {type(value).__name__}: write words")
+    group = fields.get("group")
+    if isinstance(group, float) and group.is_integer():
+        group = int(group)  # pandas stores a column of numbers with gaps so
+    if group is not None and not isinstance(group, str | int):
+        return BadRow(line, "the group must be a text or a whole number")
+    name = "" if group is None else _name(str(group))
+    return Row(fields["text"], _name(fields["label"]), name or None, line)
+
+
+def _name(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _text(path: Path) -> str:
+    """The file's text; bytes that are no UTF-8 are left for `_NOT_UTF8` to find in their row."""
     try:
-        return Example(clean_question(row["text"]), labels[label], number)
-    except QuestionError as error:
-        raise DataError(f"{where}: {error}") from None
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:  # a NUL or a lone surrogate in the name
+        raise DataError(f"{str(path)!r}: no file can have this name") from None
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: not UTF-8 but UTF-16: save it as UTF-8")
+    return data.decode("utf-8-sig", "surrogateescape")
+
+
+_Found = Iterator[tuple[int, Mapping[str, Any] | str]]
+"""Line and fields; or, of a bad row, what is wrong with it."""
+
+
+def _jsonl(path: Path) -> _Found:
+    for line, text in enumerate(_text(path).split("\n"), 1):
+        if not text.strip():
+            continue
+        if _NOT_UTF8.search(text):
+            yield line, "not UTF-8: save the file as UTF-8"
+            continue
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            yield line, f"not a JSON object: {error}"
+            continue
+        yield line, fields if isinstance(fields, dict) else '{"text": …, "label": …} expected'
+
+
+def _csv(path: Path) -> _Found:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        columns = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{path}:1: not CSV: {error}") from None
+    _check_columns(f"{path}:1: no header line", columns)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # the reader goes on with the next line
+            yield line, f"not CSV: {error}"
+            continue
+        if cells is None:
+            return
+        if any(_NOT_UTF8.search(cell) for cell in cells):
+            yield line, "not UTF-8: save the file as UTF-8"
+        elif len(cells) > len(columns):
+            yield line, "more fields than columns: quote a text with commas"
+        elif cells:
+            yield line, dict(zip(columns, cells, strict=False))
+
+
+def _parquet(path: Path) -> _Found:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with path.open("rb") as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            _check_columns(f"{path}: no table", table.schema_arrow.names)
+            rows = table.read(columns=_COLUMNS).to_pylist()
+    except OSError as error:
+        reason = error.strerror or "it is damaged"
+        raise DataError(f"{path}: cannot be read: {reason}") from None
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise DataError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+    yield from enumerate(rows, 1)
+
+
+def _check_columns(what: str, columns: Collection[str]) -> None:
+    if not {"text", "label"} <= set(columns) and "output" not in columns:
+        raise DataError(f"{what} with the columns text and label")

@@ -1,0 +1,91 @@
+"""Training, validation and test questions, with families of paraphrases kept on one side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+
+from qcat.errors import DataError
+from qcat.learn.dataset import Example
+from qcat.task import Task
+
+FEWEST = 7
+"""Groups, or different questions, that a label needs: one for validation, one for the test."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Questions in three parts, each in the order of the file."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+    def write(self, folder: Path, task: Task) -> None:
+        """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`."""
+        labels = list(task.labels)
+        for part in fields(self):
+            lines = []
+            for example in getattr(self, part.name):
+                row = {"text": example.text, "label": labels[example.label]}
+                if example.group:
+                    row["group"] = example.group
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            (folder / f"{part.name}.jsonl").write_text("".join(lines), "utf-8")
+
+
+def split_examples(examples: Sequence[Example], task: Task, *, seed: int) -> Split:
+    """70/15/15 by family, stratified by label (scikit-learn's StratifiedGroupKFold).
+
+    A family is what a chain of rows with the same group or the same text holds together.
+
+    Raises:
+        DataError: a label has fewer than `FEWEST` families.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    families = _families(examples)
+    fewest = _fewest_families(families, examples, task)
+    # 15/15/70 % is 3 + 3 + 14 of 20 folds; with fewer families some folds would lack the label
+    folds, held = (20, 3) if fewest >= 20 else (FEWEST, 1)
+    labels = [example.label for example in examples]
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    parts = [part.tolist() for _, part in splitter.split(labels, labels, families)]
+    chosen = (parts[2 * held :], parts[held : 2 * held], parts[:held])
+    return Split(*([examples[i] for i in sorted(chain.from_iterable(folds))] for folds in chosen))
+
+
+def _families(examples: Sequence[Example]) -> list[int]:
+    """The number of each row's family."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    # A graph of rows, group names and texts; a row stands between its group and its text.
+    nodes: dict[tuple[str, str], int] = {}
+    edges = []
+    for number, example in enumerate(examples):
+        keys = [("text", example.text.casefold())]
+        if example.group:
+            keys.append(("group", example.group))
+        edges += [(number, len(examples) + nodes.setdefault(key, len(nodes))) for key in keys]
+    rows, columns = zip(*edges, strict=True)
+    size = len(examples) + len(nodes)
+    graph = coo_array(([1] * len(edges), (rows, columns)), shape=(size, size))
+    _, families = connected_components(graph, directed=False)
+    return [int(family) for family in families[: len(examples)]]
+
+
+def _fewest_families(families: Sequence[int], examples: Sequence[Example], task: Task) -> int:
+    members: dict[int, set[int]] = {number: set() for number in range(len(task.labels))}
+    for family, example in zip(families, examples, strict=True):
+        members[example.label].add(family)
+    for label, found in zip(task.labels, members.values(), strict=True):
+        if len(found) < FEWEST:
+            raise DataError(
+                f"label {label!r} has {len(found)} groups of questions, and {FEWEST} are needed "
+                "for training, validation and test: add questions (`qcat lint` names all such)"
+            )
+    return min(map(len, members.values()))

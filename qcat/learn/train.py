@@ -1,0 +1,496 @@
+"""LoRA fine-tuning of a base model on a task's questions.
+
+A run is a folder. It holds the split, and `plan.json` and `checkpoint.pt` while it lasts; at the
+end the task with its codes, the best adapter, `metrics.csv` and `run.json`: all that export needs.
+Every step seeds its own random numbers, so a run that was killed and resumed ends as one that was
+not (on a GPU but for the order of its sums). Knows nothing of GGUF.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcat.checkpoint import base_folder, first_line, load_base
+from qcat.errors import DataError, ModelError, TrainError
+from qcat.learn.dataset import Example
+from qcat.learn.objective import Encoded, Objective, Scorer
+from qcat.learn.split import Split
+from qcat.prompt import (
+    QUESTION_ROOM,
+    build_prompt,
+    check_boundary,
+    encode_answers,
+    encode_segments,
+    with_codes,
+)
+from qcat.task import Task
+from qcat.tokenization import HubTokenizer
+from qcat.trie import LabelTrie
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Attention and MLP, by the names that Qwen3, Qwen2.5 and Llama share."""
+_SAVE_SECONDS = 300  # what a kill costs at most, besides the checkpoint at the end of each epoch
+_EVALUATED_TOKENS = 4096  # in one forward pass, the prefix counted in each row: the cache's size
+_TRAINED_TOKENS = 512  # in one backward pass: their activations are what training's memory goes to
+_PARTS = ("train", "validation", "test")
+_TRANSIENT = ("plan.json", "plan.partial", "checkpoint.pt", "checkpoint.partial")
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. What is not named here is as in the LoRA paper's and PEFT's defaults."""
+
+    base: str
+    """Local folder or hub name."""
+    objective: Objective = "labels"
+    epochs: int = 5
+    """At most: training stops early when validation macro-F1 has not risen for `patience`."""
+    batch: int = 8
+    """Questions a step."""
+    rate: float | None = None
+    """Peak learning rate; by default 2e-4 for a model 1024 wide, more for narrower ones."""
+    rank: int = 16
+    """Of the LoRA matrices; alpha is twice the rank."""
+    dropout: float = 0.05
+    train_embeddings: bool = False
+    """Train the token embeddings too, and save them whole: worth it for a small base."""
+    word_dropout: float = 0.0
+    """Share of each training question's words left out, others every epoch (Iyyer et al. 2015)."""
+    patience: int = 2
+    """Epochs without a better validation score before training stops."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """How the model stood after an epoch."""
+
+    epoch: int
+    """From 1."""
+    train_loss: float
+    validation_loss: float
+    """Mean of -log P(label | question), in nats, whatever the objective."""
+    validation_accuracy: float
+    validation_macro_f1: float
+
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with a step's name, how much of it is done of how much, and a figure to show."""
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds besides the optimizer's state."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Of the steps of the running epoch."""
+    history: list[Epoch] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    """The adapter's tensors at the best epoch."""
+
+
+def train(
+    task: Task,
+    split: Split,
+    settings: Settings,
+    target: Path,
+    progress: Progress = lambda step, done, total, note: None,
+) -> dict[str, Any]:
+    """Train into a folder, or go on with the unfinished run of the same settings in it.
+
+    Returns:
+        The run's record, as in `run.json`.
+
+    Raises:
+        TrainError: the folder holds something else, or the model cannot be trained.
+        ModelError, DataError, TaskError: the base, a question or the task does not fit.
+    """
+    with _run_folder(target, settings, task, split) as resumed:
+        folder = base_folder(settings.base)
+        tokenizer = HubTokenizer(folder)
+        task = with_codes(task, tokenizer)
+        prompt = build_prompt(task, tokenizer)
+        check_boundary(prompt, tokenizer)
+        trie = LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end)
+
+        def encode(example: Example) -> Encoded:
+            return _encode(example, prompt, tokenizer)
+
+        encoded = {part: list(map(encode, getattr(split, part))) for part in _PARTS}
+        prefix = encode_segments(prompt.prefix, tokenizer)
+        model = _adapted(folder, settings)
+        largest = max(*prefix, *(t for rows in encoded.values() for r in rows for t in r.rest))
+        if largest >= model.get_input_embeddings().weight.shape[0]:
+            raise ModelError(
+                f"base {folder}: its tokenizer has token {largest}, for which its embedding has no "
+                "row: take a tokenizer and weights that belong together"
+            )
+        run = _Run(model, prefix, trie, settings, target)
+        if resumed:
+            run.load()
+        run.fit(split.train, encode, encoded["validation"], progress)
+        test_loss, accuracy, macro_f1 = run.evaluate(encoded["test"], "test", progress)
+        record = {
+            "settings": asdict(replace(settings, rate=run.rate)),
+            "task": task.name,
+            "questions": {part: len(rows) for part, rows in encoded.items()},
+            "prefix_tokens": len(prefix),
+            "history": [asdict(epoch) for epoch in run.state.history],
+            "best_epoch": run.best_epoch,
+            "test": {"loss": test_loss, "accuracy": accuracy, "macro_f1": macro_f1},
+            "versions": {
+                name: metadata.version(name) for name in ("qcat", "torch", "transformers", "peft")
+            },
+        }
+        _finish(target, run, task, record)
+    return record
+
+
+class _Run:
+    """The model, the optimizer and where training stands."""
+
+    def __init__(
+        self, model: Any, prefix: list[int], trie: LabelTrie, settings: Settings, target: Path
+    ) -> None:
+        import torch
+
+        self.device = _device()
+        self.model = model.to(self.device)
+        width = int(model.config.hidden_size)
+        # LoRA's best rate falls about as the width grows; 2e-4 is what is used at 1024.
+        self.rate = settings.rate or 2e-4 * 1024 / width
+        self.settings = settings
+        self.prefix_tokens = len(prefix)
+        self.scorer = Scorer(model.get_base_model(), prefix, trie)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, self.rate, weight_decay=0.01)
+        self.state = _State()
+        self._file = target / "checkpoint.pt"
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the best validation macro-F1, then loss, from 1."""
+        best = max(self.state.history, key=lambda e: (e.validation_macro_f1, -e.validation_loss))
+        return best.epoch
+
+    def fit(
+        self,
+        train: Sequence[Example],
+        encode: Callable[[Example], Encoded],
+        validation: list[Encoded],
+        progress: Progress,
+    ) -> None:
+        """Train to the end, and put the best epoch's adapter into the model."""
+        import torch
+
+        per_epoch = -(-len(train) // self.settings.batch)
+        total = per_epoch * self.settings.epochs
+        saved = time.monotonic()
+        batches: list[list[Encoded]] = []
+        while self.state.step < total and not self._should_stop():
+            epoch, place = divmod(self.state.step, per_epoch)
+            if not batches:
+                chance = random.Random(f"{self.settings.seed}-{epoch}")
+                thinned = [_thinned(row, self.settings.word_dropout, chance) for row in train]
+                batches = _batches(list(map(encode, thinned)), self.settings.batch, chance)
+            torch.manual_seed(self.settings.seed * 1_000_003 + self.state.step)
+            self.state.losses.append(self._step(batches[place], total))
+            self.state.step += 1
+            progress("train", self.state.step, total, f"loss {np.mean(self.state.losses):.3f}")
+            if place + 1 == per_epoch:
+                self._end_epoch(epoch + 1, validation, progress)
+                batches = []
+            if place + 1 == per_epoch or time.monotonic() - saved > _SAVE_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        self._set_adapter(self.state.best)
+
+    def evaluate(
+        self, questions: list[Encoded], what: str, progress: Progress
+    ) -> tuple[float, float, float]:
+        """Loss in nats, accuracy and macro-F1."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        self.model.eval()
+        found: list[Any] = []
+        truth: list[int] = []
+        for part in _parts(questions, _EVALUATED_TOKENS, self.prefix_tokens):
+            found += list(self.scorer.log_probabilities([item.rest for item in part]))
+            truth += [item.label for item in part]
+            progress(what, len(found), len(questions), "")
+        said = np.argmax(found, axis=1)
+        loss = -float(np.mean(np.array(found)[np.arange(len(truth)), truth]))
+        macro_f1 = f1_score(truth, said, average="macro", zero_division=0.0)
+        return loss, float(accuracy_score(truth, said)), float(macro_f1)
+
+    def save(self) -> None:
+        """Write the checkpoint: the old one stays until the new one is whole."""
+        import torch
+
+        partial = self._file.with_suffix(".partial")
+        state = {
+            "step": self.state.step,
+            "losses": self.state.losses,
+            "history": [asdict(epoch) for epoch in self.state.history],
+            "best": self.state.best,
+            "adapter": self._adapter(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        try:
+            torch.save(state, partial)
+            os.replace(partial, self._file)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
+            partial.unlink(missing_ok=True)
+            raise TrainError(f"{self._file}: cannot be written: {first_line(error)}") from None
+
+    def load(self) -> None:
+        """Go on from the checkpoint, if the run had come so far."""
+        import torch
+
+        if not self._file.is_file():
+            return
+        try:
+            state = torch.load(self._file, map_location="cpu", weights_only=True)
+            self._set_adapter(state["adapter"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            history = [Epoch(**epoch) for epoch in state["history"]]
+            self.state = _State(state["step"], state["losses"], history, state["best"])
+        except Exception as error:  # a damaged file: pickle and zip errors of many kinds
+            raise TrainError(
+                f"{self._file}: damaged ({first_line(error)}): delete it to begin again"
+            ) from None
+
+    def _step(self, batch: Sequence[Encoded], total: int) -> float:
+        import torch
+
+        self.model.train()
+        warm_up = max(1, total // 20)
+        done = self.state.step
+        scale = min((done + 1) / warm_up, (total - done) / max(1, total - warm_up))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * scale
+        self.optimizer.zero_grad(set_to_none=True)
+        whole = 0.0
+        for part in _parts(batch, _TRAINED_TOKENS):
+            # On a CPU every new shape would be compiled anew for bfloat16, which costs more.
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
+            ):
+                loss = self.scorer.loss(part, self.settings.objective) * (len(part) / len(batch))
+            loss.backward()  # type: ignore[no-untyped-call]
+            whole += float(loss.item())
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        if not bool(norm.isfinite()):
+            raise TrainError(
+                f"{self._file.parent}: the loss is {whole} and its gradient not finite at step "
+                f"{done + 1}: lower --learning-rate, and choose another folder"
+            )
+        self.optimizer.step()
+        return whole
+
+    def _end_epoch(self, number: int, validation: list[Encoded], progress: Progress) -> None:
+        loss, accuracy, macro_f1 = self.evaluate(validation, "validate", progress)
+        train_loss = float(np.mean(self.state.losses))
+        self.state.history.append(Epoch(number, train_loss, loss, accuracy, macro_f1))
+        self.state.losses = []
+        if self.best_epoch == number:
+            self.state.best = self._adapter()
+
+    def _should_stop(self) -> bool:
+        history = self.state.history
+        return bool(history) and len(history) - self.best_epoch >= self.settings.patience
+
+    def _adapter(self) -> dict[str, Any]:
+        return {
+            name: tensor.detach().clone()
+            for name, tensor in self.model.named_parameters()
+            if tensor.requires_grad
+        }
+
+    def _set_adapter(self, tensors: dict[str, Any]) -> None:
+        import torch
+
+        with torch.no_grad():
+            for name, tensor in self.model.named_parameters():
+                if tensor.requires_grad:
+                    tensor.copy_(tensors[name])
+
+
+def _encode(example: Example, prompt: Any, tokenizer: HubTokenizer) -> Encoded:
+    rest = encode_segments(prompt.rest(example.text), tokenizer)
+    if len(rest) > QUESTION_ROOM:
+        raise DataError(
+            f"line {example.line} of the questions: {len(rest)} tokens, room for {QUESTION_ROOM}: "
+            "shorten it"
+        )
+    return Encoded(tuple(rest), example.label)
+
+
+def _adapted(folder: Path, settings: Settings) -> Any:
+    """The base with a fresh LoRA adapter; embeddings and head frozen."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    cuda = _device().type == "cuda"
+    base = load_base(folder, torch.bfloat16 if cuda else torch.float32)
+    torch.manual_seed(settings.seed)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=list(LINEAR),
+        modules_to_save=["embed_tokens"] if settings.train_embeddings else None,
+        ensure_weight_tying=settings.train_embeddings and base.config.tie_word_embeddings,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        raise TrainError(f"base {folder}: no LoRA for it: {first_line(error)}") from None
+    # What export looks for: a folder by its whole path, so that it works from anywhere.
+    name = str(Path(settings.base).resolve()) if Path(settings.base).is_dir() else settings.base
+    model.peft_config["default"].base_model_name_or_path = name
+    return model
+
+
+def _thinned(example: Example, share: float, chance: random.Random) -> Example:
+    """The example with about this share of its words left out; at least one stays."""
+    words = example.text.split()
+    kept = [word for word in words if chance.random() >= share]
+    return replace(example, text=" ".join(kept or words))
+
+
+def _batches(rows: list[Encoded], size: int, chance: random.Random) -> list[list[Encoded]]:
+    """All rows once, in random batches of like length: little of a batch is padding."""
+    mixed = chance.sample(rows, len(rows))
+    window = 32 * size
+    mixed = [
+        row
+        for start in range(0, len(mixed), window)
+        for row in sorted(mixed[start : start + window], key=lambda row: len(row.rest))
+    ]
+    batches = [mixed[start : start + size] for start in range(0, len(mixed), size)]
+    chance.shuffle(batches)
+    return batches
+
+
+def _parts(rows: Sequence[Encoded], tokens: int, prefix: int = 0) -> Iterator[list[Encoded]]:
+    """Rows by length, in parts of at most so many tokens with their padding, or of one row."""
+    part: list[Encoded] = []
+    for row in sorted(rows, key=lambda row: len(row.rest)):
+        if part and (len(part) + 1) * (prefix + len(row.rest)) > tokens:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def _device() -> Any:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def _run_folder(target: Path, settings: Settings, task: Task, split: Split) -> Iterator[bool]:
+    """The run's folder, locked; yields whether an unfinished run of the same kind was found."""
+    import torch
+    from filelock import FileLock, Timeout
+    from safetensors import SafetensorError
+
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target / ".lock", blocking=False)
+        lock.acquire()
+    except Timeout:
+        raise TrainError(f"{target}: another training is writing it: wait for it") from None
+    except OSError as error:
+        raise TrainError(f"{target}: {error.strerror or error}: choose another folder") from None
+    try:
+        yield _begin(target, settings, task, split)
+    except (OSError, SafetensorError) as error:
+        raise TrainError(
+            f"{target}: cannot be written: {first_line(error)}: give the same command again when "
+            "it can"
+        ) from None
+    except torch.OutOfMemoryError:
+        raise TrainError(
+            f"{target}: not enough memory for a step: lower --batch-size, in another folder"
+        ) from None
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _begin(target: Path, settings: Settings, task: Task, split: Split) -> bool:
+    """Write the plan and the split; return whether there is a checkpoint to go on from."""
+    if (target / "run.json").exists():
+        for name in _TRANSIENT:  # of a run that was killed within its last steps
+            (target / name).unlink(missing_ok=True)
+        raise TrainError(f"{target}: holds a finished run: remove it or choose another folder")
+    plan = target / "plan.json"
+    wanted = {
+        "settings": asdict(settings),
+        "task": task.to_toml(),
+        "questions": {
+            part: [[example.text, example.label] for example in getattr(split, part)]
+            for part in _PARTS
+        },
+    }
+    begun = (target / "checkpoint.pt").exists()
+    if begun and (not plan.exists() or json.loads(plan.read_text("utf-8")) != wanted):
+        raise TrainError(
+            f"{target}: holds an unfinished run of other data, task or settings: "
+            "remove it or choose another folder"
+        )
+    ours = {".lock", *_TRANSIENT, *(f"{part}.jsonl" for part in wanted["questions"])}
+    if not plan.exists() and {path.name for path in target.iterdir()} - ours:
+        raise TrainError(f"{target}: is not empty: choose another folder")
+    _write_json(plan, wanted)
+    split.write(target, task)
+    return begun
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(partial, path)
+
+
+def _finish(target: Path, run: _Run, task: Task, record: dict[str, Any]) -> None:
+    """The adapter and the record; the last file is the one that says that the run is whole."""
+    from qcat.learn.figures import training_png
+
+    made = target / "adapter.partial"
+    run.model.save_pretrained(made, save_embedding_layers=False)
+    (target / "task.toml").write_text(task.to_toml(), "utf-8")
+    with (target / "metrics.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(record["history"][0]))
+        writer.writeheader()
+        writer.writerows(record["history"])
+    (target / "curves.png").write_bytes(training_png(run.state.history, run.best_epoch))
+    for name in _ADAPTER:
+        os.replace(made / name, target / name)
+    shutil.rmtree(made)
+    _write_json(target / "run.json", record)
+    for name in _TRANSIENT:
+        (target / name).unlink(missing_ok=True)
