@@ -1,13 +1,14 @@
-# make demo: set up, then build a tiny model and run the main job on it, offline
+# make demo: set up what asking needs (no torch), then ask the shipped model, offline
 # make test: set up, then run the tests
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CORE := $(VENV)/.core
 
 .PHONY: demo test lint types clean
 
-demo: $(STAMP)
+demo: $(CORE)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
@@ -24,7 +25,11 @@ clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # llama-cpp-python is compiled here once (some minutes); pip keeps the wheel for the next time.
-$(STAMP): pyproject.toml
+$(CORE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e .
+	touch $(CORE)
+
+$(STAMP): $(CORE)
 	$(BIN)/python -m pip install -e '.[train,dev]'
 	touch $(STAMP)

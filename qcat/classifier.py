@@ -33,6 +33,8 @@ from qcat.trie import LabelTrie
 if TYPE_CHECKING:
     from qcat.backends.llama import LlamaModel, LlamaScorer
 
+DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
+"""The model that comes with qcat."""
 _MAX_CHARS = 20_000  # of a question, before it is tokenized to see how much of it fits
 _WINDOW = 64  # questions tokenized ahead by ask_many
 
@@ -92,7 +94,7 @@ class Classifier:
     @classmethod
     def open(
         cls,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | None = None,
         *,
         threshold: float = 0.0,
         strict: bool = False,
@@ -102,7 +104,8 @@ class Classifier:
         """Load a GGUF made by `qcat export` and evaluate its prompt once.
 
         Args:
-            model: path of the GGUF file; it needs no other file.
+            model: path of the GGUF file; it needs no other file. None is the model that comes
+                with qcat, for questions about a house (`DEFAULT_MODEL`).
             threshold: confidence under which a prediction is marked `abstained`, from 0 to 1.
             strict: refuse a question that is too long instead of cutting its end.
             threads: of computation; by default the physical cores this process may use.
@@ -115,7 +118,7 @@ class Classifier:
         """
         if not 0 <= threshold <= 1 or (threads is not None and threads < 1):
             raise ValueError("threshold from 0 to 1 and at least one thread expected")
-        bundle = Bundle.read(Path(model))
+        bundle = Bundle.read(Path(model) if model is not None else DEFAULT_MODEL)
         from qcat.backends.llama import LlamaModel, LlamaScorer, default_threads
 
         with ExitStack() as stack:

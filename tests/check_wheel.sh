@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="$PWD/.venv/bin/python"
+data="$PWD/examples/household"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -15,30 +16,14 @@ if "$work/fresh/bin/python" -m pip list 2>/dev/null | grep -E '^(torch|transform
   exit 1
 fi
 
-"$python" -W ignore - "$work" <<'PYTHON'
-import sys
-from pathlib import Path
-
-sys.path.insert(0, "examples")
-import tiny_model
-
-from convert.pipeline import Request, export
-from qcat.task import Task
-
-work = Path(sys.argv[1])
-task = Task.read("examples/household/task.toml")
-rows = tiny_model.make_tokenizer(work / "base", [" ".join(task.labels)])
-base = tiny_model.make_base(work / "base", vocabulary=rows, hidden=64)
-tiny_model.make_adapter(work / "adapter", base, str(work / "base"))
-export(Request(task, work / "house", adapter=work / "adapter", quantization="q8_0"))
-PYTHON
-
 mkdir "$work/elsewhere"
 cd "$work/elsewhere"
 qcat="$work/fresh/bin/qcat"
-answer=$("$qcat" ask -m "$work/house/household.gguf" "When was the pump replaced?")
-grep -qx "  $answer" <<<"$("$qcat" inspect "$work/house/household.gguf")"
-grep -q '^TEMPLATE' <<<"$("$qcat" modelfile "$work/house/household.gguf")"
-refusal=$("$qcat" export "$work/adapter" -t "$work/house/task.toml" -o out 2>&1 || true)
+answer=$("$qcat" ask "When was the pool pump replaced?")
+test "$answer" = pool
+model=$("$work/fresh/bin/python" -c 'from qcat.classifier import DEFAULT_MODEL; print(DEFAULT_MODEL)')
+grep -qx "  $answer" <<<"$("$qcat" inspect "$model")"
+grep -q '^TEMPLATE' <<<"$("$qcat" modelfile "$model")"
+refusal=$("$qcat" train "$data/questions.jsonl" -t "$data/task.toml" -o out 2>&1 || true)
 grep -q "pip install 'qcat\[train\]'" <<<"$refusal"
 echo "the wheel alone answers: $answer"

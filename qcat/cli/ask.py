@@ -23,9 +23,9 @@ ABSTAINED = 3
     "-m",
     "--model",
     envvar="QCAT_MODEL",
-    required=True,
     metavar="FILE",
-    help="GGUF made by `qcat export`. [env: QCAT_MODEL]",
+    help="GGUF made by `qcat export`; by default the household model that comes with qcat. "
+    "[env: QCAT_MODEL]",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option(
@@ -61,7 +61,7 @@ ABSTAINED = 3
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
 def command(
     questions: tuple[str, ...],
-    model: str,
+    model: str | None,
     as_json: bool,
     top: int | None,
     threshold: float,
@@ -80,6 +80,7 @@ def command(
 
     \b
     Examples:
+      qcat ask "When was the pool pump replaced?"
       qcat ask -m house.gguf "When was the pool pump replaced?"
       qcat ask -m house.gguf --json --top 3 < questions.txt
     """
