@@ -1,4 +1,4 @@
-"""Make the small Qwen3 base that qcat ships a model on: on two CPU cores, in about 90 minutes.
+"""Make the small Qwen3 base that qcat ships a model on: on two CPU cores, in about an hour.
 
 Three signals, one model of a few million weights:
 
@@ -11,8 +11,8 @@ Three signals, one model of a few million weights:
    in, word out.
 3. Label sets. Questions of CLINC150 and Banking77 under ever new lists of labels in the prompt.
 
-Two stages: `--corpus general` from nothing, then `--corpus home --start THAT` on texts whose nouns
-the teacher puts near a home (`HOME`), for what qcat's example is about.
+A second stage is there, `--corpus home --start THAT` on texts whose nouns the teacher puts near a
+home (`HOME`), for what qcat's example is about; no model of it has been made yet.
 
 A third of CLINC150's intents (`reserved`) is left out altogether, so that the base can be measured
 on label sets that it has never seen. No household question is used.
