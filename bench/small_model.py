@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from qcat.cli.output import table
+
 ROOT = Path(__file__).resolve().parent.parent
 HOUSEHOLD = ROOT / "examples" / "household"
 SHARED = Path(os.environ.get("QCAT_SHARED", ROOT.parent / "shared"))
@@ -38,10 +40,8 @@ def main() -> None:
             options, Path(work)
         )
     columns = list(rows[0])
-    table = [columns, *([_cell(row[name]) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    cells = [columns, *([_cell(row[name]) for name in columns] for row in rows)]
+    print("\n".join(table(cells)))
     figures = [name for name in columns if isinstance(rows[0][name], float)]
     for name in figures if options.what != "choices" else ():
         values = [row[name] for row in rows]

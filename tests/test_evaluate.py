@@ -21,7 +21,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_
 from qcat.classifier import Classifier
 from qcat.errors import DataError
 from qcat.learn.baseline import tfidf_predictions
-from qcat.learn.dataset import Example, read_examples
+from qcat.learn.dataset import Example, read_examples, read_texts
 from qcat.learn.evaluate import (
     INVALID,
     Comparison,
@@ -33,7 +33,6 @@ from qcat.learn.evaluate import (
     label_scores,
     labels_said,
     quality,
-    read_texts,
 )
 from qcat.learn.figures import confusion_png, confusion_svg
 from qcat.learn.html_report import html_report

@@ -25,7 +25,7 @@ from qcat.errors import DataError, ModelError, TrainError
 from qcat.learn.dataset import Example, read_examples
 from qcat.learn.forward import last_states, shared_prefix_states
 from qcat.learn.objective import Encoded, Scorer
-from qcat.learn.split import split_examples
+from qcat.learn.split import Split, split_examples
 from qcat.learn.train import Settings, _parts, _thinned, train
 from qcat.prompt import build_prompt, encode_segments
 from qcat.scoring import label_log_probabilities
@@ -100,6 +100,14 @@ def test_rows_of_one_text_are_a_family_whatever_their_groups():
     parts = (split.train, split.validation, split.test)
     texts = [{e.text.casefold() for e in part} for part in parts]
     assert all(not a & b for a, b in combinations(texts, 2))
+
+
+def test_a_split_is_written_as_it_can_be_read(household, tmp_path):
+    group = "\ud800 cannot be encoded"  # JSON can escape it
+    parts = [[Example("who fixed it", 2, 1, group)], [Example("é?", 0, 1)], [Example("b", 1, 1)]]
+    Split(*parts).write(tmp_path, household)
+    names = ("train", "validation", "test")
+    assert [read_examples(tmp_path / f"{name}.jsonl", household) for name in names] == parts
 
 
 def test_too_few_families_are_refused():

@@ -116,6 +116,37 @@ def read_examples(path: Path, task: Task) -> list[Example]:
     return examples
 
 
+def read_texts(path: Path) -> list[str]:
+    """Read questions without a label: JSONL with `text`, as `clean_question` gives them.
+
+    Raises:
+        DataError: naming the file and line, for anything that is not such a row.
+    """
+    shape = '{"text": …}'
+    texts = []
+    for line, fields in _jsonl(path, shape):
+        if isinstance(fields, str):
+            raise DataError(f"{path}:{line}: {fields}")
+        if not isinstance(fields.get("text"), str):
+            raise DataError(f"{path}:{line}: {shape} expected")
+        try:
+            texts.append(clean_question(fields["text"]))
+        except QuestionError as error:
+            raise DataError(f"{path}:{line}: {error}") from None
+    if not texts:
+        raise DataError(f"{path}: no questions: write {shape}, one a line")
+    return texts
+
+
+def jsonl_line(text: str, label: str, group: str | None) -> bytes:
+    """A labelled question as a line of JSONL, such as `read_rows` takes."""
+    fields = {"text": text, "label": label} | ({} if group is None else {"group": group})
+    try:
+        return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate in a label or group can only be escaped
+        return json.dumps(fields).encode() + b"\n"
+
+
 def _row(fields: Mapping[str, Any], line: int) -> Row | BadRow:
     if "output" in fields and "label" not in fields:  # Alpaca's names
         given = fields.get("input") or fields.get("instruction")
@@ -156,7 +187,7 @@ _Found = Iterator[tuple[int, Mapping[str, Any] | str]]
 """Line and fields; or, of a bad row, what is wrong with it."""
 
 
-def _jsonl(path: Path) -> _Found:
+def _jsonl(path: Path, shape: str = '{"text": …, "label": …}') -> _Found:
     for line, text in enumerate(_text(path).split("\n"), 1):
         if not text.strip():
             continue
@@ -168,7 +199,7 @@ def _jsonl(path: Path) -> _Found:
         except (ValueError, RecursionError) as error:
             yield line, f"not a JSON object: {error}"
             continue
-        yield line, fields if isinstance(fields, dict) else '{"text": …, "label": …} expected'
+        yield line, fields if isinstance(fields, dict) else f"{shape} expected"
 
 
 def _csv(path: Path) -> _Found:

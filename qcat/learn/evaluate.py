@@ -6,7 +6,6 @@ scikit-learn's. Knows nothing of the command line, of files to write, or of pict
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +17,10 @@ import numpy.typing as npt
 
 from qcat.bundle import Bundle
 from qcat.classifier import Classifier, Prediction
-from qcat.errors import DataError, QuestionError
+from qcat.errors import DataError
 from qcat.learn.baseline import NAME as BASELINE_NAME
 from qcat.learn.baseline import tfidf_predictions
-from qcat.learn.dataset import Example, read_examples
-from qcat.prompt import clean_question
+from qcat.learn.dataset import Example, read_examples, read_texts
 from qcat.task import Task
 
 Decode = Literal["label", "free"]
@@ -333,39 +331,6 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluati
         baseline=baseline,
         answers=answers,
     )
-
-
-def read_texts(path: Path) -> list[str]:
-    """Read questions without a label: JSONL with `text`, as `clean_question` gives them.
-
-    Raises:
-        DataError: naming the file and line, for anything that is not such a row.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    except ValueError:  # a NUL or a lone surrogate in the name
-        raise DataError(f"{str(path)!r}: no file can have this name") from None
-    texts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not a JSON object: {error}") from None
-        if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-            raise DataError(f'{path}:{number}: {{"text": …}} expected')
-        try:
-            texts.append(clean_question(fields["text"]))
-        except QuestionError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-    if not texts:
-        raise DataError(f'{path}: no questions: write {{"text": …}}, one a line')
-    return texts
 
 
 def quality(

@@ -7,7 +7,6 @@ given a tokenizer at the label tokens. Prints nothing; knows no model weights.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import unicodedata
@@ -21,7 +20,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from qcat.errors import DataError, ModelError, QuestionError, TaskError
 from qcat.learn.characters import oddities, unmangle
-from qcat.learn.dataset import BadRow, Row, scan_rows
+from qcat.learn.dataset import BadRow, Row, jsonl_line, scan_rows
 from qcat.learn.near import families, near_pairs
 from qcat.learn.split import FEWEST
 from qcat.prompt import (
@@ -219,19 +218,9 @@ def fix(task: Task, path: Path, target: Path) -> Fixed:
 
 
 def _write(target: Path, rows: Iterable[Row]) -> None:
-    lines = []
-    for row in rows:
-        fields = {"text": row.text, "label": row.label}
-        if row.group is not None:
-            fields["group"] = row.group
-        line = json.dumps(fields, ensure_ascii=False)
-        try:
-            lines.append(line.encode() + b"\n")
-        except UnicodeEncodeError:  # a lone surrogate in a label or group can only be escaped
-            lines.append(json.dumps(fields).encode() + b"\n")
     part = target.with_name(f".{target.name}.part")
     try:
-        part.write_bytes(b"".join(lines))
+        part.write_bytes(b"".join(jsonl_line(row.text, row.label, row.group) for row in rows))
         part.replace(target)
     except OSError as error:
         with suppress(OSError):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 
 from qcat.errors import DataError
-from qcat.learn.dataset import Example
+from qcat.learn.dataset import Example, jsonl_line
 from qcat.task import Task
 
 FEWEST = 7
@@ -28,13 +27,8 @@ class Split:
         """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`."""
         labels = list(task.labels)
         for part in fields(self):
-            lines = []
-            for example in getattr(self, part.name):
-                row = {"text": example.text, "label": labels[example.label]}
-                if example.group:
-                    row["group"] = example.group
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-            (folder / f"{part.name}.jsonl").write_text("".join(lines), "utf-8")
+            lines = [jsonl_line(e.text, labels[e.label], e.group) for e in getattr(self, part.name)]
+            (folder / f"{part.name}.jsonl").write_bytes(b"".join(lines))
 
 
 def split_examples(examples: Sequence[Example], task: Task, *, seed: int) -> Split:
