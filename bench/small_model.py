@@ -67,7 +67,7 @@ def household(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 def clinc(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Draws of intents that were reserved when the base was made."""
     sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
-    from pretrain import reserved
+    from texts import reserved
 
     from qcat.learn.dataset import Example
     from qcat.learn.split import Split
@@ -208,11 +208,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("what", choices=["household", "clinc", "choices"])
     parser.add_argument("--base", type=Path, default=ROOT / "examples/base/model")
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--objective", choices=["labels", "answer"], default="labels")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--objective", choices=["labels", "answer"], default="answer")
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--frozen-embeddings", action="store_true")
     parser.add_argument("--word-dropout", type=float, default=0.15)
     return parser.parse_args()

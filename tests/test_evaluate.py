@@ -464,7 +464,9 @@ def test_an_absent_library_is_one_line(library, qcat, house, tmp_path, held_out)
     args = ["eval", house, held_out, "--confusion", tmp_path / "c.png"]
     done = qcat(*args, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
-    assert done.stderr == (f"qcat: error: {library} is not installed: pip install 'qcat[train]'\n")
+    assert done.stderr == (
+        f"qcat: error: {library} is not installed: in qcat's clone give pip install '.[train]'\n"
+    )
 
 
 def test_usage(qcat, house, held_out):

@@ -139,7 +139,7 @@ def test_doctor(qcat):
     )
     assert rows["qcat"] == __version__
     assert rows["threads"].split()[0].isdigit()
-    for name in ("llama.cpp", "hub cache", "qcat cache", "ollama server"):
+    for name in ("llama.cpp", "hub cache", "ollama server"):
         assert name in done.stdout
 
 

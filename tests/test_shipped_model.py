@@ -9,7 +9,6 @@ from collections import Counter
 
 import pytest
 from conftest import EXAMPLE, ROOT
-from pretrain import Row, by_length, frame, noisy, reserved, swap
 
 from qcat import Classifier
 from qcat.bundle import Bundle, read_header, section
@@ -80,27 +79,3 @@ def test_the_data_is_clean(qcat):
     done = qcat("lint", EXAMPLE / "task.toml", EXAMPLE / "questions.jsonl")
     assert done.returncode == 0
     assert "0 errors, 0 warnings" in done.stdout
-
-
-# The pure parts of the script that makes the base
-
-
-def test_a_third_of_the_intents_is_reserved():
-    intents = [{"label": f"intent {i % 150:03}"} for i in range(1000)]
-    left_out = reserved(intents)
-    assert len(left_out) == 50
-    assert left_out == reserved(reversed(intents))
-
-
-def test_texts_are_made_of_texts():
-    nouns = ["anvil", "garden hose"]
-    assert swap("who fixed it", nouns) in ("who anvil it", "who garden hose it")
-    assert swap("so it is", nouns) == "so it is"
-    assert "{}" not in frame(nouns)
-    assert all(noisy(text) for text in ("?", "a", "When was it?", "so it is indeed") * 50)
-
-
-def test_batches_by_length_hold_each_row_once():
-    given = [Row("x" * (i % 40)) for i in range(1000)]
-    batches = by_length(range(1000), given, 32)
-    assert sorted(number for batch in batches for number in batch) == list(range(1000))

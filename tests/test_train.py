@@ -225,7 +225,7 @@ def job(tmp_path_factory):
     count = tiny_model.make_tokenizer(folder / "base", texts, size=600)
     tiny_model.make_base(folder / "base", vocabulary=count, hidden=128)
     more = ("-t", folder / "task.toml", "--base", folder / "base", "--learning-rate", "0.003")
-    return folder, ("train", folder / "q.jsonl", *more, "--epochs", "5")
+    return folder, ("train", folder / "q.jsonl", *more, "--epochs", "8")
 
 
 @pytest.fixture(scope="module")

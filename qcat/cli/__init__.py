@@ -92,7 +92,9 @@ def run(args: list[str] | None) -> int:
         if debug or error.name in (None, "qcat", "convert"):
             raise
         click.echo(
-            f"qcat: error: {error.name} is not installed: pip install 'qcat[train]'", err=True
+            f"qcat: error: {error.name} is not installed: in qcat's clone give "
+            "pip install '.[train]'",
+            err=True,
         )
         return 1
     except Exception as error:

@@ -39,7 +39,8 @@ ABSTAINED = 3
     type=click.FloatRange(0, 1),
     default=0.0,
     metavar="P",
-    help="Under this confidence print the abstain word and exit with 3.",
+    help="Under this confidence exit with 3 and print the abstain word (with --json or --top the "
+    "labels all the same).",
 )
 @click.option(
     "--abstain",
@@ -53,7 +54,7 @@ ABSTAINED = 3
     "--decode",
     type=click.Choice(["label", "free"]),
     default="label",
-    help="`free`: no constraint, show what the model would have said.",
+    help="`free`: no constraint, show what the model would have said; without probabilities.",
 )
 @click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="Threads; by default the physical cores."

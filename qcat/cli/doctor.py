@@ -10,7 +10,6 @@ import urllib.request
 from importlib import metadata
 
 import click
-import platformdirs
 
 _PACKAGES = ("qcat", "llama-cpp-python", "numpy", "torch", "transformers", "peft", "gguf", "ollama")
 
@@ -44,7 +43,6 @@ def command() -> None:
         ("llama.cpp", "compiled with " + ", ".join(on)),
         ("threads", f"{default_threads()} used of {os.cpu_count()} logical processors"),
         ("hub cache", _hub_cache()),
-        ("qcat cache", platformdirs.user_cache_dir("qcat")),
         ("ollama program", shutil.which("ollama") or "not found"),
         ("ollama server", _ollama()),
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 
 from qcat.cli.output import Bars, table
 from qcat.errors import DataError, QcatError
+from qcat.files import write_whole
 from qcat.learn.evaluate import Comparison, Confusion, Evaluation, OffTopic, Request, evaluate
 
 _FILE = click.Path(path_type=Path)
@@ -99,7 +99,7 @@ def command(
 
         pages.append((html, html_report(found).encode()))
     for path, data in pages:
-        _write(path, data)
+        write_whole(path, data)
     text = json.dumps(found.to_dict(), ensure_ascii=False) if as_json else _report(found)
     click.echo(text.encode("utf-8", "replace").decode())
 
@@ -122,18 +122,6 @@ def _check_writable(path: Path) -> None:
             raise QcatError(f"{path}: is a folder: name a file")
     except OSError as error:
         raise QcatError(f"{path}: cannot be written: {error.strerror}: choose another") from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".qcat-{os.getpid()}.part")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        raise QcatError(f"{path}: cannot be written: {error.strerror}: choose another") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _report(found: Evaluation) -> str:

@@ -44,13 +44,14 @@ _FILE = click.Path(path_type=Path)
     "--data",
     metavar="FILE",
     type=_FILE,
-    help="Held-out questions for the proof, JSONL.  [default: RUN/test.jsonl, if there]",
+    help="Held-out questions for the proof: JSONL, CSV or Parquet.  "
+    "[default: RUN/test.jsonl, if there]",
 )
 @click.option(
     "--train-data",
     metavar="FILE",
     type=_FILE,
-    help="Training questions for the importance matrix, JSONL.  "
+    help="Training questions for the importance matrix, likewise.  "
     "[default: RUN/train.jsonl, if there]",
 )
 @click.option("--quant", type=click.Choice(QUANTIZATIONS), default="q4_k_m", show_default=True)
@@ -59,7 +60,7 @@ _FILE = click.Path(path_type=Path)
     type=click.Choice(["f16", "bf16"]),
     default="f16",
     show_default=True,
-    help="Of the GGUF that is quantized.",
+    help="Of the GGUF before it is quantized; bf16 if the base overflows f16.",
 )
 @click.option(
     "--max-flips",
@@ -80,14 +81,16 @@ def command(
     precision: Any,
     max_flips: float,
 ) -> None:
-    """Merge the LoRA adapter in RUN, convert it to a 4-bit GGUF and prove that nothing was lost.
+    """Merge the LoRA adapter in RUN, convert it to a 4-bit GGUF and measure what that changed.
 
-    RUN is a folder that PEFT's save_pretrained wrote, or a whole checkpoint without an adapter.
+    RUN is a folder that `qcat train` or PEFT's save_pretrained wrote, or a whole checkpoint
+    without an adapter.
 
     \b
     Examples:
       qcat export runs/house -o dist/house
-      qcat export adapter -t task.toml --base Qwen/Qwen3-0.6B --data held_out.jsonl -o house
+      qcat export adapter -t task.toml --base Qwen/Qwen3-0.6B --train-data train.jsonl \
+        --data held_out.jsonl -o house
     """
     if not run.is_dir():
         raise ExportError(f"{run}: no such folder: name the one that holds the adapter")

@@ -17,7 +17,15 @@ _FILE = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("questions", metavar="QUESTIONS", type=_FILE)
-@click.option("-t", "--task", "task_file", required=True, metavar="FILE", type=_FILE)
+@click.option(
+    "-t",
+    "--task",
+    "task_file",
+    required=True,
+    metavar="FILE",
+    type=_FILE,
+    help="What to decide: task.toml.",
+)
 @click.option(
     "--base",
     default="Qwen/Qwen3-0.6B",
@@ -26,23 +34,45 @@ _FILE = click.Path(path_type=Path)
     help="Base model, folder or hub name.",
 )
 @click.option("-o", "--output", required=True, metavar="DIR", type=_FILE, help="Folder of the run.")
-@click.option("--epochs", type=click.IntRange(1), default=5, show_default=True, help="At most.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--epochs",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="At most so many passes over the data; stops two after the best.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Questions a step; fewer need less memory.",
+)
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),
     metavar="RATE",
-    help="Peak.  [default: 2e-4 × 1024 / the model's width]",
+    help="The highest, after the warm-up.  [default: 2e-4 × 1024 / the model's width]",
 )
-@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Of LoRA.")
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Of the LoRA matrices; alpha is twice that.",
+)
 @click.option(
     "--objective",
     type=click.Choice(["labels", "answer"]),
-    default="labels",
+    default="answer",
     show_default=True,
-    help="`labels`: choose among the labels; `answer`: write the answer, as in language models.",
+    help="`answer`: write the label and stop, as Ollama needs it; `labels`: choose among them.",
 )
-@click.option("--train-embeddings", is_flag=True, help="Too, and saved whole: for a small base.")
+@click.option(
+    "--train-embeddings",
+    is_flag=True,
+    help="Train the token embeddings too and save them whole: for a small base.",
+)
 @click.option(
     "--word-dropout",
     type=click.FloatRange(0, 0.9),
@@ -56,7 +86,7 @@ _FILE = click.Path(path_type=Path)
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Of the split too.",
+    help="For training and for the split.",
 )
 def command(
     questions: Path,

@@ -12,13 +12,13 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from qcat.errors import DataError, ModelError, QuestionError, TaskError
+from qcat.files import write_whole
 from qcat.learn.characters import oddities, unmangle
 from qcat.learn.dataset import BadRow, Row, jsonl_line, scan_rows
 from qcat.learn.near import families, near_pairs
@@ -204,7 +204,7 @@ def fix(task: Task, path: Path, target: Path) -> Fixed:
     if not kept:
         raise DataError(f"{path}: no row is left to write: mend it by hand")
     rows = tuple(replace(q.row, text=q.text, label=q.label) for q in kept)
-    _write(target, rows)
+    write_whole(target, b"".join(jsonl_line(row.text, row.label, row.group) for row in rows))
     gone = {line for lines in dropped.values() for line in lines}
     return Fixed(
         tuple(rows),
@@ -215,19 +215,6 @@ def fix(task: Task, path: Path, target: Path) -> Fixed:
             if not gone.issuperset(lines)
         },
     )
-
-
-def _write(target: Path, rows: Iterable[Row]) -> None:
-    part = target.with_name(f".{target.name}.part")
-    try:
-        part.write_bytes(b"".join(jsonl_line(row.text, row.label, row.group) for row in rows))
-        part.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise DataError(f"{target}: cannot be written: {error.strerror}") from None
-    except ValueError:  # a NUL or a lone surrogate in the name
-        raise DataError(f"{str(target)!r}: no file can have this name") from None
 
 
 # Reading

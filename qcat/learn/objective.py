@@ -1,9 +1,10 @@
 """What training minimises, and how validation is scored: both on hidden states after a prefix.
 
-`labels`: the negative log of P(label | question) as the runtime computes it: a softmax over the
-children at each branching node of the label trie, nothing else of the vocabulary (as in
-classification by label-token logits). `answer`: the usual language-model loss, over the whole
-vocabulary, of the label's tokens and the end token.
+`answer`: the usual language-model loss, over the whole vocabulary, of the label's tokens and the
+end token. `labels`: the negative log of P(label | question) as the runtime computes it: a softmax
+over the children at each branching node of the label trie, nothing else of the vocabulary (as in
+classification by label-token logits); it teaches neither to write a label nor to stop after it, so
+a model trained on it needs a grammar.
 """
 
 from __future__ import annotations

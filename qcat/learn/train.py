@@ -56,7 +56,7 @@ class Settings:
 
     base: str
     """Local folder or hub name."""
-    objective: Objective = "labels"
+    objective: Objective = "answer"
     epochs: int = 5
     """At most: training stops early when validation macro-F1 has not risen for `patience`."""
     batch: int = 8
