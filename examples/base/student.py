@@ -80,8 +80,8 @@ def begin(
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         for layer in context:
-            _look_back(layer.self_attn, head=0, distance=1)
-            _look_back(layer.self_attn, head=1, distance=2)
+            _look_back(layer.self_attn, head=0, back=1)
+            _look_back(layer.self_attn, head=1, back=2)
         _average(last.self_attn)
     return model
 
@@ -107,10 +107,7 @@ def trained_bag(
             order = random.sample(range(len(rows)), len(rows))
         window, order = order[:batch], order[batch:]
         found = bag([rows[i] for i in window], meaning, _bounded(weight))
-        wanted = targets[window].float()
-        alike = functional.mse_loss(found @ found.T, wanted @ wanted.T)
-        near = 1 - (found * wanted).sum(-1).mean()
-        loss = near + 10 * alike
+        loss = distance(found, targets[window].float())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -138,21 +135,28 @@ def bag(rows: Sequence[Sequence[int]], meaning: torch.Tensor, weight: torch.Tens
     return functional.normalize(summed, dim=-1)
 
 
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """How far unit vectors (rows, MEANING) are from the teacher's, alone and to each other."""
+    near = 1 - (found * wanted).sum(-1).mean()
+    alike = functional.mse_loss(found @ found.T, wanted @ wanted.T)
+    return near + 10 * alike
+
+
 def _bounded(weight: torch.Tensor) -> torch.Tensor:
     return 0.5 * torch.tanh(weight)
 
 
-def _look_back(attention: Any, head: int, distance: int) -> None:
+def _look_back(attention: Any, head: int, back: int) -> None:
     """Make a head look so many tokens back.
 
     With the constant alone in query and key, their product is √head_dim times the mean, over the
-    rotary pairs used (Su et al. 2021), of cos(frequency × (tokens between them - distance)).
+    rotary pairs used (Su et al. 2021), of cos(frequency × (tokens between them - back)).
     """
     size = attention.head_dim
     pairs = range(10)
     _quieten(attention, head, pairs)
     for pair in pairs:
-        angle = _frequency(pair, size) * distance
+        angle = SHAPE["rope_parameters"]["rope_theta"] ** (-2 * pair / size) * back
         attention.k_proj.weight[head * size + pair, 0] = 1
         attention.q_proj.weight[head * size + pair, 0] = math.cos(angle)
         attention.q_proj.weight[head * size + pair + size // 2, 0] = -math.sin(angle)
@@ -187,7 +191,3 @@ def _quieten(attention: Any, head: int, pairs: Sequence[int]) -> None:
     attention.k_proj.weight[rows].normal_(std=_NOISE)
     for pair in pairs:
         attention.k_proj.weight[[head * size + pair, head * size + pair + size // 2]] = 0
-
-
-def _frequency(pair: int, size: int) -> float:
-    return float(SHAPE["rope_parameters"]["rope_theta"] ** (-2 * pair / size))

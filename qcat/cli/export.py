@@ -89,7 +89,7 @@ def command(
     \b
     Examples:
       qcat export runs/house -o dist/house
-      qcat export adapter -t task.toml --base Qwen/Qwen3-0.6B --train-data train.jsonl \
+      qcat export adapter -t task.toml --base Qwen/Qwen3-0.6B --train-data train.jsonl \\
         --data held_out.jsonl -o house
     """
     if not run.is_dir():
