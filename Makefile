@@ -1,18 +1,23 @@
 # make demo: set up what asking needs (no torch), then ask the shipped model, offline
 # make test: set up, then run the tests
+# make test-ollama: install a real Ollama under build/ (ten minutes the first time), then test on it
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CORE := $(VENV)/.core
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-ollama lint types clean
 
 demo: $(CORE)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	$(BIN)/pytest
+
+test-ollama: $(STAMP)
+	tests/ollama/install.sh $(BIN)/python build/ollama
+	$(BIN)/pytest -m ollama
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -31,5 +36,5 @@ $(CORE): pyproject.toml
 	touch $(CORE)
 
 $(STAMP): $(CORE)
-	$(BIN)/python -m pip install -e '.[train,dev]'
+	$(BIN)/python -m pip install -e '.[train,ollama,dev]'
 	touch $(STAMP)

@@ -331,11 +331,11 @@ def latency(gguf: Path, rounds: int) -> dict[str, Any]:
     questions = [example.text for example in spread(_examples(), ASKED)]
     bundle, threads = Bundle.read(gguf), default_threads()
     with Classifier.open(gguf, threads=threads) as house:
-        prompt, trie = prepare(bundle, house._model)
+        prompt, trie = prepare(bundle.task, house._vocabulary, str(bundle.path))
         if trie.deep_branches:
             sys.exit("real_size: two labels begin with one token: bare is not the same work")
-        prefix = encode_segments(prompt.prefix, house._model)
-        rests = {q: encode_segments(prompt.rest(q), house._model) for q in questions}
+        prefix = encode_segments(prompt.prefix, house._vocabulary)
+        rests = {q: encode_segments(prompt.rest(q), house._vocabulary) for q in questions}
         texts = {q: prompt.text(q) for q in questions}
         longest = max(len(sequence) for sequence in trie.sequences)
         labels = dict(zip(trie.first_tokens.tolist(), house.task.labels, strict=True))
@@ -420,7 +420,7 @@ def bare_llama(
     )
     batch = llama_cpp.llama_batch_init(llama_cpp.llama_n_batch(like), 0, 1)
     memory = llama_cpp.llama_get_memory(context)
-    shape = (house._model.n_vocab,)
+    shape = (house._vocabulary.n_vocab,)
 
     def decode(tokens: Sequence[int], start: int, sequence: int) -> Any:
         for at, token in enumerate(tokens):

@@ -9,10 +9,13 @@ finds the words of tools or thinking in it (server/images.go), so those are brok
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from qcat.errors import ExportError
-from qcat.prompt import QUESTION_ROOM, Prompt
+from qcat.prompt import QUESTION_ROOM, Encoder, Prompt, encode_segments
 from qcat.task import Task
+from qcat.trie import LabelTrie
 
 _CTX_STEP = 256  # llama.cpp rounds contexts up to this
 _RUNS = re.compile(r'\{+|"{2,}')
@@ -21,20 +24,37 @@ _TEMPLATE = re.compile(r'^TEMPLATE """(.*?)"""$', re.DOTALL | re.MULTILINE)
 _ACTION = re.compile(r'\{\{ (?:(\.Prompt)|("(?:[^"\\]|\\.)*")) \}\}')
 
 
-def modelfile(
-    task: Task, prompt: Prompt, *, gguf: str, n_prefix: int, n_answer: int, end: str
-) -> str:
+class Vocabulary(Encoder, Protocol):
+    """A model's tokens, both ways."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def parameters(prompt: Prompt, trie: LabelTrie, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Ollama's parameters for a prompt and its labels, by name."""
+    n_answer = max(len(sequence) for sequence in trie.sequences)
+    cells = len(encode_segments(prompt.prefix, vocabulary)) + QUESTION_ROOM + n_answer + 1
+    return {
+        "temperature": 0,
+        # Ollama's /v1 endpoints set temperature 1 where the client sends none; this they leave.
+        "top_k": 1,
+        # Ollama's penalty would look at the prompt's end, where the labels stand.
+        "repeat_penalty": 1,
+        "num_predict": n_answer + 1,
+        "num_ctx": -(-cells // _CTX_STEP) * _CTX_STEP,
+        "stop": [vocabulary.decode([trie.end])],
+    }
+
+
+def modelfile(task: Task, prompt: Prompt, *, gguf: str, parameters: Mapping[str, Any]) -> str:
     """The text of a Modelfile.
 
     Args:
         task: the task, for its name.
         prompt: its prompt.
         gguf: file name of the GGUF beside the Modelfile.
-        n_prefix: tokens of the prompt up to the question.
-        n_answer: tokens of the longest answer, without the end token.
-        end: text of the end token.
+        parameters: as `parameters` gives them.
     """
-    cells = n_prefix + QUESTION_ROOM + n_answer + 1
     return "\n".join(
         [
             f"# Task {task.name}, made by qcat. Create the model, then ask:",
@@ -42,12 +62,12 @@ def modelfile(
             f'#   ollama run {task.name} "…"',
             f"FROM ./{gguf}",
             f'TEMPLATE """{go_template(prompt)}"""',
-            "PARAMETER temperature 0",
-            # Ollama's penalty would look at the prompt's end, where the labels stand.
-            "PARAMETER repeat_penalty 1",
-            f"PARAMETER num_predict {n_answer + 1}",
-            f"PARAMETER num_ctx {-(-cells // _CTX_STEP) * _CTX_STEP}",
-            f'PARAMETER stop "{end}"',
+            *(
+                f'PARAMETER {name} "{value[0]}"'
+                if isinstance(value, list)
+                else f"PARAMETER {name} {value}"
+                for name, value in parameters.items()
+            ),
             "",
         ]
     )

@@ -23,7 +23,7 @@ from typing import Any
 from convert.card import model_card
 from convert.imatrix import ImportanceMatrix, importance_matrix
 from convert.merge import Merged, merge
-from convert.modelfile import chat_template, modelfile
+from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import quantize
 from convert.replay import TorchReplay
 from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_torch
@@ -269,7 +269,7 @@ def _convert_and_measure(full: Path, request: Request, progress: Progress) -> _M
 def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[str, int]:
     """The Modelfile, its tokens checked; and how many questions spell a special token."""
     with LlamaModel(full, vocab_only=True) as served:
-        prompt, trie = prepare(Bundle.read(full), served)
+        prompt, trie = prepare(Bundle.read(full).task, served, str(full))
         if (prompt, trie.sequences, trie.end) != (
             setup.prompt,
             setup.trie.sequences,
@@ -283,9 +283,7 @@ def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[
             setup.task,
             setup.prompt,
             gguf=gguf,
-            n_prefix=len(setup.prefix),
-            n_answer=max(len(sequence) for sequence in setup.trie.sequences),
-            end=served.decode([served.end]),
+            parameters=parameters(setup.prompt, setup.trie, served),
         )
         questions = [*_PROBES, *(question for question, _ in request.held_out)]
         return text, check_tokens(setup.prompt, setup.tokenizer, served, text, questions)

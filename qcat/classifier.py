@@ -6,17 +6,18 @@ Knows nothing of the command line. llama.cpp is loaded when a model is opened, n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from qcat.bundle import Bundle
-from qcat.errors import ModelError, QuestionError
+from qcat.bundle import TASK_KEY, Bundle
+from qcat.errors import BundleError, ModelError, QuestionError, ServerError
 from qcat.grammar import grammar
 from qcat.prompt import (
     QUESTION_ROOM,
@@ -27,35 +28,71 @@ from qcat.prompt import (
     encode_answers,
     encode_segments,
 )
-from qcat.scoring import Scores, entropy, label_log_probabilities, margin
+from qcat.scoring import (
+    BoundedScores,
+    Floats,
+    Scores,
+    entropy,
+    label_log_probabilities,
+    margin,
+)
+from qcat.task import Task
 from qcat.trie import LabelTrie
-
-if TYPE_CHECKING:
-    from qcat.backends.llama import LlamaModel, LlamaScorer
+from qcat.vocabulary import write_vocabulary
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
 """The model that comes with qcat."""
 _MAX_CHARS = 20_000  # of a question, before it is tokenized to see how much of it fits
+OLLAMA = "ollama:"
+"""How the name of a model on an Ollama server begins."""
 _WINDOW = 64  # questions tokenized ahead by ask_many
+
+
+class Vocabulary(Protocol):
+    """A model's tokens, and what must be closed after use."""
+
+    end: int
+
+    def encode(self, text: str, *, special: bool) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def piece(self, token: int) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class Scorer(Protocol):
+    """A backend: questions as token ids after the prompt's prefix to what the model thinks."""
+
+    def score(self, rests: Sequence[Sequence[int]]) -> Iterator[Scores | BoundedScores]: ...
+    def accepts(self, label: int) -> bool: ...
+    def spells(self, ids: Sequence[int]) -> bool: ...
+    def generate(self, rest: Sequence[int], limit: int) -> str: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one question."""
+    """The answer to one question.
+
+    On an Ollama server older than 0.12.11, which gives no log-probabilities, there is a label and
+    no more: what follows it is None, and `probabilities` is empty.
+    """
 
     label: str
     """The most probable label: always one of the task's."""
-    confidence: float
-    """Its probability given the question, from 0 to 1."""
+    confidence: float | None
+    """Its probability given the question, from 0 to 1; the least that it can be if not `exact`."""
     abstained: bool
     """Whether the confidence is under the threshold, so that a person should decide."""
     probabilities: Mapping[str, float]
-    """All labels, most probable first; they sum to 1."""
-    label_mass: float
+    """All labels, most probable first; they sum to 1, or to more if not `exact`."""
+    exact: bool
+    """Whether all probabilities are known. Ollama shows the best twenty tokens only: a label
+    beyond them has the most that its probability can be, the others the least."""
+    label_mass: float | None
     """Share of the model's whole next-token probability that falls on labels at all."""
-    margin: float
+    margin: float | None
     """The best probability less the second best."""
-    entropy: float
+    entropy: float | None
     """Of the label distribution, in nats."""
     truncated: bool
     """Whether the question was too long and its end was cut."""
@@ -66,7 +103,7 @@ class Prediction:
 
 
 class Classifier:
-    """A qcat GGUF, ready to answer. Close it, or use it in a `with` statement.
+    """A qcat model, ready to answer. Close it, or use it in a `with` statement.
 
     >>> with Classifier.open("house.gguf") as house:        # doctest: +SKIP
     ...     house.ask("When was the pool pump replaced?").label
@@ -75,21 +112,22 @@ class Classifier:
 
     def __init__(
         self,
-        bundle: Bundle,
-        model: LlamaModel,
-        scorer: LlamaScorer,
+        task: Task,
+        vocabulary: Vocabulary,
+        scorer: Scorer,
         trie: LabelTrie,
         prompt: Prompt,
         *,
+        name: str,
         threshold: float,
         strict: bool,
     ) -> None:
-        self.task = bundle.task
+        self.task = task
         self.threshold = threshold
         self.strict = strict
-        self._path = bundle.path
-        self._labels = tuple(bundle.task.labels)
-        self._model, self._scorer, self._trie, self._prompt = model, scorer, trie, prompt
+        self._name = name
+        self._labels = tuple(task.labels)
+        self._vocabulary, self._scorer, self._trie, self._prompt = vocabulary, scorer, trie, prompt
 
     @classmethod
     def open(
@@ -99,41 +137,43 @@ class Classifier:
         threshold: float = 0.0,
         strict: bool = False,
         threads: int | None = None,
+        timeout: float | None = None,
         verbose: bool = False,
     ) -> Self:
-        """Load a GGUF made by `qcat export` and evaluate its prompt once.
+        """Load a GGUF made by `qcat export` and evaluate its prompt once, or find it on a server.
 
         Args:
             model: path of the GGUF file; it needs no other file. None is the model that comes
-                with qcat, for questions about a house (`DEFAULT_MODEL`).
+                with qcat, for questions about a house (`DEFAULT_MODEL`). `ollama:NAME` is a model
+                on the Ollama server that OLLAMA_HOST names, made by `qcat deploy`.
             threshold: confidence under which a prediction is marked `abstained`, from 0 to 1.
             strict: refuse a question that is too long instead of cutting its end.
-            threads: of computation; by default the physical cores this process may use.
+            threads: of computation; by default the physical cores this process may use. Not for
+                a server, which has its own.
+            timeout: seconds that one request to a server may take, 60 by default. Not for a file.
             verbose: let llama.cpp write its log to stderr.
 
         Raises:
             BundleError: the file is absent, damaged, or no qcat GGUF.
             ModelError: llama.cpp cannot load it, or its vocabulary cannot spell the labels.
-            ValueError: a threshold or number of threads that makes no sense.
+            ServerError: the server does not answer, or has no such model made by qcat.
+            ValueError: an argument that makes no sense.
         """
+        served = isinstance(model, str) and model.startswith(OLLAMA)
         if not 0 <= threshold <= 1 or (threads is not None and threads < 1):
             raise ValueError("threshold from 0 to 1 and at least one thread expected")
-        bundle = Bundle.read(Path(model) if model is not None else DEFAULT_MODEL)
-        from qcat.backends.llama import LlamaModel, LlamaScorer, default_threads
-
+        if served and threads is not None:
+            raise ValueError("threads are the server's own affair")
+        if timeout is not None and not (served and 0 < timeout < float("inf")):
+            raise ValueError("timeout expected for an Ollama model only, in seconds, more than 0")
         with ExitStack() as stack:
-            loaded = stack.enter_context(LlamaModel(bundle.path, verbose=verbose))
-            prompt, trie = prepare(bundle, loaded)
-            scorer = LlamaScorer(
-                loaded,
-                prefix=encode_segments(prompt.prefix, loaded),
-                trie=trie,
-                grammar=grammar(bundle.task),
-                room=QUESTION_ROOM,
-                threads=threads or default_threads(),
-            )
+            if served:
+                parts = _open_ollama(str(model).removeprefix(OLLAMA), timeout, verbose, stack)
+            else:
+                file = Path(model) if model is not None else DEFAULT_MODEL
+                parts = _open_file(file, threads, verbose, stack)
             stack.pop_all()
-        return cls(bundle, loaded, scorer, trie, prompt, threshold=threshold, strict=strict)
+        return cls(*parts, name=str(model), threshold=threshold, strict=strict)
 
     def ask(self, question: str) -> Prediction:
         """Classify one question.
@@ -153,11 +193,18 @@ class Classifier:
         Raises:
             QuestionError: for the first question that cannot be asked, naming its number, when
                 its turn comes; the answers before it have been given by then.
+            ServerError: likewise for the first question that the server does not answer, so
+                that the caller can go on from there.
         """
-        for number, answer in enumerate(self.ask_each(questions), 1):
-            if isinstance(answer, QuestionError):
-                raise QuestionError(f"question {number}: {answer}")
-            yield answer
+        number = 1
+        try:
+            for answer in self.ask_each(questions):
+                if isinstance(answer, QuestionError):
+                    raise QuestionError(f"question {number}: {answer}")
+                yield answer
+                number += 1
+        except ServerError as error:
+            raise ServerError(f"question {number}: {error}") from None
 
     def ask_each(self, questions: Iterable[str]) -> Iterator[Prediction | QuestionError]:
         """As `ask_many`, but a question that cannot be asked gives its error in its place."""
@@ -189,7 +236,7 @@ class Classifier:
     def close(self) -> None:
         """Free the model. Harmless a second time."""
         self._scorer.close()
-        self._model.close()
+        self._vocabulary.close()
 
     def __enter__(self) -> Self:
         return self
@@ -201,54 +248,157 @@ class Classifier:
         """Token ids after the prefix, and whether the question's end was cut to make them fit."""
         words = " ".join(question.split())
         text = clean_question(words[:_MAX_CHARS])
-        ids = encode_segments(self._prompt.rest(text), self._model)
-        if len(ids) <= QUESTION_ROOM and len(words) <= _MAX_CHARS:
-            return ids, False
-        if self.strict:
+        ids, truncated = encode_segments(self._prompt.rest(text), self._vocabulary), False
+        if len(ids) > QUESTION_ROOM or len(words) > _MAX_CHARS:
+            if self.strict:
+                raise QuestionError(
+                    f"the question is too long: {len(ids)} tokens, room for {QUESTION_ROOM}: "
+                    "shorten it"
+                )
+            ids, truncated = self._cut(ids), True
+        if not self._scorer.spells(ids):
             raise QuestionError(
-                f"the question is too long: {len(ids)} tokens, room for {QUESTION_ROOM}: shorten it"
+                "it holds the text of a special token, which Ollama would obey: take it out"
             )
-        pieces = [self._model.piece(token) for token in ids[:QUESTION_ROOM]]
+        return ids, truncated
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        pieces = [self._vocabulary.piece(token) for token in ids[:QUESTION_ROOM]]
         while len(ids) > QUESTION_ROOM and pieces:
             # What is left is spelled anew, which may take another number of tokens.
             pieces.pop()
             kept = b"".join(pieces).decode("utf-8", "ignore").removeprefix(self._prompt.before)
-            ids = encode_segments(self._prompt.rest(kept.rstrip()), self._model)
-        return ids, True
+            ids = encode_segments(self._prompt.rest(kept.rstrip()), self._vocabulary)
+        return ids
 
-    def _predict(self, scores: Scores, truncated: bool) -> Prediction:
+    def _predict(self, scores: Scores | BoundedScores, truncated: bool) -> Prediction:
+        if isinstance(scores, BoundedScores):
+            return self._predict_bounded(scores, truncated)
         probabilities = np.exp(label_log_probabilities(self._trie, scores.logits))
         probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities, kind="stable")
         # The grammar is the authority: a label that it would not accept cannot come out.
+        order = np.argsort(-probabilities, kind="stable")
         best = next((int(i) for i in order if self._scorer.accepts(int(i))), None)
         if best is None:
-            raise ModelError(f"{self._path}: its grammar accepts no label: export it again")
+            raise ModelError(f"{self._name}: its grammar accepts no label: export it again")
         confidence = float(probabilities[best])
         return Prediction(
             label=self._labels[best],
             confidence=confidence,
             abstained=confidence < self.threshold,
-            probabilities={self._labels[i]: float(probabilities[i]) for i in order},
+            probabilities=self._by_label(probabilities),
+            exact=True,
             label_mass=scores.mass,
             margin=margin(probabilities),
             entropy=entropy(probabilities),
             truncated=truncated,
         )
 
+    def _predict_bounded(self, scores: BoundedScores, truncated: bool) -> Prediction:
+        best = scores.label
+        if not len(scores.lower):
+            return Prediction(
+                label=self._labels[best],
+                confidence=None,
+                abstained=self.threshold > 0,
+                probabilities={},
+                exact=False,
+                label_mass=None,
+                margin=None,
+                entropy=None,
+                truncated=truncated,
+            )
+        unseen = scores.lower < scores.upper
+        confidence = float(scores.lower[best])
+        shown = np.where(scores.lower > 0, scores.lower, scores.upper)
+        return Prediction(
+            label=self._labels[best],
+            confidence=confidence,
+            abstained=confidence < self.threshold,
+            probabilities=self._by_label(shown),
+            exact=not unseen.any(),
+            label_mass=scores.mass,
+            margin=max(0.0, confidence - float(np.delete(scores.upper, best).max())),
+            entropy=entropy(shown / max(shown.sum(), np.finfo(np.float64).tiny)),
+            truncated=truncated,
+        )
 
-def prepare(bundle: Bundle, model: LlamaModel) -> tuple[Prompt, LabelTrie]:
-    """The prompt and label trie of a bundle in its own vocabulary, checked.
+    def _by_label(self, probabilities: Floats) -> dict[str, float]:
+        order = np.argsort(-probabilities, kind="stable")
+        return {self._labels[i]: float(probabilities[i]) for i in order}
+
+
+_Parts = tuple[Task, Vocabulary, Scorer, LabelTrie, Prompt]
+
+
+def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack) -> _Parts:
+    bundle = Bundle.read(path)
+    from qcat.backends.llama import LlamaModel, LlamaScorer, default_threads
+
+    model = stack.enter_context(LlamaModel(bundle.path, verbose=verbose))
+    prompt, trie = prepare(bundle.task, model, str(path))
+    scorer = LlamaScorer(
+        model,
+        prefix=encode_segments(prompt.prefix, model),
+        trie=trie,
+        grammar=grammar(bundle.task),
+        room=QUESTION_ROOM,
+        threads=threads or default_threads(),
+    )
+    return bundle.task, model, scorer, trie, prompt
+
+
+def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitStack) -> _Parts:
+    from qcat.backends.llama import LlamaModel
+    from qcat.backends.ollama import TIMEOUT, OllamaScorer, Server
+
+    server = Server(timeout or TIMEOUT)
+    stack.callback(server.close)
+    said = server.show(name, verbose=True)
+    if said is None:
+        raise server.absent(name)
+    metadata = said.get("model_info") or {}
+    if TASK_KEY not in metadata:
+        raise ServerError(
+            f"{name} on {server.address}: not made by qcat: make one with `qcat deploy DIR`"
+        )
+    with tempfile.TemporaryDirectory(prefix="qcat-") as folder:
+        path = Path(folder, "vocabulary.gguf")
+        try:
+            write_vocabulary(path, metadata)
+            task = Bundle.read(path).task
+            vocabulary = stack.enter_context(LlamaModel(path, vocab_only=True, verbose=verbose))
+        except (BundleError, ModelError) as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise ServerError(f"{name} on {server.address}: {reason}") from None
+    prompt, trie = prepare(task, vocabulary, name)
+    scorer = OllamaScorer(
+        server,
+        name,
+        vocabulary=vocabulary,
+        prefix=encode_segments(prompt.prefix, vocabulary),
+        trie=trie,
+        answers=task.answers,
+        spellings=metadata["tokenizer.ggml.tokens"],
+    )
+    return task, vocabulary, scorer, trie, prompt
+
+
+def prepare(task: Task, vocabulary: Vocabulary, name: str) -> tuple[Prompt, LabelTrie]:
+    """The prompt and label trie of a task in a model's own vocabulary, checked.
+
+    Args:
+        task: the task.
+        vocabulary: the model's.
+        name: the model's, for messages.
 
     Raises:
         ModelError: a label that the vocabulary cannot spell, or a prompt that cannot be shared.
     """
-    prompt = build_prompt(bundle.task, model)
-    check_boundary(prompt, model)
-    sequences = encode_answers(bundle.task, model)
-    for answer, sequence in zip(bundle.task.answers, sequences, strict=True):
-        if model.decode(sequence) != f" {answer}":
-            raise ModelError(
-                f"{bundle.path}: its vocabulary cannot spell the label {answer!r}: rename it"
-            )
-    return prompt, LabelTrie.build(sequences, model.end)
+    prompt = build_prompt(task, vocabulary)
+    check_boundary(prompt, vocabulary)
+    sequences = encode_answers(task, vocabulary)
+    for answer, sequence in zip(task.answers, sequences, strict=True):
+        if vocabulary.decode(sequence) != f" {answer}":
+            raise ModelError(f"{name}: its vocabulary cannot spell the label {answer!r}: rename it")
+    return prompt, LabelTrie.build(sequences, vocabulary.end)

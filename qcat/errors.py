@@ -31,3 +31,7 @@ class ExportError(QcatError):
 
 class TrainError(QcatError):
     """A training that cannot be begun, or gone on with."""
+
+
+class ServerError(QcatError):
+    """An Ollama server that does not answer, refuses, or has no such model."""

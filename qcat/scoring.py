@@ -16,6 +16,7 @@ import numpy.typing as npt
 from qcat.trie import LabelTrie
 
 Floats = npt.NDArray[np.float64]
+_TINY = np.finfo(np.float64).tiny
 
 
 class Scores(NamedTuple):
@@ -25,6 +26,19 @@ class Scores(NamedTuple):
     """For each of the trie's branches the logits of its tokens, shape (children,)."""
     mass: float
     """`label_mass` at the end of the prompt."""
+
+
+class BoundedScores(NamedTuple):
+    """What a backend measures that cannot see every log-probability."""
+
+    lower: Floats
+    """The least that P(label | question) can be, shape (labels,); empty if nothing is known."""
+    upper: Floats
+    """The most that it can be, likewise; equal to `lower` where the probability is known."""
+    mass: float | None
+    """`label_mass`, or the least that it can be; None if nothing is known."""
+    label: int
+    """The answer: the most probable label, or what a constrained call decided."""
 
 
 def log_softmax(logits: npt.ArrayLike) -> Floats:
@@ -51,6 +65,75 @@ def label_log_probabilities(trie: LabelTrie, logits: Sequence[npt.ArrayLike]) ->
             else:
                 reached[-1 - target] = value
     return labels
+
+
+def label_bounds(
+    trie: LabelTrie, children: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]]
+) -> tuple[Floats, Floats]:
+    """Bounds of P(label | question), two arrays of shape (labels,).
+
+    Each child's share of its branch is least when it has its own lower bound and its siblings
+    their upper ones, and the other way round; shares multiply down the path.
+
+    Args:
+        trie: the label language.
+        children: for each of `trie.branches` the least and the most probability that the model
+            gives each of its `tokens` among the whole vocabulary, two arrays of shape (children,).
+    """
+    bounds = np.zeros((2, len(trie.sequences)), np.float64)
+    reached = np.ones((2, max(1, len(trie.branches))), np.float64)
+    for number, (branch, (low, high)) in enumerate(zip(trie.branches, children, strict=True)):
+        least, most = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        shares = np.stack(
+            [
+                least / np.maximum(least + most.sum() - most, _TINY),
+                most / np.maximum(most + least.sum() - least, _TINY),
+            ]
+        )
+        for child, target in enumerate(branch.targets):
+            value = reached[:, number] * shares[:, child]
+            if target >= 0:
+                bounds[:, target] = value
+            else:
+                reached[:, -1 - target] = value
+    return bounds[0], bounds[1]
+
+
+def contenders(
+    trie: LabelTrie, children: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]]
+) -> list[int]:
+    """The labels that may be the most probable one; a single one where the bounds decide.
+
+    Decides more than `label_bounds`: which of two siblings is the more probable does not depend
+    on what their common branch is divided by.
+
+    Args:
+        trie: the label language.
+        children: as in `label_bounds`.
+    """
+    # Of each branch: its best label's share of it, at least and at most, and who that may be.
+    found: list[tuple[float, float, list[int]]] = [(0.0, 0.0, [])] * len(trie.branches)
+    for number in reversed(range(len(trie.branches))):
+        low, high = (np.asarray(bound, np.float64) for bound in children[number])
+        below = [
+            (1.0, 1.0, [target]) if target >= 0 else found[-1 - target]
+            for target in trie.branches[number].targets
+        ]
+        least = low * [share for share, _, _ in below]
+        most = high * [share for _, share, _ in below]
+        best = int(least.argmax())
+        labels = [
+            label
+            for child, (_, _, labels) in enumerate(below)
+            if child == best or most[child] > least[best]
+            for label in labels
+        ]
+        found[number] = (
+            float((least / np.maximum(low + high.sum() - high, _TINY)).max()),
+            float((most / np.maximum(high + low.sum() - low, _TINY)).max()),
+            labels,
+        )
+    return found[0][2]
 
 
 def label_mass(row: npt.NDArray[np.float32], first_tokens: npt.NDArray[np.int32]) -> float:

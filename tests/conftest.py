@@ -109,6 +109,43 @@ def house(bundle_file: Callable[..., Path], household: Task) -> Path:
     return bundle_file(household)
 
 
+@pytest.fixture(scope="session")
+def easy_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Any, ...]]:
+    """A base, a task and easy questions: `(folder, arguments of qcat train without -o)`.
+
+    Of its labels one begins another, so that the end token has to compete.
+    """
+    import tiny_model
+
+    folder = tmp_path_factory.mktemp("easy")
+    words = {"pool": "water", "pool pump": "motor", "fence": "gate", "car": "tires"}
+    rows = [
+        {"text": f"{shape} the {word} {place}", "label": label, "group": f"{label}-{place}"}
+        for label, word in words.items()
+        for place in ("here", "there", "in May", "at home", "at last", "again", "today", "now")
+        for shape in ("who did", "when was it", "why is", "how much for")
+    ]
+    lines = ['name = "sorts"', "[labels]", *(f'"{label}" = ""' for label in words), ""]
+    (folder / "task.toml").write_text("\n".join(lines))
+    (folder / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    texts = [f"{row['text']} {row['label']}" for row in rows]
+    count = tiny_model.make_tokenizer(folder / "base", texts, size=600)
+    tiny_model.make_base(folder / "base", vocabulary=count, hidden=128)
+    more = ("-t", folder / "task.toml", "--base", folder / "base", "--learning-rate", "0.003")
+    return folder, ("train", folder / "q.jsonl", *more, "--epochs", "8")
+
+
+@pytest.fixture(scope="session")
+def easy_run(easy_job: tuple[Path, tuple[Any, ...]]) -> tuple[Path, Any]:
+    """A finished run on the easy questions, and what the command said."""
+    folder, args = easy_job
+    program = Path(sys.executable).with_name("qcat")
+    done = subprocess.run(
+        [program, *args, "-o", folder / "run"], capture_output=True, text=True, check=True
+    )
+    return folder / "run", done
+
+
 @pytest.fixture
 def qcat() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the installed command: `qcat("ask", "-m", file, "…", input="…")`."""

@@ -64,6 +64,8 @@ def test_imports_point_one_way(path):
             assert target in ALLOWED[room(name)], f"{name} imports {module}"
         if module.split(".")[0] == "click":
             assert room(name) == "cli", f"{name} imports click"
+        if module.split(".")[0] in ("ollama", "httpx"):
+            assert name == "qcat.backends.ollama"
         if module.split(".")[0] == "llama_cpp":
             assert name in ("qcat.backends.llama", "convert.quantize", "qcat.cli.doctor")
 
@@ -76,7 +78,8 @@ def test_asking_loads_neither_torch_nor_transformers(house):
         "sys.argv = ['qcat', 'ask', '-m', sys.argv[1], 'pool?']\n"
         "from qcat.cli import run\n"
         "assert run(None) == 0\n"
-        "heavy = {'torch', 'transformers', 'peft', 'gguf', 'sklearn', 'tokenizers', 'convert'}\n"
+        "heavy = {'torch', 'transformers', 'peft', 'gguf', 'sklearn', 'tokenizers', 'convert',"
+        " 'ollama', 'httpx'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, house], capture_output=True, text=True)
@@ -106,9 +109,14 @@ def test_stored_modelfiles_are_what_the_code_writes(stored):
         task,
         build_prompt(task, Qwen3()),
         gguf=f"{name}.gguf",
-        n_prefix=80,
-        n_answer=2,
-        end="<|im_end|>",
+        parameters={
+            "temperature": 0,
+            "top_k": 1,
+            "repeat_penalty": 1,
+            "num_predict": 3,
+            "num_ctx": 512,
+            "stop": ["<|im_end|>"],
+        },
     )
     assert stored.read_text("utf-8") == text
 

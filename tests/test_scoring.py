@@ -18,7 +18,9 @@ from qcat.errors import ModelError
 from qcat.grammar import grammar
 from qcat.prompt import QUESTION_ROOM, encode_segments
 from qcat.scoring import (
+    contenders,
     entropy,
+    label_bounds,
     label_log_probabilities,
     label_mass,
     log_softmax,
@@ -101,7 +103,7 @@ def opened(request, bundle_file, tmp_path):
     to_float32(bundle_file(task_of(SETS[request.param])), path)
     bundle = Bundle.read(path)
     with LlamaModel(bundle.path) as model:
-        prompt, trie = prepare(bundle, model)
+        prompt, trie = prepare(bundle.task, model, str(bundle.path))
         yield bundle, model, prompt, trie
 
 
@@ -410,6 +412,41 @@ def test_any_trie_gives_a_distribution(sequences, rng):
         assert probability == pytest.approx(product)
 
 
+@settings(max_examples=300)
+@given(SEQUENCES, st.randoms(use_true_random=False))
+def test_bounds_hold_whatever_is_known(sequences, rng):
+    """Of what a model gives each child some is known, some within bounds: the truth is within."""
+    trie = LabelTrie.build(sequences, END)
+    truth, children = [], []
+    for branch in trie.branches:
+        share = np.exp([rng.uniform(-12, 0) for _ in branch.tokens])
+        share *= rng.uniform(0.01, 1) / share.sum()  # the rest of the vocabulary has the rest
+        known = np.array([rng.random() < 0.7 for _ in share])
+        low = np.where(known, share, share * rng.uniform(0, 1) * (rng.random() < 0.5))
+        high = np.where(known, share, np.minimum(1, share * rng.uniform(1, 50)))
+        truth.append(np.log(share))
+        children.append((low, high))
+    found = np.exp(label_log_probabilities(trie, truth))
+    lower, upper = label_bounds(trie, children)
+    assert (lower <= found + 1e-12).all()
+    assert (upper >= found - 1e-12).all()
+    possible = contenders(trie, children)
+    assert found[possible].max() == pytest.approx(found.max())
+    known = [(np.exp(row), np.exp(row)) for row in truth]
+    np.testing.assert_allclose(label_bounds(trie, known), [found, found], rtol=1e-9)
+    assert [found[label] for label in contenders(trie, known)] == [pytest.approx(found.max())]
+
+
+def test_siblings_are_compared_whatever_else_is_unknown():
+    """Half the mass is unknown, so the bounds overlap; which of the first two wins is known."""
+    trie = LabelTrie.build([(1,), (2,), (3,)], END)
+    children = [([0.4, 0.3, 0.0], [0.4, 0.3, 0.35])]
+    lower, upper = label_bounds(trie, children)
+    assert upper[1] > lower[0]
+    assert contenders(trie, children) == [0]
+    assert contenders(trie, [([0.4, 0.3, 0.0], [0.4, 0.3, 0.5])]) == [0, 2]
+
+
 def test_mass_margin_entropy():
     row = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
     assert label_mass(row, np.array([1, 3], np.int32)) == pytest.approx(0.6)
@@ -427,6 +464,7 @@ def test_prediction_is_plain_data(house):
         "confidence",
         "abstained",
         "probabilities",
+        "exact",
         "label_mass",
         "margin",
         "entropy",

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,14 +32,6 @@ from qcat.task import Task
 from qcat.tokenization import HubTokenizer
 from qcat.trie import LabelTrie
 
-TASK = """name = "sorts"
-[labels]
-"pool" = ""
-"pool pump" = ""
-"fence" = ""
-"car" = ""
-"""
-WORDS = {"pool": "water", "pool pump": "motor", "fence": "gate", "car": "tires"}
 # First tokens shared, a label that begins another, a label alone on its branch.
 SEQUENCES = [(5,), (5, 6), (5, 6, 7), (8, 9), (8, 10, 11), (12,)]
 
@@ -209,34 +200,16 @@ def test_answer_loss_is_the_language_models(model):
 LOOSE = ("--quant", "q8_0", "--max-flips", "1")  # how well it was quantized is not the matter here
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """A base, a task and easy questions: `(folder, arguments of qcat train without -o)`."""
-    folder = tmp_path_factory.mktemp("train")
-    rows = [
-        {"text": f"{shape} the {word} {place}", "label": label, "group": f"{label}-{place}"}
-        for label, word in WORDS.items()
-        for place in ("here", "there", "in May", "at home", "at last", "again", "today", "now")
-        for shape in ("who did", "when was it", "why is", "how much for")
-    ]
-    (folder / "task.toml").write_text(TASK)
-    (folder / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    texts = [f"{row['text']} {row['label']}" for row in rows]
-    count = tiny_model.make_tokenizer(folder / "base", texts, size=600)
-    tiny_model.make_base(folder / "base", vocabulary=count, hidden=128)
-    more = ("-t", folder / "task.toml", "--base", folder / "base", "--learning-rate", "0.003")
-    return folder, ("train", folder / "q.jsonl", *more, "--epochs", "8")
+@pytest.fixture
+def job(easy_job):
+    """A folder with a base, a task and easy questions, and the arguments of `qcat train`."""
+    return easy_job
 
 
-@pytest.fixture(scope="module")
-def run(job):
+@pytest.fixture
+def run(easy_run):
     """A finished run."""
-    folder, args = job
-    program = Path(sys.executable).with_name("qcat")
-    done = subprocess.run(
-        [program, *args, "-o", folder / "run"], capture_output=True, text=True, check=True
-    )
-    return folder / "run", done
+    return easy_run
 
 
 def test_trains_exports_and_asks(qcat, run, tmp_path):

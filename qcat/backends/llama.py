@@ -340,6 +340,10 @@ class LlamaScorer:
                 llama_cpp.llama_sampler_free(sampler)
             return True
 
+    def spells(self, _ids: Sequence[int]) -> bool:
+        """Whether the model gets these very token ids: always, here."""
+        return True
+
     @staticmethod
     def _allowed(sampler: Any, candidates: Sequence[int]) -> npt.NDArray[np.int32]:
         data = np.zeros(len(candidates), _CANDIDATE)

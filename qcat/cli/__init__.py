@@ -18,6 +18,7 @@ COMMANDS = {
     "lint": "Check a task and its questions before training.",
     "train": "Fine-tune a LoRA adapter.",
     "export": "Turn an adapter into a proven 4-bit GGUF bundle.",
+    "deploy": "Put a bundle on an Ollama server, and prove it there.",
     "eval": "Measure a bundle on labelled questions.",
     "grammar": "Print a task's GBNF grammar.",
     "modelfile": "Print a bundle's Ollama Modelfile.",
@@ -91,9 +92,10 @@ def run(args: list[str] | None) -> int:
     except ModuleNotFoundError as error:
         if debug or error.name in (None, "qcat", "convert"):
             raise
+        extra = "ollama" if error.name in ("ollama", "httpx") else "train"
         click.echo(
             f"qcat: error: {error.name} is not installed: in qcat's clone give "
-            "pip install '.[train]'",
+            f"pip install '.[{extra}]'",
             err=True,
         )
         return 1

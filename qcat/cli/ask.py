@@ -11,8 +11,9 @@ from itertools import chain
 
 import click
 
-from qcat.classifier import Classifier, Prediction
-from qcat.errors import QuestionError
+from qcat.classifier import OLLAMA, Classifier, Prediction
+from qcat.cli.output import timeout_option
+from qcat.errors import QuestionError, ServerError
 
 ABSTAINED = 3
 
@@ -23,9 +24,16 @@ ABSTAINED = 3
     "-m",
     "--model",
     envvar="QCAT_MODEL",
-    metavar="FILE",
-    help="GGUF made by `qcat export`; by default the household model that comes with qcat. "
-    "[env: QCAT_MODEL]",
+    metavar="MODEL",
+    help="GGUF made by `qcat export`; by default the household model that comes with qcat. With "
+    "--backend ollama, or as ollama:NAME, a model that `qcat deploy` made.  [env: QCAT_MODEL]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["llama", "ollama"]),
+    default="llama",
+    show_default=True,
+    help="What computes: llama.cpp in this process, or the Ollama server at OLLAMA_HOST.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option(
@@ -59,10 +67,14 @@ ABSTAINED = 3
 @click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="Threads; by default the physical cores."
 )
+@timeout_option
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     questions: tuple[str, ...],
     model: str | None,
+    backend: str,
     as_json: bool,
     top: int | None,
     threshold: float,
@@ -70,6 +82,7 @@ def command(
     strict: bool,
     decode: str,
     threads: int | None,
+    timeout: float,
     verbose: bool,
 ) -> int:
     """Put each QUESTION into one of the model's categories; print the label alone.
@@ -84,13 +97,28 @@ def command(
       qcat ask "When was the pool pump replaced?"
       qcat ask -m house.gguf "When was the pool pump replaced?"
       qcat ask -m house.gguf --json --top 3 < questions.txt
+      qcat ask --backend ollama -m house "When was the pool pump replaced?"
     """
+    if backend == "ollama":
+        if not model:
+            raise click.UsageError("--backend ollama needs -m NAME")
+        model = model if model.startswith(OLLAMA) else f"{OLLAMA}{model}"
+    served = model is not None and model.startswith(OLLAMA)
+    if served and threads:
+        raise click.UsageError("--threads is for llama.cpp here: the Ollama server has its own")
+    if not served and _given(ctx, "timeout"):
+        raise click.UsageError("--timeout is for an Ollama server")
     groups = iter([list(questions)])
     if questions in ((), ("-",)):
         groups = _available_lines(sys.stdin.fileno())
-    status = 0
+    status, warned = 0, False
     with Classifier.open(
-        model, threshold=threshold, strict=strict, threads=threads, verbose=verbose
+        model,
+        threshold=threshold,
+        strict=strict,
+        threads=threads,
+        timeout=timeout if served else None,
+        verbose=verbose,
     ) as classifier:
         answers = _say(classifier, groups) if decode == "free" else _ask(classifier, groups)
         for number, question, answer in answers:
@@ -112,10 +140,20 @@ def command(
                     click.echo(
                         f"qcat: warning: question {number} was cut: it is too long", err=True
                     )
+                if answer.confidence is None and not warned:
+                    warned = True
+                    click.echo(
+                        "qcat: warning: this Ollama gives no probabilities: 0.12.11 or later does",
+                        err=True,
+                    )
                 if answer.abstained and status == 0:
                     status = ABSTAINED
                 click.echo(_line(question, answer, as_json, top, abstain))
     return status
+
+
+def _given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 Answer = tuple[int, str, Prediction | str | QuestionError]
@@ -124,10 +162,13 @@ Answer = tuple[int, str, Prediction | str | QuestionError]
 def _ask(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer]:
     """Answers in order; a question that cannot be asked spoils only its own line."""
     number = 0
-    for group in groups:
-        for question, answer in zip(group, classifier.ask_each(group), strict=True):
-            number += 1
-            yield number, question, answer
+    try:
+        for group in groups:
+            for question, answer in zip(group, classifier.ask_each(group), strict=True):
+                number += 1
+                yield number, question, answer
+    except ServerError as error:
+        raise ServerError(f"question {number + 1}: {error}") from None
 
 
 def _say(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer]:
@@ -155,6 +196,6 @@ def _line(question: str, answer: Prediction, as_json: bool, top: int | None, abs
     if as_json:
         row = {"question": question, **answer.to_dict(), "probabilities": dict(best)}
         return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode()
-    if top:
+    if top and best:
         return "\t".join(f"{label} {probability:.4f}" for label, probability in best)
     return abstain if answer.abstained else answer.label

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from convert.quantize import QUANTIZATIONS
-from qcat.cli.output import Bars, table
+from qcat.cli.output import Bars, table, timeout_option
 from qcat.errors import ExportError
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
@@ -70,6 +70,13 @@ _FILE = click.Path(path_type=Path)
     metavar="SHARE",
     help="Fail if more held-out questions than this change their label.",
 )
+@click.option(
+    "--ollama",
+    "ollama_name",
+    metavar="NAME",
+    help="Then make this model on the Ollama server, as `qcat deploy` does.",
+)
+@timeout_option
 def command(
     run: Path,
     output: Path,
@@ -80,6 +87,8 @@ def command(
     quant: str,
     precision: Any,
     max_flips: float,
+    ollama_name: str | None,
+    timeout: float,
 ) -> None:
     """Merge the LoRA adapter in RUN, convert it to a 4-bit GGUF and measure what that changed.
 
@@ -106,6 +115,10 @@ def command(
     held_out = _examples(data, run / "test.jsonl", task)
     training = _examples(train_data, run / "train.jsonl", task)
 
+    if ollama_name:
+        from convert.deploy import check_server
+
+        check_server(ollama_name, task, timeout)  # now, and not after minutes of work
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
     from convert.card import quality_rows
@@ -134,9 +147,16 @@ def command(
         click.echo("\n".join(table(quality_rows(report))))
     else:
         click.echo("qcat: warning: not proved: give held-out questions with --data", err=True)
+    if ollama_name:
+        from qcat.cli.deploy import deploy_and_tell
+
+        click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB")
+        deploy_and_tell(output, ollama_name, [example.text for example in held_out], timeout)
+        return
     click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB; next:")
     click.echo(f'  qcat ask -m {output / task.name}.gguf "…"')
     click.echo(f"  ollama create {task.name} -f {output / 'Modelfile'}")
+    click.echo(f"  qcat deploy {output}")
 
 
 def _examples(given: Path | None, default: Path, task: Task) -> list[Any]:

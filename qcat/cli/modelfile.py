@@ -8,7 +8,6 @@ import click
 
 from qcat.bundle import Bundle
 from qcat.classifier import prepare
-from qcat.prompt import encode_segments
 
 
 @click.command()
@@ -21,17 +20,11 @@ def command(gguf: Path) -> None:
       qcat modelfile house.gguf > Modelfile && ollama create house -f Modelfile
     """
     bundle = Bundle.read(gguf)
-    from convert.modelfile import modelfile
+    from convert.modelfile import modelfile, parameters
     from qcat.backends.llama import LlamaModel
 
     with LlamaModel(gguf, vocab_only=True) as model:
-        prompt, trie = prepare(bundle, model)
-        text = modelfile(
-            bundle.task,
-            prompt,
-            gguf=gguf.name,
-            n_prefix=len(encode_segments(prompt.prefix, model)),
-            n_answer=max(len(sequence) for sequence in trie.sequences),
-            end=model.decode([model.end]),
-        )
+        prompt, trie = prepare(bundle.task, model, str(gguf))
+        wanted = parameters(prompt, trie, model)
+        text = modelfile(bundle.task, prompt, gguf=gguf.name, parameters=wanted)
     click.echo(text, nl=False)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import click
 from tqdm import tqdm
 
 
@@ -32,6 +33,16 @@ class Bars:
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)
+
+
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long one request to Ollama may take; the first one loads the model.",
+)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

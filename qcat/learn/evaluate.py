@@ -309,7 +309,7 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluati
         found = np.array(tfidf_predictions(train, texts))
         baseline = Baseline(BASELINE_NAME, str(request.train_data), len(train), measured(found))
     answers = _answers(task, examples, predictions, chosen, said)
-    masses = [prediction.label_mass for prediction in predictions]
+    masses = np.array([prediction.label_mass for prediction in predictions], np.float64)
     wrong = [a for a in answers if a.confidence is not None and a.answer != a.truth]
     return Evaluation(
         model=str(request.model),
@@ -489,7 +489,7 @@ def _answers(
                 truth=labels[example.label],
                 answer=answer,
                 confidence=None if answer is None else prediction.probabilities[answer],
-                label_mass=prediction.label_mass,
+                label_mass=prediction.label_mass or 0.0,  # None only from an old server
                 said=None if said is None else said[at],
             )
         )

@@ -1,0 +1,249 @@
+"""A bundle onto an Ollama server, proved there before it gets its name.
+
+The model is created under a name for the time being, asked, compared, and only then copied to the
+name wanted, so that what was there before stays until the new one is known to be right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.modelfile import go_template, modelfile, parameters
+from qcat.backends.llama import LlamaModel
+from qcat.backends.ollama import Server
+from qcat.bundle import TASK_KEY, Bundle
+from qcat.classifier import OLLAMA, Classifier, prepare
+from qcat.errors import BundleError, ExportError, ServerError
+from qcat.prompt import Prompt, clean_question, encode_segments
+from qcat.task import Task
+
+Progress = Callable[[str, int, int], None]
+NEAR_TIE = 0.1
+"""Margin under which a label may differ: Ollama's attention sums in another way (see README)."""
+MAX_QUESTIONS = 100
+_AWKWARD = (
+    "When was it replaced?",
+    "12 'é'… \"{{ .Prompt }}\" {% x %} \\n",
+    "ok",
+    "水泵什么时候换的？",
+    "a\u200db 🏊‍♀️ !",
+)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What was proved on the server."""
+
+    name: str
+    address: str
+    questions: int
+    """Asked there and here; each got the training prompt, token for token."""
+    near_ties: int
+    """Questions with another label there, where the best two labels are close here."""
+    unspoken: int
+    """Questions that the model, unconstrained as under `ollama run`, answers with no label."""
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    gguf: Path
+    task: Task
+    prompt: Prompt
+    template: str
+    parameters: dict[str, Any]
+
+
+def check_server(name: str, task: Task, timeout: float) -> None:
+    """See that a server is there, and that a model of this task may have the name.
+
+    Raises:
+        ServerError: no server, a name that it refuses, or another model under that name.
+    """
+    server = Server(timeout)
+    try:
+        _check_name(server, name, task)
+    finally:
+        server.close()
+
+
+def deploy(
+    folder: Path,
+    name: str | None = None,
+    *,
+    questions: Sequence[str] = (),
+    timeout: float,
+    progress: Progress = lambda step, done, total: None,
+) -> Deployment:
+    """Make an Ollama model of a bundle, and prove it.
+
+    Args:
+        folder: what `qcat export` wrote.
+        name: of the model; the task's name if None.
+        questions: to ask for the proof, at most `MAX_QUESTIONS` of them; if none, made up from
+            the labels.
+        timeout: seconds that one request may take.
+        progress: called with a step's name, and how much of it is done of how much.
+
+    Raises:
+        BundleError: the folder holds no bundle, or its Modelfile is not the GGUF's.
+        ExportError: the proof failed. The server then is as it was.
+        ServerError: the server does not answer, or refuses. Likewise.
+    """
+    bundle = _read(folder)
+    name = name or bundle.task.name
+    server = Server(timeout)
+    trial = f"qcat-trial-{bundle.task.name}"
+    try:
+        _check_name(server, name, bundle.task)
+        try:
+            server.create(
+                trial,
+                bundle.gguf,
+                template=bundle.template,
+                parameters=bundle.parameters,
+                progress=progress,
+            )
+            asked = _sample(questions, bundle)
+            unspoken = _prove_prompts(server, trial, bundle, asked, progress)
+            near_ties = _prove_labels(trial, bundle, asked, timeout, progress)
+            server.copy(trial, name)
+        finally:
+            _forget(server, trial)
+    finally:
+        server.close()
+    return Deployment(name, server.address, len(asked), near_ties, unspoken)
+
+
+def _read(folder: Path) -> _Bundle:
+    """The parts of a bundle, checked: the GGUF, and that the Modelfile beside it is its own."""
+    found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    if len(found) != 1:
+        raise BundleError(
+            f"{folder}: {len(found)} GGUF files there: name the folder that `qcat export` made"
+        )
+    gguf = found[0]
+    task = Bundle.read(gguf).task
+    with LlamaModel(gguf, vocab_only=True) as model:
+        prompt, trie = prepare(task, model, str(gguf))
+        wanted = parameters(prompt, trie, model)
+    text = modelfile(task, prompt, gguf=gguf.name, parameters=wanted)
+    file = folder / "Modelfile"
+    try:
+        stored = file.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{file}: {error.strerror}: write it with `qcat modelfile {gguf} > {file}`"
+        ) from None
+    if stored != text.encode():
+        raise BundleError(
+            f"{file}: not what qcat writes for {gguf.name}: write it anew with "
+            f"`qcat modelfile {gguf} > {file}`, or give it to `ollama create` yourself"
+        )
+    return _Bundle(gguf, task, prompt, go_template(prompt), wanted)
+
+
+def _check_name(server: Server, name: str, task: Task) -> None:
+    there = server.show(name)
+    if there is None:
+        return
+    try:
+        found = json.loads(there["model_info"][TASK_KEY])["name"]
+    except (KeyError, TypeError, ValueError):
+        found = None
+    if found != task.name:
+        raise ServerError(
+            f"{name} on {server.address} is another model: choose another --name, or give "
+            f"`ollama rm {name}` first"
+        )
+
+
+def _sample(questions: Sequence[str], bundle: _Bundle) -> list[str]:
+    """Questions for the proof, evenly spaced over those given, without special tokens' text."""
+    given = questions or [f"What about the {label}?" for label in bundle.task.labels]
+    step = max(1.0, len(given) / MAX_QUESTIONS)
+    spread = [given[int(i * step)] for i in range(min(len(given), MAX_QUESTIONS))]
+    with LlamaModel(bundle.gguf, vocab_only=True) as model:
+        cleaned = [clean_question(question) for question in (*_AWKWARD, *spread)]
+        return [
+            question
+            for question in cleaned
+            if encode_segments(bundle.prompt.rest(question), model)
+            == model.encode("".join(s.text for s in bundle.prompt.rest(question)), special=True)
+        ]
+
+
+def _prove_prompts(
+    server: Server, name: str, bundle: _Bundle, questions: Sequence[str], progress: Progress
+) -> int:
+    """Compare what the server makes of each question with the training prompt.
+
+    Returns:
+        How many questions the model, left to itself, answers with something else than a label.
+    """
+    said = server.show(name) or {}
+    if said.get("capabilities", ["completion"]) != ["completion"]:
+        raise ExportError(
+            f"{name}: Ollama takes it for a model that can {', '.join(said['capabilities'])}, "
+            "and would use another prompt: please report it with the version of Ollama"
+        )
+    unspoken = 0
+    with LlamaModel(bundle.gguf, vocab_only=True) as model:
+        for number, question in enumerate(questions, 1):
+            expected = encode_segments(
+                (*bundle.prompt.prefix, *bundle.prompt.rest(question)), model
+            )
+            debug = server.generate(name, question, _debug_render_only=True).get("_debug_info")
+            answer = server.generate(name, question)
+            read = answer.get("context")  # token ids of prompt and answer, by the server's own hand
+            rendered = (debug or {}).get("rendered_template")
+            if rendered is None and read is None:
+                raise ExportError(
+                    f"{server.address}: shows neither prompt nor tokens: nothing can be proved: "
+                    "use Ollama 0.12 or later"
+                )
+            if (rendered is not None and model.encode(rendered, special=True) != expected) or (
+                read is not None and read[: len(expected)] != expected
+            ):
+                raise ExportError(
+                    f"{server.address}: Ollama's prompt for {question[:60]!r} is not the one of "
+                    "the training: please report it with the version of Ollama"
+                )
+            labelled = str(answer.get("response", "")).strip() in bundle.task.answers
+            unspoken += not labelled and question not in _AWKWARD
+            progress("prove prompts", number, len(questions))
+    return unspoken
+
+
+def _prove_labels(
+    name: str, bundle: _Bundle, questions: Sequence[str], timeout: float, progress: Progress
+) -> int:
+    """Compare the labels with those of the GGUF here; return how many near ties differ."""
+    near_ties, allowed = 0, max(2, len(questions) // 10)
+    with (
+        Classifier.open(bundle.gguf) as here,
+        Classifier.open(f"{OLLAMA}{name}", timeout=timeout) as there,
+    ):
+        answers = zip(questions, map(here.ask, questions), there.ask_many(questions), strict=True)
+        for number, (question, own, other) in enumerate(answers, 1):
+            if own.label != other.label:
+                near_ties += 1
+                if (own.margin or 0) > NEAR_TIE or near_ties > allowed:
+                    raise ExportError(
+                        f"{question[:60]!r}: {own.label!r} here, {other.label!r} in Ollama, which "
+                        "shows twenty tokens only: train with --objective answer, so that the "
+                        "labels are among them"
+                    )
+            progress("prove labels", number, len(questions))
+    return near_ties
+
+
+def _forget(server: Server, name: str) -> None:
+    """Remove the model for the time being; a server that is gone keeps it until the next deploy."""
+    try:
+        server.delete(name)
+    except ServerError:
+        return
