@@ -8,6 +8,7 @@ finds the words of tools or thinking in it (server/images.go), so those are brok
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -33,7 +34,10 @@ class Vocabulary(Encoder, Protocol):
 def parameters(prompt: Prompt, trie: LabelTrie, vocabulary: Vocabulary) -> dict[str, Any]:
     """Ollama's parameters for a prompt and its labels, by name."""
     n_answer = max(len(sequence) for sequence in trie.sequences)
-    cells = len(encode_segments(prompt.prefix, vocabulary)) + QUESTION_ROOM + n_answer + 1
+    # In quotes, as qcat may have it written under a JSON schema, an answer takes more.
+    answers = [vocabulary.decode(list(sequence)) for sequence in trie.sequences]
+    spelled = max(len(vocabulary.encode(json.dumps(a), special=False)) for a in answers)
+    cells = len(encode_segments(prompt.prefix, vocabulary)) + QUESTION_ROOM + 2 * spelled
     return {
         "temperature": 0,
         # Ollama's /v1 endpoints set temperature 1 where the client sends none; this they leave.

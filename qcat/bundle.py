@@ -292,14 +292,15 @@ def _parse(data: mmap.mmap, size: int) -> Header:
 
 
 def _count_distinct(data: mmap.mmap, at: int, count: int) -> int:
-    """Different strings without a NUL among `count` that begin at a byte, walked before."""
+    """Different strings, not empty and without a NUL, of `count` that begin at a byte."""
     unpack = struct.Struct("<Q").unpack_from
     seen = set()
     for _ in range(count):
         end = at + 8 + unpack(data, at)[0]
         seen.add(data[at + 8 : end])
         at = end
-    return len(seen) - (b"".join(seen).count(b"\0") > 0)
+    # llama.cpp gives an empty one a name of its own, which another may have, and aborts.
+    return len(seen - {b""}) - (b"".join(seen).count(b"\0") > 0)
 
 
 def _tensor(cursor: _Cursor) -> Tensor:
@@ -357,7 +358,7 @@ def _check_model(header: Header) -> None:
         if kind in rows and len(tensor.shape) == 2 and tensor.shape[1] != rows[kind]:
             raise _DamagedError(f"tensor {_shown(tensor.name)} does not fit the number of heads")
     if metadata.get(_TOKENS) != header.distinct_tokens:
-        raise _DamagedError("a token stands twice in the vocabulary, or holds a NUL")
+        raise _DamagedError("a token stands twice in the vocabulary, is empty, or holds a NUL")
 
 
 def _shown(value: object) -> str:

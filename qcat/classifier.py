@@ -87,13 +87,14 @@ class Prediction:
     """All labels, most probable first; they sum to 1, or to more if not `exact`."""
     exact: bool
     """Whether all probabilities are known. Ollama shows the best twenty tokens only: a label
-    beyond them has the most that its probability can be, the others the least."""
+    beyond them, or too improbable to look for further, has the most that its probability can be,
+    the others have the least; the answer still comes first."""
     label_mass: float | None
     """Share of the model's whole next-token probability that falls on labels at all."""
     margin: float | None
-    """The best probability less the second best."""
+    """The best probability less the second best; the least that it can be if not `exact`."""
     entropy: float | None
-    """Of the label distribution, in nats."""
+    """Of the label distribution, in nats; if not `exact`, of `probabilities` scaled to sum to 1."""
     truncated: bool
     """Whether the question was too long and its end was cut."""
 
@@ -150,7 +151,7 @@ class Classifier:
             strict: refuse a question that is too long instead of cutting its end.
             threads: of computation; by default the physical cores this process may use. Not for
                 a server, which has its own.
-            timeout: seconds that one request to a server may take, 60 by default. Not for a file.
+            timeout: seconds that a server may keep silent, 60 by default. Not for a file.
             verbose: let llama.cpp write its log to stderr.
 
         Raises:
@@ -179,7 +180,9 @@ class Classifier:
         """Classify one question.
 
         Raises:
-            QuestionError: the question is empty, or too long under `strict`.
+            QuestionError: the question is empty, or too long under `strict`; or it holds the text
+                of a special token, which a server would obey.
+            ServerError: the server does not answer.
         """
         rest, truncated = self._encode(question)
         return self._predict(next(self._scorer.score([rest])), truncated)
@@ -286,7 +289,7 @@ class Classifier:
             label=self._labels[best],
             confidence=confidence,
             abstained=confidence < self.threshold,
-            probabilities=self._by_label(probabilities),
+            probabilities=self._by_label(probabilities, best),
             exact=True,
             label_mass=scores.mass,
             margin=margin(probabilities),
@@ -296,6 +299,8 @@ class Classifier:
 
     def _predict_bounded(self, scores: BoundedScores, truncated: bool) -> Prediction:
         best = scores.label
+        if not self._scorer.accepts(best):
+            raise ModelError(f"{self._name}: gave an answer that is no label: ask again")
         if not len(scores.lower):
             return Prediction(
                 label=self._labels[best],
@@ -315,7 +320,7 @@ class Classifier:
             label=self._labels[best],
             confidence=confidence,
             abstained=confidence < self.threshold,
-            probabilities=self._by_label(shown),
+            probabilities=self._by_label(shown, best),
             exact=not unseen.any(),
             label_mass=scores.mass,
             margin=max(0.0, confidence - float(np.delete(scores.upper, best).max())),
@@ -323,9 +328,10 @@ class Classifier:
             truncated=truncated,
         )
 
-    def _by_label(self, probabilities: Floats) -> dict[str, float]:
-        order = np.argsort(-probabilities, kind="stable")
-        return {self._labels[i]: float(probabilities[i]) for i in order}
+    def _by_label(self, probabilities: Floats, best: int) -> dict[str, float]:
+        order = np.argsort(-probabilities, kind="stable").tolist()
+        order.remove(best)  # a bound can be more than what the best label is sure to have
+        return {self._labels[i]: float(probabilities[i]) for i in (best, *order)}
 
 
 _Parts = tuple[Task, Vocabulary, Scorer, LabelTrie, Prompt]
@@ -350,27 +356,32 @@ def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack)
 
 def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitStack) -> _Parts:
     from qcat.backends.llama import LlamaModel
-    from qcat.backends.ollama import TIMEOUT, OllamaScorer, Server
+    from qcat.backends.ollama import TIMEOUT, Server
+    from qcat.backends.ollama_scorer import OllamaScorer
 
     server = Server(timeout or TIMEOUT)
     stack.callback(server.close)
     said = server.show(name, verbose=True)
     if said is None:
+        server.check()
         raise server.absent(name)
-    metadata = said.get("model_info") or {}
-    if TASK_KEY not in metadata:
+    metadata = said.get("model_info")
+    if not isinstance(metadata, dict) or TASK_KEY not in metadata:
         raise ServerError(
             f"{name} on {server.address}: not made by qcat: make one with `qcat deploy DIR`"
         )
-    with tempfile.TemporaryDirectory(prefix="qcat-") as folder:
-        path = Path(folder, "vocabulary.gguf")
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="qcat-") as folder:
+            path = Path(folder, "vocabulary.gguf")
             write_vocabulary(path, metadata)
             task = Bundle.read(path).task
             vocabulary = stack.enter_context(LlamaModel(path, vocab_only=True, verbose=verbose))
-        except (BundleError, ModelError) as error:
-            reason = str(error).removeprefix(f"{path}: ")
-            raise ServerError(f"{name} on {server.address}: {reason}") from None
+    except (BundleError, ModelError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ServerError(f"{name} on {server.address}: {reason}") from None
+    except OSError as error:
+        raise ModelError(f"{tempfile.gettempdir()}: {error.strerror}: set TMPDIR") from None
+    vocabulary.path = Path(f"{OLLAMA}{name}")  # for messages: the file is gone
     prompt, trie = prepare(task, vocabulary, name)
     scorer = OllamaScorer(
         server,

@@ -125,7 +125,7 @@ def contenders(
         labels = [
             label
             for child, (_, _, labels) in enumerate(below)
-            if child == best or most[child] > least[best]
+            if child == best or most[child] > least[best] or least[best] == 0
             for label in labels
         ]
         found[number] = (

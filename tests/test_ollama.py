@@ -132,13 +132,23 @@ def test_here_and_there_agree_on_every_label(dist, server, test_split):
         assert q.label_mass == pytest.approx(p.label_mass, abs=1e-2)
         assert (q.margin, q.entropy) == pytest.approx((p.margin, p.entropy), abs=1e-2)
     for p, q in zip(own, other, strict=True):
-        # What is not known is bounded: what it was sure to be at least, or at most.
-        assert q.confidence <= p.confidence + 1e-3
+        # What is not known is bounded: a label seen has at least this, one not seen at most.
         assert q.confidence == pytest.approx(p.confidence, abs=0.1)
+        assert q.confidence <= p.confidence + 1e-3
         assert q.label_mass <= p.label_mass + 1e-3
-        least = min(q.probabilities.values())
-        for label, value in p.probabilities.items():
-            assert value <= max(q.probabilities[label], least) + 0.1
+        assert next(iter(q.probabilities)) == q.label
+
+
+def test_the_truth_is_within_the_bounds(dist, server, test_split):
+    labels = list(Bundle.read(dist[0] / "household.gguf").task.labels)
+    with Classifier.open(dist[0] / "household.gguf") as here, Classifier.open("ollama:house") as o:
+        questions = [question for question, _ in test_split[::8]]
+        found = o._scorer.score([o._encode(question)[0] for question in questions])
+        for question, bounds in zip(questions, found, strict=True):
+            truth = np.array([here.ask(question).probabilities[label] for label in labels])
+            assert (bounds.lower <= truth + 1e-3).all()
+            assert (bounds.upper >= truth - 1e-3).all()
+            assert np.median(bounds.upper - bounds.lower) < 0.05  # and they say something
 
 
 def test_a_server_as_it_is_started_agrees_but_for_near_ties(dist, tmp_path, test_split):
@@ -352,9 +362,11 @@ def test_labels_beyond_the_best_twenty_are_bounds(server, house, household):
             p, own = there.ask(question), here.ask(question)
             assert not p.exact
             assert p.label in household.labels
+            assert p.label == next(iter(p.probabilities))
             assert p.confidence <= own.probabilities[p.label] + 1e-3
             assert p.label_mass <= own.label_mass + 1e-3
-            assert list(p.probabilities.values()) == sorted(p.probabilities.values(), reverse=True)
+            for label, most in list(p.probabilities.items())[1:]:
+                assert most > own.probabilities[label] or p.confidence > 0
 
 
 def test_the_text_of_a_special_token_is_refused(dist, server):
@@ -408,6 +420,47 @@ def test_deploying_again_replaces_and_keeps_no_trial(dist, server, test_split, t
     names = {model["name"] for model in get(server, "/api/tags")["models"]}
     assert "house:v2" in names
     assert not any("trial" in name for name in names)
+
+
+def test_two_deploys_at_once(dist, server):
+    """Neither proves nor removes the other's."""
+    both = [
+        subprocess.Popen(
+            [QCAT, "deploy", dist[0], "--name", f"twin:{number}"],
+            env=server.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (1, 2)
+    ]
+    for process in both:
+        out, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors) == (0, ""), errors
+        assert "23 of 23 labels as here" in out
+    names = {model["name"] for model in get(server, "/api/tags")["models"]}
+    assert {"twin:1", "twin:2"} <= names
+    assert not any("trial" in name for name in names)
+    done = command(server, QCAT, "deploy", dist[0], "--name", "qcat-trial-x")
+    assert "choose another --name" in done.stderr
+
+
+def test_a_deployed_model_is_the_one_that_create_makes(dist, server):
+    """The same template, parameters and weights as from the Modelfile."""
+    create(server, "made-by-hand", dist[0])
+    shown = [post(server, "/api/show", model=name)[1] for name in ("house", "made-by-hand")]
+    for key in ("template", "details", "capabilities", "model_info"):
+        assert shown[0][key] == shown[1][key], key
+    parameters = [sorted(found["parameters"].splitlines()) for found in shown]
+    assert parameters[0] == parameters[1]
+
+
+def test_a_long_question_in_the_data_does_not_spoil_the_proof(dist, server, tmp_path):
+    rows = [{"text": "pool " * 300, "label": "pool"}, {"text": "pool?", "label": "pool"}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = command(server, QCAT, "deploy", dist[0], "--data", tmp_path / "q.jsonl", "--name", "l")
+    assert done.returncode == 0, done.stderr
+    assert ": 6 prompts" in done.stdout
 
 
 def test_a_changed_modelfile_is_named(dist, server, tmp_path):

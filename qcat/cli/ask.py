@@ -12,7 +12,7 @@ from itertools import chain
 import click
 
 from qcat.classifier import OLLAMA, Classifier, Prediction
-from qcat.cli.output import timeout_option
+from qcat.cli.output import given, timeout_option
 from qcat.errors import QuestionError, ServerError
 
 ABSTAINED = 3
@@ -69,9 +69,7 @@ ABSTAINED = 3
 )
 @timeout_option
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
-@click.pass_context
 def command(
-    ctx: click.Context,
     questions: tuple[str, ...],
     model: str | None,
     backend: str,
@@ -82,7 +80,7 @@ def command(
     strict: bool,
     decode: str,
     threads: int | None,
-    timeout: float,
+    timeout: int,
     verbose: bool,
 ) -> int:
     """Put each QUESTION into one of the model's categories; print the label alone.
@@ -104,9 +102,11 @@ def command(
             raise click.UsageError("--backend ollama needs -m NAME")
         model = model if model.startswith(OLLAMA) else f"{OLLAMA}{model}"
     served = model is not None and model.startswith(OLLAMA)
+    if served and backend == "llama" and given("backend"):
+        raise click.UsageError(f"{model} is not for --backend llama")
     if served and threads:
         raise click.UsageError("--threads is for llama.cpp here: the Ollama server has its own")
-    if not served and _given(ctx, "timeout"):
+    if not served and given("timeout"):
         raise click.UsageError("--timeout is for an Ollama server")
     groups = iter([list(questions)])
     if questions in ((), ("-",)):
@@ -152,10 +152,6 @@ def command(
     return status
 
 
-def _given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-
-
 Answer = tuple[int, str, Prediction | str | QuestionError]
 
 
@@ -177,6 +173,8 @@ def _say(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer
             yield number, question, classifier.say(question)
         except QuestionError as error:
             yield number, question, error
+        except ServerError as error:
+            raise ServerError(f"question {number}: {error}") from None
 
 
 def _available_lines(descriptor: int) -> Iterator[list[str]]:

@@ -63,8 +63,8 @@ def deploy_and_tell(
         )
     if done.unspoken:
         click.echo(
-            f"qcat: warning: {done.unspoken} of {count} answers of `ollama run` are no "
-            "label: ask through qcat, which allows nothing else",
+            f"qcat: warning: {done.unspoken} answers of `ollama run` were no label: ask through "
+            "qcat, which allows nothing else",
             err=True,
         )
     click.echo("next:")

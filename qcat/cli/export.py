@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from convert.quantize import QUANTIZATIONS
-from qcat.cli.output import Bars, table, timeout_option
+from qcat.cli.output import Bars, given, table, timeout_option
 from qcat.errors import ExportError
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
@@ -88,7 +88,7 @@ def command(
     precision: Any,
     max_flips: float,
     ollama_name: str | None,
-    timeout: float,
+    timeout: int,
 ) -> None:
     """Merge the LoRA adapter in RUN, convert it to a 4-bit GGUF and measure what that changed.
 
@@ -115,6 +115,8 @@ def command(
     held_out = _examples(data, run / "test.jsonl", task)
     training = _examples(train_data, run / "train.jsonl", task)
 
+    if not ollama_name and given("timeout"):
+        raise click.UsageError("--timeout is for --ollama")
     if ollama_name:
         from convert.deploy import check_server
 

@@ -37,12 +37,18 @@ class Bars:
 
 timeout_option = click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=60.0,
+    type=click.IntRange(1, 86_400),
+    default=60,
     show_default=True,
     metavar="SECONDS",
-    help="How long one request to Ollama may take; the first one loads the model.",
+    help="How long Ollama may keep silent on a request; the first one loads the model.",
 )
+
+
+def given(name: str) -> bool:
+    """Whether an option of the running command stands on its command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
