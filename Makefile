@@ -1,6 +1,6 @@
 # make demo: set up what asking needs (no torch), then ask the shipped model, offline
 # make test: set up, then run the tests
-# make test-ollama: install a real Ollama under build/ (ten minutes the first time), then test on it
+# make test-ollama: build a real Ollama in the user's cache (ten minutes the first time), test on it
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

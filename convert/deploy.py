@@ -86,7 +86,7 @@ def deploy(
         name: of the model; the task's name if None.
         questions: to ask for the proof, at most `MAX_QUESTIONS` of them; if none, made up from
             the labels.
-        timeout: seconds that one request may take.
+        timeout: seconds that the server may keep silent.
         progress: called with a step's name, and how much of it is done of how much.
 
     Raises:
@@ -115,14 +115,19 @@ def deploy(
     return Deployment(name, server.address, len(asked), near_ties, unspoken)
 
 
-def _read(folder: Path) -> _Bundle:
-    """The parts of a bundle, checked: the GGUF, and that the Modelfile beside it is its own."""
+def find_gguf(folder: Path) -> Path:
+    """The GGUF in a bundle. Raises BundleError if there is none, or more than one."""
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
     if len(found) != 1:
         raise BundleError(
             f"{folder}: {len(found)} GGUF files there: name the folder that `qcat export` made"
         )
-    gguf = found[0]
+    return found[0]
+
+
+def _read(folder: Path) -> _Bundle:
+    """The parts of a bundle, checked: the GGUF, and that the Modelfile beside it is its own."""
+    gguf = find_gguf(folder)
     task = Bundle.read(gguf).task
     with LlamaModel(gguf, vocab_only=True) as model:
         prompt, trie = prepare(task, model, str(gguf))
@@ -240,10 +245,14 @@ def _prove_labels(
             if own.label != other.label:
                 near_ties += 1
                 if (own.margin or 0) > NEAR_TIE:
+                    why = (
+                        "which computes otherwise: see its GPU, attention and cache settings"
+                        if other.exact
+                        else "which shows twenty tokens only: train with --objective answer, so "
+                        "that the labels are among them"
+                    )
                     raise ExportError(
-                        f"{question[:60]!r}: {own.label!r} here, {other.label!r} in Ollama, which "
-                        "shows twenty tokens only: train with --objective answer, so that the "
-                        "labels are among them"
+                        f"{question[:60]!r}: {own.label!r} here, {other.label!r} in Ollama, {why}"
                     )
                 if near_ties > allowed:
                     raise ExportError(
@@ -256,7 +265,7 @@ def _prove_labels(
 
 
 def _forget(server: Server, name: str) -> None:
-    """Remove the model for the time being; a server that is gone keeps it until the next deploy."""
+    """Remove the trial model; on a server that is gone it stays, for `ollama rm`."""
     try:
         server.delete(name)
     except ServerError:

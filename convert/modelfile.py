@@ -22,7 +22,12 @@ _CTX_STEP = 256  # llama.cpp rounds contexts up to this
 _RUNS = re.compile(r'\{+|"{2,}')
 _CAPABILITY_WORDS = re.compile(r"(?<=t)(?=ools|ool_call)|(?<=<t)(?=hink>)|(?<=</t)(?=hink>)")
 _TEMPLATE = re.compile(r'^TEMPLATE """(.*?)"""$', re.DOTALL | re.MULTILINE)
-_ACTION = re.compile(r'\{\{ (?:(\.Prompt)|("(?:[^"\\]|\\.)*")) \}\}')
+# The last message alone: with {{ .Prompt }} Ollama would put what was said before in front of it.
+_QUESTION = (
+    "{{ range $i, $m := .Messages }}{{ if eq (len (slice $.Messages $i)) 1 }}"
+    "{{ $m.Content }}{{ end }}{{ end }}"
+)
+_ACTION = re.compile(rf'({re.escape(_QUESTION)})|\{{\{{ ("(?:[^"\\]|\\.)*") \}}\}}')
 
 
 class Vocabulary(Encoder, Protocol):
@@ -78,9 +83,9 @@ def modelfile(task: Task, prompt: Prompt, *, gguf: str, parameters: Mapping[str,
 
 
 def go_template(prompt: Prompt) -> str:
-    """The prompt as a Go template with `{{ .Prompt }}` for the question."""
+    """The prompt as a Go template: the last message is the question, the rest ignored."""
     before, after = _around(prompt)
-    return f"{_go_text(before)}{{{{ .Prompt }}}}{_go_text(after)}"
+    return f"{_go_text(before)}{_QUESTION}{_go_text(after)}"
 
 
 def chat_template(prompt: Prompt) -> str:

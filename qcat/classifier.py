@@ -73,22 +73,23 @@ class Scorer(Protocol):
 class Prediction:
     """The answer to one question.
 
-    On an Ollama server older than 0.12.11, which gives no log-probabilities, there is a label and
-    no more: what follows it is None, and `probabilities` is empty.
+    An Ollama server older than 0.12.11 gives no log-probabilities: there is a label and no more.
+    Confidence, label mass, margin and entropy are None then, and `probabilities` is empty.
     """
 
     label: str
-    """The most probable label: always one of the task's."""
+    """The most probable label, or where a server leaves that open the one that the model writes:
+    always one of the task's."""
     confidence: float | None
     """Its probability given the question, from 0 to 1; the least that it can be if not `exact`."""
     abstained: bool
     """Whether the confidence is under the threshold, so that a person should decide."""
     probabilities: Mapping[str, float]
-    """All labels, most probable first; they sum to 1, or to more if not `exact`."""
+    """All labels, the answer first, then the most probable; they sum to 1 if `exact`."""
     exact: bool
     """Whether all probabilities are known. Ollama shows the best twenty tokens only: a label
-    beyond them, or too improbable to look for further, has the most that its probability can be,
-    the others have the least; the answer still comes first."""
+    beyond them, or too improbable to look for further, has the most that its probability can be;
+    the others, and the answer, have the least."""
     label_mass: float | None
     """Share of the model's whole next-token probability that falls on labels at all."""
     margin: float | None
@@ -261,7 +262,8 @@ class Classifier:
             ids, truncated = self._cut(ids), True
         if not self._scorer.spells(ids):
             raise QuestionError(
-                "it holds the text of a special token, which Ollama would obey: take it out"
+                "the question holds the text of a special token, which Ollama would obey: "
+                "take it out"
             )
         return ids, truncated
 
@@ -316,6 +318,8 @@ class Classifier:
         unseen = scores.lower < scores.upper
         confidence = float(scores.lower[best])
         shown = np.where(scores.lower > 0, scores.lower, scores.upper)
+        spread = entropy(shown / max(shown.sum(), np.finfo(np.float64).tiny))
+        shown[best] = confidence
         return Prediction(
             label=self._labels[best],
             confidence=confidence,
@@ -324,7 +328,7 @@ class Classifier:
             exact=not unseen.any(),
             label_mass=scores.mass,
             margin=max(0.0, confidence - float(np.delete(scores.upper, best).max())),
-            entropy=entropy(shown / max(shown.sum(), np.finfo(np.float64).tiny)),
+            entropy=spread,
             truncated=truncated,
         )
 

@@ -81,7 +81,7 @@ def label_bounds(
             gives each of its `tokens` among the whole vocabulary, two arrays of shape (children,).
     """
     bounds = np.zeros((2, len(trie.sequences)), np.float64)
-    reached = np.ones((2, max(1, len(trie.branches))), np.float64)
+    reached = np.ones((2, len(trie.branches)), np.float64)
     for number, (branch, (low, high)) in enumerate(zip(trie.branches, children, strict=True)):
         least, most = np.asarray(low, np.float64), np.asarray(high, np.float64)
         shares = np.stack(

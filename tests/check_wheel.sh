@@ -25,5 +25,5 @@ model=$("$work/fresh/bin/python" -c 'from qcat.classifier import DEFAULT_MODEL; 
 grep -qx "  $answer" <<<"$("$qcat" inspect "$model")"
 grep -q '^TEMPLATE' <<<"$("$qcat" modelfile "$model")"
 refusal=$("$qcat" train "$data/questions.jsonl" -t "$data/task.toml" -o out 2>&1 || true)
-grep -q "pip install '\.\[train\]'" <<<"$refusal"
+grep -q "pip install -e '\.\[train\]'" <<<"$refusal"
 echo "the wheel alone answers: $answer"

@@ -14,13 +14,13 @@ from conftest import EXAMPLE
 
 from convert.imatrix import importance_matrix
 from convert.merge import merge
-from convert.modelfile import render
+from convert.modelfile import go_template, render
 from convert.pipeline import Request, export
 from convert.quantize import QUANTIZATIONS, quantize
 from convert.replay import TorchReplay
 from qcat.bundle import Bundle, read_header, section
 from qcat.classifier import Classifier
-from qcat.prompt import build_prompt, encode_answers, encode_segments
+from qcat.prompt import Prompt, Segment, build_prompt, encode_answers, encode_segments
 from qcat.task import Task
 from qcat.tokenization import HubTokenizer
 from qcat.trie import LabelTrie
@@ -380,7 +380,8 @@ def test_quantizer_failure_is_an_error(tmp_path):
 def test_rendering_knows_only_its_own_actions():
     from qcat.errors import ExportError
 
-    assert render('TEMPLATE """a {{ .Prompt }}{{ "\\u200d" }}"""', "q") == "a q\u200d"
+    question = go_template(Prompt((), "", Segment("", False)))
+    assert render(f'TEMPLATE """a {question}{{{{ "\\u200d" }}}}"""', "q") == "a q\u200d"
     with pytest.raises(ExportError, match="unknown action"):
         render('TEMPLATE """a {{ .System }} {{ .Prompt }}"""', "q")
     with pytest.raises(ExportError, match="no TEMPLATE"):

@@ -240,7 +240,7 @@ def test_a_valid_task_answers_with_one_of_its_labels(valid, house, tmp_path):
 
 def renders(task: Task, prompt: Prompt, question: str) -> bool:
     """Whether the Modelfile of a task says its prompt, in characters that Ollama keeps."""
-    text = modelfile(task, prompt, gguf="hostile.gguf", n_prefix=99, n_answer=9, end="<|im_end|>")
+    text = modelfile(task, prompt, gguf="hostile.gguf", parameters={})
     printable = all(char.isprintable() or char == "\n" for char in text)
     return printable and render(text, question) == prompt.text(question)
 

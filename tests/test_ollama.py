@@ -43,7 +43,7 @@ pytestmark = needs_ollama
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The environment of a server that computes as llama.cpp does here (no flash attention)."""
+    """A server that computes as llama.cpp does here (no flash attention)."""
     with ollama_server(tmp_path_factory.mktemp("server"), OLLAMA_FLASH_ATTENTION="0") as found:
         yield found
 
@@ -178,20 +178,23 @@ def test_every_prompt_is_the_training_prompt(
     create(server, task.name, gguf.parent)
     for question in QUESTIONS:
         expected = expected_ids(gguf, question)
-        think = {"think": False}
         _, generate = post(
             server, "/api/generate", model=task.name, prompt=question, _debug_render_only=True
         )
         assert ids_of(gguf, generate["_debug_info"]["rendered_template"]) == expected
         message = {"role": "user", "content": question}
-        for messages in ([message], [{"role": "system", "content": "Be brief."}, message]):
+        before = [
+            [],
+            [{"role": "system", "content": "Be brief."}],
+            [{"role": "user", "content": "pool?"}, {"role": "assistant", "content": " pool"}],
+        ]
+        for earlier in before:  # what was said before is not what is asked
+            messages = [*earlier, message]
             _, chat = post(
                 server, "/api/chat", model=task.name, messages=messages, _debug_render_only=True
             )
-            rendered = chat["_debug_info"]["rendered_template"]
-            if len(messages) == 1:
-                assert ids_of(gguf, rendered) == expected
-        _, answer = post(server, "/api/generate", model=task.name, prompt=question, **think)
+            assert ids_of(gguf, chat["_debug_info"]["rendered_template"]) == expected
+        _, answer = post(server, "/api/generate", model=task.name, prompt=question)
         assert answer["context"][: len(expected)] == expected
         _, v1 = post(server, "/v1/chat/completions", model=task.name, messages=[message])
         assert v1["usage"]["prompt_tokens"] == len(expected)

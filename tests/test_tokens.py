@@ -122,7 +122,7 @@ def test_same_prompt_in_training_runtime_and_modelfile(pair, style, verbalizer, 
     assert prompt == build_prompt(task, model)
     check_boundary(prompt, model)
     assert encode_answers(task, tokenizer) == encode_answers(task, model)
-    text = modelfile(task, prompt, gguf="m.gguf", n_prefix=1, n_answer=1, end="<|im_end|>")
+    text = modelfile(task, prompt, gguf="m.gguf", parameters={})
 
     @settings(max_examples=300)
     @given(TEXT)

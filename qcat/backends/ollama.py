@@ -25,9 +25,10 @@ except (ImportError, ValueError, httpx.InvalidURL) as error:
     ) from None
 
 KEEP_ALIVE = "10m"
-"""How long the server keeps the model loaded after a question."""
+"""How long a server keeps the model loaded after a question, whatever OLLAMA_KEEP_ALIVE says."""
 TIMEOUT = 60.0
 """Seconds that the server may keep silent; loading a model is part of the first request."""
+_LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
 _RETRIES = (0.2, 1.0)  # seconds to wait before asking again
 _CHUNK = 1 << 20
 STRANGER = "answers, but not as Ollama does: see that OLLAMA_HOST is right"
@@ -47,7 +48,7 @@ class _Client(ollama.Client):
 
     @property
     def is_local(self) -> bool:
-        return self._client.base_url.host in ("127.0.0.1", "localhost", "::1")
+        return self._client.base_url.host in _LOCAL
 
 
 class Server:
@@ -73,10 +74,12 @@ class Server:
         """Close the connections. Harmless a second time."""
         self._client.close()  # type: ignore[no-untyped-call]
 
-    def check(self) -> None:
-        """See that an Ollama server answers. Raises ServerError."""
-        if not isinstance(self._json("GET", "/api/version").get("version"), str):
+    def check(self) -> str:
+        """See that an Ollama server answers; return its version. Raises ServerError."""
+        version = self._json("GET", "/api/version").get("version")
+        if not isinstance(version, str):
             raise ServerError(f"{self.address}: {STRANGER}")
+        return version
 
     def show(self, model: str, *, verbose: bool = False) -> dict[str, Any] | None:
         """What the server says of a model, or None if it has no such model.
@@ -197,9 +200,9 @@ class _Errors:
         match error:
             case ollama.ResponseError():
                 said = " ".join(str(error.error).split())[:300] or f"status {error.status_code}"
-                if "model" in said and "not found" in said:
-                    raise _AbsentError(f"{at}: {said}") from None
                 if error.status_code == httpx.codes.NOT_FOUND:
+                    if "model" in said and "not found" in said:
+                        raise _AbsentError(f"{at}: {said}") from None
                     raise ServerError(f"{at}: {STRANGER}") from None
                 if "no space left" in said:
                     raise ServerError(
@@ -229,7 +232,7 @@ class _Errors:
                 raise ServerError(
                     f"{at}: {error.object[:40]!r} cannot be sent: choose another name"
                 ) from None
-            case RuntimeError() if not isinstance(error, RecursionError):
+            case RuntimeError() if not isinstance(error, RecursionError | httpx.StreamError):
                 raise ServerError(f"{at}: the connection is closed: open it again") from None
             # What another program than Ollama may make of its own client.
             case (

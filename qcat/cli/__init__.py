@@ -95,7 +95,7 @@ def run(args: list[str] | None) -> int:
         extra = "ollama" if error.name in ("ollama", "httpx") else "train"
         click.echo(
             f"qcat: error: {error.name} is not installed: in qcat's clone give "
-            f"pip install '.[{extra}]'",
+            f"pip install -e '.[{extra}]'",
             err=True,
         )
         return 1

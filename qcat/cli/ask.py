@@ -40,7 +40,8 @@ ABSTAINED = 3
     "--top",
     type=click.IntRange(1),
     metavar="K",
-    help="Show the K best labels with their probabilities.",
+    help="Show the K best labels with their probabilities (through Ollama these may be bounds, as "
+    "--json says).",
 )
 @click.option(
     "--threshold",

@@ -25,7 +25,7 @@ def command(folder: Path, name: str | None, data: Path | None, timeout: float) -
 
     The server is the one at OLLAMA_HOST. Its prompts are compared with the training prompt, token
     for token, and its labels with those that the GGUF gives here. Only then does the model get
-    its name.
+    its name; a model of the same task that had it is replaced.
 
     \b
     Examples:
@@ -34,10 +34,11 @@ def command(folder: Path, name: str | None, data: Path | None, timeout: float) -
     """
     questions: Sequence[str] = ()
     if data:
+        from convert.deploy import find_gguf
         from qcat.bundle import Bundle
         from qcat.learn.dataset import read_examples
 
-        task = Bundle.read(next(folder.glob("*.gguf"), folder / "*.gguf")).task
+        task = Bundle.read(find_gguf(folder)).task
         questions = [example.text for example in read_examples(data, task)]
     deploy_and_tell(folder, name, questions, timeout)
 

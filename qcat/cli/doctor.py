@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import urllib.error
-import urllib.request
 from importlib import metadata
 
 import click
+
+from qcat.errors import ServerError
 
 _PACKAGES = ("qcat", "llama-cpp-python", "numpy", "torch", "transformers", "peft", "gguf", "ollama")
 
@@ -56,10 +56,15 @@ def _hub_cache() -> str:
 
 
 def _ollama() -> str:
-    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-    address = host if "://" in host else f"http://{host}"
     try:
-        with urllib.request.urlopen(f"{address}/api/version", timeout=1) as answer:
-            return f"{address} answers: {answer.read(200).decode('utf-8', 'replace')}"
-    except (urllib.error.URLError, OSError, ValueError):
-        return f"{address} does not answer: start it with `ollama serve`"
+        from qcat.backends.ollama import Server
+
+        server = Server(timeout=1)
+        try:
+            return f"{server.address} answers: version {server.check()}"
+        finally:
+            server.close()
+    except ModuleNotFoundError:
+        return "not asked: pip install -e '.[ollama]' in qcat's clone"
+    except ServerError as error:
+        return str(error)

@@ -161,6 +161,6 @@ def command(
     click.echo(f"  qcat deploy {output}")
 
 
-def _examples(given: Path | None, default: Path, task: Task) -> list[Any]:
-    path = given or (default if default.is_file() else None)
+def _examples(named: Path | None, default: Path, task: Task) -> list[Any]:
+    path = named or (default if default.is_file() else None)
     return read_examples(path, task) if path else []
