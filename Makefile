@@ -13,7 +13,7 @@ demo: $(CORE)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-ollama: $(STAMP)
 	tests/ollama/install.sh $(BIN)/python build/ollama

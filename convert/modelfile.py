@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from qcat.errors import ExportError
-from qcat.prompt import QUESTION_ROOM, Encoder, Prompt, encode_segments
+from qcat.prompt import QUESTION_ROOM, Prompt, Vocabulary, encode_segments
 from qcat.task import Task
 from qcat.trie import LabelTrie
 
@@ -30,17 +30,11 @@ _QUESTION = (
 _ACTION = re.compile(rf'({re.escape(_QUESTION)})|\{{\{{ ("(?:[^"\\]|\\.)*") \}}\}}')
 
 
-class Vocabulary(Encoder, Protocol):
-    """A model's tokens, both ways."""
-
-    def decode(self, ids: list[int]) -> str: ...
-
-
 def parameters(prompt: Prompt, trie: LabelTrie, vocabulary: Vocabulary) -> dict[str, Any]:
     """Ollama's parameters for a prompt and its labels, by name."""
     n_answer = max(len(sequence) for sequence in trie.sequences)
     # In quotes, as qcat may have it written under a JSON schema, an answer takes more.
-    answers = [vocabulary.decode(list(sequence)) for sequence in trie.sequences]
+    answers = [vocabulary.decode(sequence) for sequence in trie.sequences]
     spelled = max(len(vocabulary.encode(json.dumps(a), special=False)) for a in answers)
     cells = len(encode_segments(prompt.prefix, vocabulary)) + QUESTION_ROOM + 2 * spelled
     return {

@@ -22,6 +22,7 @@ from qcat.grammar import grammar
 from qcat.prompt import (
     QUESTION_ROOM,
     Prompt,
+    Vocabulary,
     build_prompt,
     check_boundary,
     clean_question,
@@ -48,17 +49,6 @@ OLLAMA = "ollama:"
 _WINDOW = 64  # questions tokenized ahead by ask_many
 
 
-class Vocabulary(Protocol):
-    """A model's tokens, and what must be closed after use."""
-
-    end: int
-
-    def encode(self, text: str, *, special: bool) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def piece(self, token: int) -> bytes: ...
-    def close(self) -> None: ...
-
-
 class Scorer(Protocol):
     """A backend: questions as token ids after the prompt's prefix to what the model thinks."""
 
@@ -66,7 +56,6 @@ class Scorer(Protocol):
     def accepts(self, label: int) -> bool: ...
     def spells(self, ids: Sequence[int]) -> bool: ...
     def generate(self, rest: Sequence[int], limit: int) -> str: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -121,13 +110,14 @@ class Classifier:
         prompt: Prompt,
         *,
         name: str,
+        resources: ExitStack,
         threshold: float,
         strict: bool,
     ) -> None:
         self.task = task
         self.threshold = threshold
         self.strict = strict
-        self._name = name
+        self._name, self._resources = name, resources
         self._labels = tuple(task.labels)
         self._vocabulary, self._scorer, self._trie, self._prompt = vocabulary, scorer, trie, prompt
 
@@ -174,8 +164,8 @@ class Classifier:
             else:
                 file = Path(model) if model is not None else DEFAULT_MODEL
                 parts = _open_file(file, threads, verbose, stack)
-            stack.pop_all()
-        return cls(*parts, name=str(model), threshold=threshold, strict=strict)
+            resources = stack.pop_all()
+        return cls(*parts, name=str(model), resources=resources, threshold=threshold, strict=strict)
 
     def ask(self, question: str) -> Prediction:
         """Classify one question.
@@ -238,9 +228,8 @@ class Classifier:
         return self._scorer.generate(self._encode(question)[0], limit)
 
     def close(self) -> None:
-        """Free the model. Harmless a second time."""
-        self._scorer.close()
-        self._vocabulary.close()
+        """Free the model, or leave the server. Harmless a second time."""
+        self._resources.close()
 
     def __enter__(self) -> Self:
         return self
@@ -355,6 +344,7 @@ def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack)
         room=QUESTION_ROOM,
         threads=threads or default_threads(),
     )
+    stack.callback(scorer.close)
     return bundle.task, model, scorer, trie, prompt
 
 
@@ -396,6 +386,7 @@ def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitSta
         answers=task.answers,
         spellings=metadata["tokenizer.ggml.tokens"],
     )
+    stack.callback(scorer.close)
     return task, vocabulary, scorer, trie, prompt
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from string import ascii_uppercase
@@ -29,6 +29,15 @@ class Encoder(Protocol):
     """Text to token ids; `special` decides whether `<|im_end|>` is a token or plain text."""
 
     def encode(self, text: str, *, special: bool) -> list[int]: ...
+
+
+class Vocabulary(Encoder, Protocol):
+    """A model's tokens, both ways."""
+
+    end: int
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def piece(self, token: int) -> bytes: ...
 
 
 class Segment(NamedTuple):

@@ -54,7 +54,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def impostor(monkeypatch):
-    """`impostor(*script)`: a running one, to which OLLAMA_HOST points."""
+    """`impostor(*script)`: a running one, to which OLLAMA_HOST points; asked again at once."""
+    monkeypatch.setattr("qcat.backends.ollama._RETRIES", (0.01, 0.01))
     running = []
 
     def start(*script):

@@ -71,9 +71,6 @@ class Played:
         answer = self.answers[prompt.removeprefix("Q: q"), kind]
         return answer(schema) if callable(answer) else answer
 
-    def close(self):
-        pass
-
 
 def seen(*best, **more):
     """An answer that shows these texts and probabilities."""

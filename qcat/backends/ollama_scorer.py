@@ -14,12 +14,13 @@ from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from qcat.backends.ollama import STRANGER, Server
 from qcat.errors import ServerError
+from qcat.prompt import Vocabulary
 from qcat.scoring import BoundedScores, contenders, label_bounds
 from qcat.trie import Branch, LabelTrie
 
@@ -28,14 +29,6 @@ TOP_LOGPROBS = 20
 _PARALLEL = 4  # requests under way: what the server does not run at once it queues
 _WALK = 1e-3  # a branch that fewer answers than this can come through is not looked into
 _ROUNDING = 1e-5  # what the server's sum of the vocabulary in float32 may be off by
-
-
-class Vocabulary(Protocol):
-    """Tokens as llama.cpp spells them."""
-
-    def encode(self, text: str, *, special: bool) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def piece(self, token: int) -> bytes: ...
 
 
 class _Seen(NamedTuple):
@@ -189,9 +182,8 @@ class OllamaScorer:
         return str(self._call(prompt, num_predict=limit).get("response", ""))
 
     def close(self) -> None:
-        """Wait for nothing, and close the connections. Harmless a second time."""
+        """Ask nothing more, and wait for nothing. Harmless a second time."""
         self._workers.close()
-        self._server.close()
 
     def _score(self, rest: Sequence[int]) -> BoundedScores:
         prompt = self._prefix + self._vocabulary.decode(rest)
