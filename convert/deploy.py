@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.modelfile import go_template, modelfile, parameters
+from convert.verify import spread
 from qcat.backends.llama import LlamaModel
 from qcat.backends.ollama import Progress, Server
 from qcat.bundle import TASK_KEY, Bundle
@@ -103,8 +104,9 @@ def deploy(
         files = {bundle.gguf.name: server.upload(bundle.gguf, progress)}
         try:
             server.create(trial, files, bundle.template, bundle.parameters)
-            asked = _sample(questions, bundle)
-            unspoken = _prove_prompts(server, trial, bundle, asked, progress)
+            with LlamaModel(bundle.gguf, vocab_only=True) as model:
+                asked = _sample(questions, bundle, model)
+                unspoken = _prove_prompts(server, trial, bundle, model, asked, progress)
             near_ties = _prove_labels(trial, bundle, asked, timeout, progress)
             _check_name(server, name, bundle.task)
             server.create(name, files, bundle.template, bundle.parameters)
@@ -166,29 +168,30 @@ def _check_name(server: Server, name: str, task: Task) -> None:
         )
 
 
-def _sample(questions: Sequence[str], bundle: _Bundle) -> list[str]:
+def _sample(questions: Sequence[str], bundle: _Bundle, model: LlamaModel) -> list[str]:
     """Questions for the proof, evenly spaced over those given.
 
     Without those that are too long or hold a special token's text: only qcat asks these as it
     was trained.
     """
     given = questions or [f"What about the {label}?" for label in bundle.task.labels]
-    step = max(1.0, len(given) / MAX_QUESTIONS)
-    spread = [given[int(i * step)] for i in range(min(len(given), MAX_QUESTIONS))]
-    with LlamaModel(bundle.gguf, vocab_only=True) as model:
-        cleaned = [clean_question(question) for question in (*_AWKWARD, *spread)]
-        kept = []
-        for question in cleaned:
-            rest = bundle.prompt.rest(question)
-            ids = encode_segments(rest, model)
-            text = "".join(segment.text for segment in rest)
-            if len(ids) <= QUESTION_ROOM and model.encode(text, special=True) == ids:
-                kept.append(question)
-        return kept
+    kept = []
+    for question in map(clean_question, (*_AWKWARD, *spread(given, MAX_QUESTIONS))):
+        rest = bundle.prompt.rest(question)
+        ids = encode_segments(rest, model)
+        text = "".join(segment.text for segment in rest)
+        if len(ids) <= QUESTION_ROOM and model.encode(text, special=True) == ids:
+            kept.append(question)
+    return kept
 
 
 def _prove_prompts(
-    server: Server, name: str, bundle: _Bundle, questions: Sequence[str], progress: Progress
+    server: Server,
+    name: str,
+    bundle: _Bundle,
+    model: LlamaModel,
+    questions: Sequence[str],
+    progress: Progress,
 ) -> int:
     """Compare what the server makes of each question with the training prompt.
 
@@ -202,32 +205,29 @@ def _prove_prompts(
             "and would use another prompt: please report it with the version of Ollama"
         )
     unspoken = 0
-    with LlamaModel(bundle.gguf, vocab_only=True) as model:
-        for number, question in enumerate(questions, 1):
-            expected = encode_segments(
-                (*bundle.prompt.prefix, *bundle.prompt.rest(question)), model
+    for number, question in enumerate(questions, 1):
+        expected = encode_segments((*bundle.prompt.prefix, *bundle.prompt.rest(question)), model)
+        debug = server.generate(name, question, _debug_render_only=True).get("_debug_info")
+        answer = server.generate(name, question)
+        # Token ids of prompt and answer in one piece, by the server's own hand: the last of
+        # the prompt may have joined the first of the answer.
+        read = answer.get("context")
+        rendered = (debug or {}).get("rendered_template")
+        if rendered is None and read is None:
+            raise ExportError(
+                f"{server.address}: shows neither prompt nor tokens: nothing can be proved: "
+                "use Ollama 0.12 or later"
             )
-            debug = server.generate(name, question, _debug_render_only=True).get("_debug_info")
-            answer = server.generate(name, question)
-            # Token ids of prompt and answer in one piece, by the server's own hand: the last of
-            # the prompt may have joined the first of the answer.
-            read = answer.get("context")
-            rendered = (debug or {}).get("rendered_template")
-            if rendered is None and read is None:
-                raise ExportError(
-                    f"{server.address}: shows neither prompt nor tokens: nothing can be proved: "
-                    "use Ollama 0.12 or later"
-                )
-            if (rendered is not None and model.encode(rendered, special=True) != expected) or (
-                read is not None and read[: len(expected) - 1] != expected[:-1]
-            ):
-                raise ExportError(
-                    f"{server.address}: Ollama's prompt for {question[:60]!r} is not the one of "
-                    "the training: please report it with the version of Ollama"
-                )
-            labelled = str(answer.get("response", "")).strip() in bundle.task.answers
-            unspoken += not labelled and question not in _AWKWARD
-            progress("prove prompts", number, len(questions))
+        if (rendered is not None and model.encode(rendered, special=True) != expected) or (
+            read is not None and read[: len(expected) - 1] != expected[:-1]
+        ):
+            raise ExportError(
+                f"{server.address}: Ollama's prompt for {question[:60]!r} is not the one of "
+                "the training: please report it with the version of Ollama"
+            )
+        labelled = str(answer.get("response", "")).strip() in bundle.task.answers
+        unspoken += not labelled and question not in _AWKWARD
+        progress("prove prompts", number, len(questions))
     return unspoken
 
 

@@ -26,7 +26,7 @@ from convert.merge import Merged, merge
 from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import quantize
 from convert.replay import TorchReplay
-from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_torch
+from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_torch, spread
 from convert.vocab import read_vocabulary
 from convert.writer import Precision, write_gguf
 from qcat.backends.llama import LlamaModel, default_threads
@@ -236,7 +236,7 @@ def _convert_and_measure(full: Path, request: Request, progress: Progress) -> _M
         prefix=encode_segments(prompt.prefix, tokenizer),
         trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
     )
-    training = [setup.rest(question) for question in _spread(request.training, _IMATRIX_QUESTIONS)]
+    training = [setup.rest(question) for question in spread(request.training, _IMATRIX_QUESTIONS)]
     held_out = [setup.rest(question) for question, _ in request.held_out]
     source = _source(request, merged)
     write_gguf(
@@ -318,12 +318,6 @@ def _prove(
         "f16": of_file(full, request.precision),
         "quantized": of_file(gguf, request.quantization),
     }
-
-
-def _spread(questions: tuple[str, ...], most: int) -> tuple[str, ...]:
-    """At most `most` of the questions, evenly spaced, so that sorted files give all labels."""
-    step = max(1.0, len(questions) / most)
-    return tuple(questions[int(i * step)] for i in range(min(most, len(questions))))
 
 
 def _source(request: Request, merged: Merged) -> dict[str, Any]:

@@ -112,6 +112,12 @@ def quality(found: Floats, reference: Floats, truth: Sequence[int]) -> Quality:
     )
 
 
+def spread(questions: Sequence[str], most: int) -> tuple[str, ...]:
+    """At most `most` of the questions, evenly spaced, so that sorted files give all labels."""
+    step = max(1.0, len(questions) / most)
+    return tuple(questions[int(i * step)] for i in range(min(most, len(questions))))
+
+
 def check_tokens(
     prompt: Prompt, trained: Encoder, served: Encoder, modelfile: str, questions: Sequence[str]
 ) -> int:

@@ -158,14 +158,14 @@ class Classifier:
             raise ValueError("threads are the server's own affair")
         if timeout is not None and not (served and 0 < timeout < float("inf")):
             raise ValueError("timeout expected for an Ollama model only, in seconds, more than 0")
+        name = os.fspath(DEFAULT_MODEL if model is None else model)
         with ExitStack() as stack:
             if served:
-                parts = _open_ollama(str(model).removeprefix(OLLAMA), timeout, verbose, stack)
+                parts = _open_ollama(name.removeprefix(OLLAMA), timeout, verbose, stack)
             else:
-                file = Path(model) if model is not None else DEFAULT_MODEL
-                parts = _open_file(file, threads, verbose, stack)
+                parts = _open_file(Path(name), threads, verbose, stack)
             resources = stack.pop_all()
-        return cls(*parts, name=str(model), resources=resources, threshold=threshold, strict=strict)
+        return cls(*parts, name=name, resources=resources, threshold=threshold, strict=strict)
 
     def ask(self, question: str) -> Prediction:
         """Classify one question.

@@ -38,7 +38,7 @@ class BoundedScores(NamedTuple):
     mass: float | None
     """`label_mass`, or the least that it can be; None if nothing is known."""
     label: int
-    """The answer: the most probable label, or what a constrained call decided."""
+    """The answer: the most probable label, or where bounds leave that open what the model wrote."""
 
 
 def log_softmax(logits: npt.ArrayLike) -> Floats:
@@ -67,13 +67,29 @@ def label_log_probabilities(trie: LabelTrie, logits: Sequence[npt.ArrayLike]) ->
     return labels
 
 
+def share_bounds(low: npt.ArrayLike, high: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Bounds of each child's share of its branch, two arrays of shape (children,).
+
+    A share is least when the child has its own lower bound and its siblings their upper ones, and
+    most the other way round.
+
+    Args:
+        low: the least probability of each child among the whole vocabulary, shape (children,).
+        high: the most, likewise.
+    """
+    least, most = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    return (
+        least / np.maximum(least + most.sum() - most, _TINY),
+        most / np.maximum(most + least.sum() - least, _TINY),
+    )
+
+
 def label_bounds(
     trie: LabelTrie, children: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]]
 ) -> tuple[Floats, Floats]:
     """Bounds of P(label | question), two arrays of shape (labels,).
 
-    Each child's share of its branch is least when it has its own lower bound and its siblings
-    their upper ones, and the other way round; shares multiply down the path.
+    `share_bounds` of each branch, multiplied down the path.
 
     Args:
         trie: the label language.
@@ -83,13 +99,7 @@ def label_bounds(
     bounds = np.zeros((2, len(trie.sequences)), np.float64)
     reached = np.ones((2, len(trie.branches)), np.float64)
     for number, (branch, (low, high)) in enumerate(zip(trie.branches, children, strict=True)):
-        least, most = np.asarray(low, np.float64), np.asarray(high, np.float64)
-        shares = np.stack(
-            [
-                least / np.maximum(least + most.sum() - most, _TINY),
-                most / np.maximum(most + least.sum() - least, _TINY),
-            ]
-        )
+        shares = np.stack(share_bounds(low, high))
         for child, target in enumerate(branch.targets):
             value = reached[:, number] * shares[:, child]
             if target >= 0:
@@ -119,8 +129,8 @@ def contenders(
             (1.0, 1.0, [target]) if target >= 0 else found[-1 - target]
             for target in trie.branches[number].targets
         ]
-        least = low * [share for share, _, _ in below]
-        most = high * [share for _, share, _ in below]
+        inner_low, inner_high = (np.array([entry[i] for entry in below]) for i in (0, 1))
+        least, most = low * inner_low, high * inner_high
         best = int(least.argmax())
         labels = [
             label
@@ -128,9 +138,10 @@ def contenders(
             if child == best or most[child] > least[best] or least[best] == 0
             for label in labels
         ]
+        share_low, share_high = share_bounds(low, high)
         found[number] = (
-            float((least / np.maximum(low + high.sum() - high, _TINY)).max()),
-            float((most / np.maximum(high + low.sum() - low, _TINY)).max()),
+            float((share_low * inner_low).max()),
+            float((share_high * inner_high).max()),
             labels,
         )
     return found[0][2]

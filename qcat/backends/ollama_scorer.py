@@ -21,7 +21,7 @@ import numpy as np
 from qcat.backends.ollama import STRANGER, Server
 from qcat.errors import ServerError
 from qcat.prompt import Vocabulary
-from qcat.scoring import BoundedScores, contenders, label_bounds
+from qcat.scoring import BoundedScores, contenders, label_bounds, share_bounds
 from qcat.trie import Branch, LabelTrie
 
 TOP_LOGPROBS = 20
@@ -192,18 +192,19 @@ class OllamaScorer:
             nothing = np.zeros(0)
             everyone = range(len(self._answers))
             return BoundedScores(nothing, nothing, None, self._settle(prompt, everyone))
-        children = [self._unknown(branch) for branch in self._trie.branches]
+        children = []
+        reach = np.ones(len(self._trie.branches))  # the most answers that can come through each
         for number, branch in enumerate(self._trie.branches):
-            if branch.path:
-                _, upper = label_bounds(self._trie, children)
-                within = [i for i, s in enumerate(self._trie.sequences) if _begins(s, branch.path)]
-                if upper[within].max() < _WALK or not self.spells([*rest, *branch.path]):
-                    continue
-                seen = self._look(prompt + self._vocabulary.decode(branch.path))
-            else:
+            seen: _Seen | None = None
+            if not branch.path:
                 seen = root
-            if seen is not None:
-                children[number] = self._children(branch, seen)
+            elif reach[number] >= _WALK and self.spells([*rest, *branch.path]):
+                seen = self._look(prompt + self._vocabulary.decode(branch.path))
+            children.append(self._children(branch, seen))
+            _, shares = share_bounds(*children[number])
+            for target, share in zip(branch.targets, shares, strict=True):
+                if target < 0:
+                    reach[-1 - target] = reach[number] * share
         possible = contenders(self._trie, children)
         best = possible[0] if len(possible) == 1 else self._settle(prompt, possible)
         return BoundedScores(*label_bounds(self._trie, children), self._mass(root), best)
@@ -240,8 +241,10 @@ class OllamaScorer:
                 doubtful[text] = max(value, doubtful.get(text, 0.0))
         return _Seen(known, doubtful, end, min(least, outside) or outside)
 
-    def _children(self, branch: Branch, seen: _Seen) -> tuple[Any, Any]:
-        """The least and the most probability of each child of a branch."""
+    def _children(self, branch: Branch, seen: _Seen | None) -> tuple[Any, Any]:
+        """The least and the most probability of each child of a branch; None: nothing is known."""
+        if seen is None:
+            return np.zeros(len(branch.tokens)), np.ones(len(branch.tokens))
         bounds = [self._child(int(token), seen) for token in branch.tokens]
         low, high = zip(*bounds, strict=True)
         return low, high
@@ -259,10 +262,6 @@ class OllamaScorer:
         if text in seen.known:
             return seen.known[text], seen.known[text]
         return 0.0, max(seen.rest, seen.doubtful.get(text, 0.0))
-
-    @staticmethod
-    def _unknown(branch: Branch) -> tuple[Any, Any]:
-        return np.zeros(len(branch.tokens)), np.ones(len(branch.tokens))
 
     def _mass(self, root: _Seen) -> float:
         texts = (self._texts.get(int(token)) for token in self._trie.first_tokens)
@@ -306,7 +305,3 @@ def _whole(piece: bytes) -> str | None:
         return piece.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _begins(sequence: Sequence[int], path: Sequence[int]) -> bool:
-    return tuple(sequence[: len(path)]) == tuple(path)
