@@ -3,7 +3,7 @@
 `Classifier` is the public face; importing this package loads no native library and no torch.
 """
 
-from qcat.classifier import Classifier, Prediction
+from qcat.classifier import Classifier
 from qcat.errors import (
     BundleError,
     DataError,
@@ -14,6 +14,7 @@ from qcat.errors import (
     TaskError,
     TrainError,
 )
+from qcat.prediction import Prediction
 from qcat.task import Task
 from qcat.version import __version__
 

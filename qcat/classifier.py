@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 
 from qcat.bundle import TASK_KEY, Bundle
 from qcat.errors import BundleError, ModelError, QuestionError, ServerError
 from qcat.grammar import grammar
+from qcat.prediction import Prediction, Reason
 from qcat.prompt import (
     QUESTION_ROOM,
     Prompt,
@@ -56,41 +56,6 @@ class Scorer(Protocol):
     def accepts(self, label: int) -> bool: ...
     def spells(self, ids: Sequence[int]) -> bool: ...
     def generate(self, rest: Sequence[int], limit: int) -> str: ...
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer to one question.
-
-    An Ollama server older than 0.12.11 gives no log-probabilities: there is a label and no more.
-    Confidence, label mass, margin and entropy are None then, and `probabilities` is empty.
-    """
-
-    label: str
-    """The most probable label, or where a server leaves that open the one that the model writes:
-    always one of the task's."""
-    confidence: float | None
-    """Its probability given the question, from 0 to 1; the least that it can be if not `exact`."""
-    abstained: bool
-    """Whether the confidence is under the threshold, so that a person should decide."""
-    probabilities: Mapping[str, float]
-    """All labels, the answer first, then the most probable; they sum to 1 if `exact`."""
-    exact: bool
-    """Whether all probabilities are known. Ollama shows the best twenty tokens only: a label
-    beyond them, or too improbable to look for further, has the most that its probability can be;
-    the others, and the answer, have the least."""
-    label_mass: float | None
-    """Share of the model's whole next-token probability that falls on labels at all."""
-    margin: float | None
-    """The best probability less the second best; the least that it can be if not `exact`."""
-    entropy: float | None
-    """Of the label distribution, in nats; if not `exact`, of `probabilities` scaled to sum to 1."""
-    truncated: bool
-    """Whether the question was too long and its end was cut."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {**vars(self), "probabilities": dict(self.probabilities)}
 
 
 class Classifier:
@@ -275,15 +240,17 @@ class Classifier:
         best = next((int(i) for i in order if self._scorer.accepts(int(i))), None)
         if best is None:
             raise ModelError(f"{self._name}: its grammar accepts no label: export it again")
-        confidence = float(probabilities[best])
+        confidence, ahead = float(probabilities[best]), margin(probabilities)
+        reason = self._reason(confidence, ahead)
         return Prediction(
             label=self._labels[best],
             confidence=confidence,
-            abstained=confidence < self.threshold,
+            abstained=reason is not None,
+            reason=reason,
             probabilities=self._by_label(probabilities, best),
             exact=True,
             label_mass=scores.mass,
-            margin=margin(probabilities),
+            margin=ahead,
             entropy=entropy(probabilities),
             truncated=truncated,
         )
@@ -297,6 +264,7 @@ class Classifier:
                 label=self._labels[best],
                 confidence=None,
                 abstained=self.threshold > 0,
+                reason="low_confidence" if self.threshold > 0 else None,
                 probabilities={},
                 exact=False,
                 label_mass=None,
@@ -309,17 +277,27 @@ class Classifier:
         shown = np.where(scores.lower > 0, scores.lower, scores.upper)
         spread = entropy(shown / max(shown.sum(), np.finfo(np.float64).tiny))
         shown[best] = confidence
+        ahead = max(0.0, confidence - float(np.delete(scores.upper, best).max()))
+        reason = self._reason(confidence, ahead)
         return Prediction(
             label=self._labels[best],
             confidence=confidence,
-            abstained=confidence < self.threshold,
+            abstained=reason is not None,
+            reason=reason,
             probabilities=self._by_label(shown, best),
             exact=not unseen.any(),
             label_mass=scores.mass,
-            margin=max(0.0, confidence - float(np.delete(scores.upper, best).max())),
+            margin=ahead,
             entropy=spread,
             truncated=truncated,
         )
+
+    def _reason(self, confidence: float, ahead: float) -> Reason | None:
+        """Why the question is left to a person, if it is."""
+        if confidence >= self.threshold:
+            return None
+        second = confidence - ahead
+        return "ambiguous" if confidence + second >= self.threshold else "low_confidence"
 
     def _by_label(self, probabilities: Floats, best: int) -> dict[str, float]:
         order = np.argsort(-probabilities, kind="stable").tolist()

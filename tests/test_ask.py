@@ -75,6 +75,17 @@ def test_abstains_under_the_threshold_with_status_3(qcat, house):
     assert (done.returncode, done.stdout) == (3, "human\n")
 
 
+def test_says_why_it_abstains(qcat, house):
+    def reason(*more):
+        return json.loads(qcat("ask", "-m", house, "--json", *more, "who fixed it?").stdout)
+
+    row = reason()
+    best, second, *_ = row["probabilities"].values()
+    assert row["reason"] is None
+    assert reason("--threshold", best + second / 2)["reason"] == "ambiguous"
+    assert reason("--threshold", best + second + 0.01)["reason"] == "low_confidence"
+
+
 def test_too_long_is_cut_with_a_warning_or_refused(qcat, house):
     question = "pump " * 1000
     cut = qcat("ask", "-m", house, "--json", question)

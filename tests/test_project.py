@@ -22,10 +22,11 @@ from qcat.version import __version__
 ALLOWED = {
     "core": set(),
     "backends": {"core"},
-    "classifier": {"core", "backends"},
-    "learn": {"core", "backends", "classifier"},
-    "convert": {"core", "backends", "classifier"},
-    "cli": {"core", "backends", "classifier", "learn", "convert"},
+    "trust": {"core"},
+    "classifier": {"core", "backends", "trust"},
+    "learn": {"core", "backends", "trust", "classifier"},
+    "convert": {"core", "backends", "trust", "classifier"},
+    "cli": {"core", "backends", "trust", "classifier", "learn", "convert"},
 }
 
 
@@ -36,7 +37,7 @@ def room(module):
         return "convert"
     if parts[0] != "qcat":
         return None
-    if len(parts) > 1 and parts[1] in ("backends", "learn", "cli", "classifier"):
+    if len(parts) > 1 and parts[1] in ("backends", "trust", "learn", "cli", "classifier"):
         return parts[1]
     return "core"
 

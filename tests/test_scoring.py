@@ -463,6 +463,7 @@ def test_prediction_is_plain_data(house):
         "label",
         "confidence",
         "abstained",
+        "reason",
         "probabilities",
         "exact",
         "label_mass",

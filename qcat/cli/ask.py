@@ -11,9 +11,10 @@ from itertools import chain
 
 import click
 
-from qcat.classifier import OLLAMA, Classifier, Prediction
+from qcat.classifier import OLLAMA, Classifier
 from qcat.cli.output import given, timeout_option
 from qcat.errors import QuestionError, ServerError
+from qcat.prediction import Prediction
 
 ABSTAINED = 3
 

@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qcat.bundle import Bundle
-from qcat.classifier import Classifier, Prediction
+from qcat.classifier import Classifier
 from qcat.errors import DataError
 from qcat.learn.baseline import NAME as BASELINE_NAME
 from qcat.learn.baseline import tfidf_predictions
 from qcat.learn.dataset import Example, read_examples, read_texts
+from qcat.prediction import Prediction
 from qcat.task import Task
 
 Decode = Literal["label", "free"]

@@ -1,0 +1,1 @@
+"""What decides whether to believe an answer. Sees predictions, never models or tokens."""
