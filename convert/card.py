@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcat.task import Task
+from qcat.trust.reliability import FIGURES
 
 FORMS = {"merged": "merged (torch, float32)", "f16": "GGUF before quantizing", "quantized": "GGUF"}
 
@@ -69,13 +70,12 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
             "- quantized otherwise because of their row length: "
             + ", ".join(f"{n} as {kind}" for kind, n in report["fallbacks"].items())
         )
+    lines += ["", "## Confidence", "", *_confidence(report.get("calibration"))]
     lines += ["", "## Proof", ""]
     if not report.get("proof"):
         lines.append("Not proved: no held-out questions were given at export.")
         return "\n".join([*lines, ""])
-    head, *rows = quality_rows(report)
-    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += _markdown(quality_rows(report))
     lines += [
         "",
         "Flips are questions that get another label than from the merged model; KL is the "
@@ -89,3 +89,43 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
             "reads as one; qcat reads it as text."
         )
     return "\n".join([*lines, ""])
+
+
+def calibration_line(found: Mapping[str, Any]) -> str:
+    """The report's calibration in one line."""
+    low, high = found["temperature_interval"]
+    before, after = found["before"], found["after"]
+    return (
+        f"temperature {found['temperature']:.2f} (95 %: {low:.2f}–{high:.2f}) from "
+        f"{found['questions']} validation questions; expected calibration error "
+        f"{before['ece']:.3f} before, {after['ece']:.3f} after"
+    )
+
+
+def _confidence(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None or "after" not in found:
+        reason = found["refused"] if found else "no validation questions were given at export"
+        return [f"Not calibrated: {reason}."]
+    lines = [f"{calibration_line(found)[0].upper()}{calibration_line(found)[1:]}."]
+    if found["refused"]:
+        lines.append(f"Not scaled: {found['refused']}.")
+    rows: list[tuple[str, ...]] = [("", "before", "after")]
+    for key, name in FIGURES.items():
+        rows.append((name, *(f"{found[when][key]:.3f}" for when in ("before", "after"))))
+    after = found["after"]
+    bins = [("questions", "mean confidence", "answered right")]
+    for b in after["bins"]:
+        bins.append((str(b["questions"]), f"{b['confidence']:.3f}", f"{b['accuracy']:.3f}"))
+    lines += ["", *_markdown(rows), ""]
+    lines += [
+        f"Measured on {after['questions']} questions ({found['measured_on']}). Reliability after, "
+        "questions of like confidence by row:",
+        "",
+        *_markdown(bins),
+    ]
+    return lines
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return [head, f"|{'---|' * len(rows[0])}", *body]

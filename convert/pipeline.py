@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from convert.calibrate import Asked, ask_all, summary, write_calibration
 from convert.card import model_card
 from convert.imatrix import ImportanceMatrix, importance_matrix
 from convert.merge import Merged, merge
@@ -70,6 +71,8 @@ class Request:
     """Of the GGUF that is quantized."""
     held_out: tuple[tuple[str, int], ...] = ()
     """Questions (cleaned) and right labels for the proof."""
+    validation: tuple[tuple[str, int], ...] = ()
+    """Likewise, for the calibration; they may have helped to choose the epoch."""
     training: tuple[str, ...] = ()
     """Questions (cleaned) for the importance matrix."""
     max_flips: float = 0.02
@@ -208,6 +211,8 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
             "special_in_ollama": special,
         }
     full.unlink()
+    if request.validation:
+        report["calibration"] = _calibrate(gguf, request, progress)
     write_section(gguf, REPORT_KEY, report)
     report["bytes"] = gguf.stat().st_size
     (folder / "Modelfile").write_text(text, "utf-8")
@@ -318,6 +323,22 @@ def _prove(
         "f16": of_file(full, request.precision),
         "quantized": of_file(gguf, request.quantization),
     }
+
+
+def _calibrate(gguf: Path, request: Request, progress: Progress) -> dict[str, Any]:
+    """Calibrate the file on the validation questions; what there is to say of it."""
+
+    def ask(questions: tuple[tuple[str, int], ...], step: str) -> Asked:
+        return ask_all(gguf, questions, lambda done, total: progress(step, done, total))
+
+    asked = ask(request.validation, "calibrate")
+    try:
+        fitted = asked.fit()
+    except DataError as error:
+        return {"refused": str(error)}
+    held_out = ask(request.held_out, "measure confidence") if request.held_out else None
+    write_calibration(gguf, fitted.calibration)
+    return summary(fitted, asked, held_out)
 
 
 def _source(request: Request, merged: Merged) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qcat.scoring import Scores, label_mass
+from qcat.scoring import Scores, label_energy, label_mass
 from qcat.trie import LabelTrie
 
 
@@ -43,7 +43,7 @@ class TorchReplay:
     def score(self, rest: Sequence[int]) -> Scores:
         """Logits at every branch of the trie, and the label mass."""
         row = self._forward(rest)
-        mass = label_mass(row, self._trie.first_tokens)
+        first = self._trie.first_tokens
         found = []
         for branch in self._trie.branches:
             if branch.path:
@@ -53,7 +53,7 @@ class TorchReplay:
                 at = row
             found.append(at[branch.tokens])
         self._cache.crop(-len(rest))
-        return Scores(found, mass)
+        return Scores(found, label_mass(row, first), label_energy(row, first))
 
     def _forward(self, tokens: Sequence[int]) -> Any:
         import torch

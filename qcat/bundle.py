@@ -24,6 +24,7 @@ from qcat.task import Task
 TASK_KEY = "qcat.task"
 SOURCE_KEY = "qcat.source"
 REPORT_KEY = "qcat.report"
+CALIBRATION_KEY = "qcat.calibration"
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9

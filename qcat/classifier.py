@@ -15,10 +15,10 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from qcat.bundle import TASK_KEY, Bundle
+from qcat.bundle import CALIBRATION_KEY, TASK_KEY, Bundle, section
 from qcat.errors import BundleError, ModelError, QuestionError, ServerError
 from qcat.grammar import grammar
-from qcat.prediction import Prediction, Reason
+from qcat.prediction import Prediction
 from qcat.prompt import (
     QUESTION_ROOM,
     Prompt,
@@ -33,12 +33,14 @@ from qcat.scoring import (
     BoundedScores,
     Floats,
     Scores,
-    entropy,
     label_log_probabilities,
-    margin,
+    temper,
+    temper_bounds,
 )
 from qcat.task import Task
 from qcat.trie import LabelTrie
+from qcat.trust.calibration import Calibration
+from qcat.trust.decide import check_coverage, decide
 from qcat.vocabulary import write_vocabulary
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
@@ -76,11 +78,13 @@ class Classifier:
         *,
         name: str,
         resources: ExitStack,
-        threshold: float,
+        calibration: Calibration,
+        coverage: float | None,
         strict: bool,
     ) -> None:
         self.task = task
-        self.threshold = threshold
+        self.calibration = calibration
+        self.coverage = coverage
         self.strict = strict
         self._name, self._resources = name, resources
         self._labels = tuple(task.labels)
@@ -91,7 +95,9 @@ class Classifier:
         cls,
         model: str | os.PathLike[str] | None = None,
         *,
-        threshold: float = 0.0,
+        threshold: float | None = None,
+        coverage: float | None = None,
+        calibrated: bool = True,
         strict: bool = False,
         threads: int | None = None,
         timeout: float | None = None,
@@ -103,7 +109,13 @@ class Classifier:
             model: path of the GGUF file; it needs no other file. None is the model that comes
                 with qcat, for questions about a house (`DEFAULT_MODEL`). `ollama:NAME` is a model
                 on the Ollama server that OLLAMA_HOST names, made by `qcat deploy`.
-            threshold: confidence under which a prediction is marked `abstained`, from 0 to 1.
+            threshold: confidence under which a prediction is marked `abstained`, from 0 to 1, for
+                all labels; 0 for none, nor as off-topic. By default what `qcat calibrate` put
+                into the model.
+            coverage: give each prediction a `prediction_set` that holds the right label with this
+                probability, and mark it `abstained` unless the set has one label. Not with a
+                threshold.
+            calibrated: use what the model says of its calibration; else its own probabilities.
             strict: refuse a question that is too long instead of cutting its end.
             threads: of computation; by default the physical cores this process may use. Not for
                 a server, which has its own.
@@ -114,11 +126,14 @@ class Classifier:
             BundleError: the file is absent, damaged, or no qcat GGUF.
             ModelError: llama.cpp cannot load it, or its vocabulary cannot spell the labels.
             ServerError: the server does not answer, or has no such model made by qcat.
+            QcatError: a coverage that the model's calibration does not allow.
             ValueError: an argument that makes no sense.
         """
         served = isinstance(model, str) and model.startswith(OLLAMA)
-        if not 0 <= threshold <= 1 or (threads is not None and threads < 1):
+        if not 0 <= (threshold or 0) <= 1 or (threads is not None and threads < 1):
             raise ValueError("threshold from 0 to 1 and at least one thread expected")
+        if coverage is not None and (threshold is not None or not 0 < coverage < 1):
+            raise ValueError("coverage between 0 and 1 expected, and no threshold with it")
         if served and threads is not None:
             raise ValueError("threads are the server's own affair")
         if timeout is not None and not (served and 0 < timeout < float("inf")):
@@ -126,11 +141,23 @@ class Classifier:
         name = os.fspath(DEFAULT_MODEL if model is None else model)
         with ExitStack() as stack:
             if served:
-                parts = _open_ollama(name.removeprefix(OLLAMA), timeout, verbose, stack)
+                parts, known = _open_ollama(name.removeprefix(OLLAMA), timeout, verbose, stack)
             else:
-                parts = _open_file(Path(name), threads, verbose, stack)
+                parts, known = _open_file(Path(name), threads, verbose, stack)
+            calibration = known if calibrated else Calibration()
+            if threshold is not None:
+                calibration = calibration.with_threshold(threshold)
+            if coverage is not None:
+                check_coverage(calibration, coverage, name)
             resources = stack.pop_all()
-        return cls(*parts, name=name, resources=resources, threshold=threshold, strict=strict)
+        return cls(
+            *parts,
+            name=name,
+            resources=resources,
+            calibration=calibration,
+            coverage=coverage,
+            strict=strict,
+        )
 
     def ask(self, question: str) -> Prediction:
         """Classify one question.
@@ -233,82 +260,71 @@ class Classifier:
     def _predict(self, scores: Scores | BoundedScores, truncated: bool) -> Prediction:
         if isinstance(scores, BoundedScores):
             return self._predict_bounded(scores, truncated)
-        probabilities = np.exp(label_log_probabilities(self._trie, scores.logits))
-        probabilities /= probabilities.sum()
+        logs = label_log_probabilities(self._trie, scores.logits)
+        probabilities = temper(logs, self.calibration.temperature)
         # The grammar is the authority: a label that it would not accept cannot come out.
         order = np.argsort(-probabilities, kind="stable")
         best = next((int(i) for i in order if self._scorer.accepts(int(i))), None)
         if best is None:
             raise ModelError(f"{self._name}: its grammar accepts no label: export it again")
-        confidence, ahead = float(probabilities[best]), margin(probabilities)
-        reason = self._reason(confidence, ahead)
-        return Prediction(
-            label=self._labels[best],
-            confidence=confidence,
-            abstained=reason is not None,
-            reason=reason,
-            probabilities=self._by_label(probabilities, best),
-            exact=True,
-            label_mass=scores.mass,
-            margin=ahead,
-            entropy=entropy(probabilities),
-            truncated=truncated,
-        )
+        known = (probabilities, probabilities)
+        return self._decide(best, known, scores.mass, scores.energy, truncated)
 
     def _predict_bounded(self, scores: BoundedScores, truncated: bool) -> Prediction:
         best = scores.label
         if not self._scorer.accepts(best):
             raise ModelError(f"{self._name}: gave an answer that is no label: ask again")
-        if not len(scores.lower):
-            return Prediction(
-                label=self._labels[best],
-                confidence=None,
-                abstained=self.threshold > 0,
-                reason="low_confidence" if self.threshold > 0 else None,
-                probabilities={},
-                exact=False,
-                label_mass=None,
-                margin=None,
-                entropy=None,
-                truncated=truncated,
+        if scores.mass is not None:
+            bounds = temper_bounds(scores.lower, scores.upper, self.calibration.temperature)
+            return self._decide(best, bounds, scores.mass, None, truncated)
+        if self.coverage is not None:
+            raise ServerError(
+                f"{self._name}: this Ollama gives no probabilities, which sets need: "
+                "0.12.11 or later does"
             )
-        unseen = scores.lower < scores.upper
-        confidence = float(scores.lower[best])
-        shown = np.where(scores.lower > 0, scores.lower, scores.upper)
-        spread = entropy(shown / max(shown.sum(), np.finfo(np.float64).tiny))
-        shown[best] = confidence
-        ahead = max(0.0, confidence - float(np.delete(scores.upper, best).max()))
-        reason = self._reason(confidence, ahead)
+        nothing_known = self.calibration.reason(self._labels[best], 0.0, 0.0, False)
         return Prediction(
             label=self._labels[best],
-            confidence=confidence,
-            abstained=reason is not None,
-            reason=reason,
-            probabilities=self._by_label(shown, best),
-            exact=not unseen.any(),
-            label_mass=scores.mass,
-            margin=ahead,
-            entropy=spread,
+            confidence=None,
+            abstained=nothing_known is not None,
+            reason=nothing_known,
+            probabilities={},
+            exact=False,
+            label_mass=None,
+            energy=None,
+            on_topic=None,
+            prediction_set=None,
+            margin=None,
+            entropy=None,
             truncated=truncated,
         )
 
-    def _reason(self, confidence: float, ahead: float) -> Reason | None:
-        """Why the question is left to a person, if it is."""
-        if confidence >= self.threshold:
-            return None
-        second = confidence - ahead
-        return "ambiguous" if confidence + second >= self.threshold else "low_confidence"
-
-    def _by_label(self, probabilities: Floats, best: int) -> dict[str, float]:
-        order = np.argsort(-probabilities, kind="stable").tolist()
-        order.remove(best)  # a bound can be more than what the best label is sure to have
-        return {self._labels[i]: float(probabilities[i]) for i in (best, *order)}
+    def _decide(
+        self,
+        best: int,
+        bounds: tuple[Floats, Floats],
+        mass: float,
+        energy: float | None,
+        truncated: bool,
+    ) -> Prediction:
+        return decide(
+            self.calibration,
+            self._labels,
+            best,
+            *bounds,
+            mass=mass,
+            energy=energy,
+            truncated=truncated,
+            coverage=self.coverage,
+        )
 
 
 _Parts = tuple[Task, Vocabulary, Scorer, LabelTrie, Prompt]
 
 
-def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack) -> _Parts:
+def _open_file(
+    path: Path, threads: int | None, verbose: bool, stack: ExitStack
+) -> tuple[_Parts, Calibration]:
     bundle = Bundle.read(path)
     from qcat.backends.llama import LlamaModel, LlamaScorer, default_threads
 
@@ -323,10 +339,12 @@ def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack)
         threads=threads or default_threads(),
     )
     stack.callback(scorer.close)
-    return bundle.task, model, scorer, trie, prompt
+    return (bundle.task, model, scorer, trie, prompt), read_calibration(bundle)
 
 
-def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitStack) -> _Parts:
+def _open_ollama(
+    name: str, timeout: float | None, verbose: bool, stack: ExitStack
+) -> tuple[_Parts, Calibration]:
     from qcat.backends.llama import LlamaModel
     from qcat.backends.ollama import TIMEOUT, Server
     from qcat.backends.ollama_scorer import OllamaScorer
@@ -346,7 +364,8 @@ def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitSta
         with tempfile.TemporaryDirectory(prefix="qcat-") as folder:
             path = Path(folder, "vocabulary.gguf")
             write_vocabulary(path, metadata)
-            task = Bundle.read(path).task
+            bundle = Bundle.read(path)
+            task, calibration = bundle.task, read_calibration(bundle)
             vocabulary = stack.enter_context(LlamaModel(path, vocab_only=True, verbose=verbose))
     except (BundleError, ModelError) as error:
         reason = str(error).removeprefix(f"{path}: ")
@@ -365,7 +384,22 @@ def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitSta
         spellings=metadata["tokenizer.ggml.tokens"],
     )
     stack.callback(scorer.close)
-    return task, vocabulary, scorer, trie, prompt
+    return (task, vocabulary, scorer, trie, prompt), calibration
+
+
+def read_calibration(bundle: Bundle) -> Calibration:
+    """What a bundle says of its calibration.
+
+    Raises:
+        BundleError: something that qcat does not write.
+    """
+    data = section(bundle.header, CALIBRATION_KEY, bundle.path)
+    try:
+        return Calibration.from_dict(data, tuple(bundle.task.labels))
+    except ValueError as error:
+        raise BundleError(
+            f"{bundle.path}: metadata {CALIBRATION_KEY} {error}: run `qcat calibrate` again"
+        ) from None
 
 
 def prepare(task: Task, vocabulary: Vocabulary, name: str) -> tuple[Prompt, LabelTrie]:

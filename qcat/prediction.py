@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Reason = Literal["off_topic", "ambiguous", "low_confidence"]
-"""Why a person should decide: the question seems to belong to no label; the two best labels have
-what would be needed for an answer between them; or no label has enough."""
+"""Why a person should decide. `off_topic`: the question seems to belong to no label. `ambiguous`:
+the two best labels have between them what an answer needs, or a prediction set has several labels.
+`low_confidence`: not even that."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Prediction:
     """The most probable label, or where a server leaves that open the one that the model writes:
     always one of the task's."""
     confidence: float | None
-    """Its probability given the question, from 0 to 1; the least that it can be if not `exact`."""
+    """Its probability given the question, from 0 to 1, calibrated if the model is; the least that
+    it can be if not `exact`."""
     abstained: bool
     """Whether a person should decide."""
     reason: Reason | None
@@ -36,6 +38,14 @@ class Prediction:
     the others, and the answer, have the least."""
     label_mass: float | None
     """Share of the model's whole next-token probability that falls on labels at all."""
+    energy: float | None
+    """`qcat.scoring.label_energy`; None through a server, which does not show it."""
+    on_topic: float | None
+    """How much the question is like those of the list: about 0 for these, in standard deviations
+    (`qcat.trust.calibration.OnTopic`); None if the model is not calibrated."""
+    prediction_set: tuple[str, ...] | None
+    """The labels among which the right one is with the coverage asked for, most probable first;
+    empty for a question off the list. None unless a coverage was asked for."""
     margin: float | None
     """The best probability less the second best; the least that it can be if not `exact`."""
     entropy: float | None

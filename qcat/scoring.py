@@ -1,4 +1,4 @@
-"""Logits at the trie's branches to label probabilities, label mass, margin and entropy.
+"""Logits at the trie's branches to label probabilities, label mass, energy and entropy.
 
 P(label | question) is the distribution that grammar-constrained sampling over canonical token
 sequences has: at each branch a softmax over its children only, multiplied down the path.
@@ -26,6 +26,8 @@ class Scores(NamedTuple):
     """For each of the trie's branches the logits of its tokens, shape (children,)."""
     mass: float
     """`label_mass` at the end of the prompt."""
+    energy: float
+    """`label_energy` at the end of the prompt."""
 
 
 class BoundedScores(NamedTuple):
@@ -147,6 +149,30 @@ def contenders(
     return found[0][2]
 
 
+def temper(log_probabilities: npt.ArrayLike, temperature: float) -> Floats:
+    """Label probabilities with the temperature T: p^(1/T), made to sum to 1 again.
+
+    Guo et al. 2017, On Calibration of Modern Neural Networks; T > 1 flattens, T < 1 sharpens.
+
+    Args:
+        log_probabilities: natural logs, the labels along the last axis.
+        temperature: T, more than 0.
+    """
+    scaled = np.asarray(log_probabilities, np.float64) / temperature
+    odds = np.exp(scaled - scaled.max(-1, keepdims=True))
+    return np.asarray(odds / odds.sum(-1, keepdims=True), np.float64)
+
+
+def temper_bounds(lower: Floats, upper: Floats, temperature: float) -> tuple[Floats, Floats]:
+    """As `temper`, of bounds: two arrays of shape (labels,)."""
+    if temperature == 1:
+        return lower, upper
+    if not (lower < upper).any():
+        known = temper(np.log(np.maximum(lower, _TINY)), temperature)
+        return known, known
+    return share_bounds(lower ** (1 / temperature), upper ** (1 / temperature))
+
+
 def label_mass(row: npt.NDArray[np.float32], first_tokens: npt.NDArray[np.int32]) -> float:
     """Share of the full-vocabulary softmax on the root's children, from 0 to 1.
 
@@ -162,10 +188,18 @@ def label_mass(row: npt.NDArray[np.float32], first_tokens: npt.NDArray[np.int32]
     return min(1.0, float(np.exp(row[first_tokens] - top).sum()) / total)
 
 
-def margin(probabilities: Floats) -> float:
-    """The best probability less the second best, from 0 to 1."""
-    second, best = np.partition(probabilities, -2)[-2:]
-    return float(best - second)
+def label_energy(row: npt.NDArray[np.float32], first_tokens: npt.NDArray[np.int32]) -> float:
+    """Log of the sum of exponentials of the logits of the labels' first tokens.
+
+    The negative free energy of Liu et al. 2020, Energy-based Out-of-distribution Detection, of
+    the label head: high where the model knows the kind of question. Its zero is the model's own.
+
+    Args:
+        row, first_tokens: as for `label_mass`.
+    """
+    logits = row[first_tokens].astype(np.float64)
+    top = logits.max()
+    return float(top + np.log(np.exp(logits - top).sum()))
 
 
 def entropy(probabilities: Floats) -> float:

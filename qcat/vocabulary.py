@@ -11,16 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcat.bundle import TASK_KEY
+from qcat.bundle import CALIBRATION_KEY, TASK_KEY
 from qcat.errors import BundleError
 
 _U32, _I32, _BOOL, _STRING, _ARRAY = 4, 5, 7, 8, 9  # GGUF value types
 _F32 = 0  # GGML tensor type
 _ALIGNMENT = 32
+_KEPT = ("general.architecture", TASK_KEY, CALIBRATION_KEY)
 
 
 def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write `general.architecture`, the tokenizer and the qcat task of a model's metadata.
+    """Write architecture, tokenizer, qcat task and calibration of a model's metadata.
 
     Args:
         path: file to write. It holds one tensor of zeros, since a GGUF must have some.
@@ -32,7 +33,7 @@ def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
     """
     pairs = []
     for key, value in metadata.items():
-        if key in ("general.architecture", TASK_KEY) or key.startswith("tokenizer.ggml."):
+        if key in _KEPT or key.startswith("tokenizer.ggml."):
             try:
                 pairs.append(_text(key) + _value(value))
             except (AttributeError, TypeError, ValueError, struct.error):

@@ -110,13 +110,19 @@ def test_figures_are_scikit_learns_on_what_ask_says(qcat, house, household, tmp_
     masses = [answer["label_mass"] for answer in answers]
     assert found["label_mass"]["median"] == pytest.approx(np.median(masses), rel=1e-2)
     strangers = asked(qcat, house, [{"text": text} for text in off])
-    for key, ask_key in (("mass", "label_mass"), ("top", "confidence")):
+    signals = {signal["name"]: signal for signal in found["off_topic"]["signals"]}
+    assert "on-topic score" not in signals  # the model is not calibrated
+    for key, ask_key in (
+        ("label mass", "label_mass"),
+        ("top probability", "confidence"),
+        ("energy", "energy"),
+    ):
         values = [answer[ask_key] for answer in [*answers, *strangers]]
         area = roc_auc_score([1] * len(answers) + [0] * len(off), values)
         # Another batch shape gives slightly other logits, which can swap two close questions.
-        assert found["off_topic"][f"{key}_auroc"] == pytest.approx(area, abs=0.02)
+        assert signals[key]["detection"]["auroc"] == pytest.approx(area, abs=0.02)
         wanted = np.median(values[len(answers) :])
-        assert found["off_topic"][f"{key}_off"] == pytest.approx(wanted, rel=1e-2)
+        assert signals[key]["median_off"] == pytest.approx(wanted, rel=1e-2)
 
     assert found["latency"]["questions"] == 100
     assert 0 < found["latency"]["median_ms"] <= found["latency"]["p95_ms"]

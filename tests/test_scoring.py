@@ -24,7 +24,6 @@ from qcat.scoring import (
     label_log_probabilities,
     label_mass,
     log_softmax,
-    margin,
 )
 from qcat.task import Task
 from qcat.trie import LabelTrie
@@ -447,10 +446,9 @@ def test_siblings_are_compared_whatever_else_is_unknown():
     assert contenders(trie, [([0.4, 0.3, 0.0], [0.4, 0.3, 0.5])]) == [0, 2]
 
 
-def test_mass_margin_entropy():
+def test_mass_and_entropy():
     row = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
     assert label_mass(row, np.array([1, 3], np.int32)) == pytest.approx(0.6)
-    assert margin(np.array([0.2, 0.7, 0.1])) == pytest.approx(0.5)
     assert entropy(np.array([0.5, 0.5, 0.0])) == pytest.approx(np.log(2))
     assert entropy(np.array([1.0, 0.0])) == 0
 
@@ -467,6 +465,9 @@ def test_prediction_is_plain_data(house):
         "probabilities",
         "exact",
         "label_mass",
+        "energy",
+        "on_topic",
+        "prediction_set",
         "margin",
         "entropy",
         "truncated",

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcat.errors import ModelError
-from qcat.scoring import Scores, label_mass
+from qcat.scoring import Scores, label_energy, label_mass
 from qcat.trie import Branch, LabelTrie
 
 MAX_BATCH = 16
@@ -280,7 +280,8 @@ class LlamaScorer:
                     row = self._row(at)
                     root = self._trie.root_branch
                     logits = [self._finite(row[root.tokens])] if root else []
-                    found.append(Scores(logits, label_mass(row, self._trie.first_tokens)))
+                    first = self._trie.first_tokens
+                    found.append(Scores(logits, label_mass(row, first), label_energy(row, first)))
                 self._score_deep(group, found)
             finally:
                 self._forget()

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "Fine-tune a LoRA adapter.",
     "export": "Turn an adapter into a proven 4-bit GGUF bundle.",
     "deploy": "Put a bundle on an Ollama server, and prove it there.",
+    "calibrate": "Make a bundle know when to leave a question to a person.",
     "eval": "Measure a bundle on labelled questions.",
     "grammar": "Print a task's GBNF grammar.",
     "modelfile": "Print a bundle's Ollama Modelfile.",

@@ -47,17 +47,32 @@ ABSTAINED = 3
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
-    default=0.0,
     metavar="P",
-    help="Under this confidence exit with 3 and print the abstain word (with --json or --top the "
-    "labels all the same).",
+    help="Under this confidence leave the question to a person: print the abstain word (with "
+    "--json or --top the labels all the same) and exit with 3. 0 answers every question.  "
+    "[default: what `qcat calibrate` put into the model]",
+)
+@click.option(
+    "--set",
+    "as_set",
+    is_flag=True,
+    help="Print the labels among which the right one is, most probable first, separated by tabs; "
+    "the abstain word if the question is off the list. Exit with 3 unless there is one label.",
+)
+@click.option(
+    "--coverage",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.95,
+    show_default=True,
+    metavar="P",
+    help="How often the set holds the right label.",
 )
 @click.option(
     "--abstain",
     default="-",
     metavar="WORD",
     show_default=True,
-    help="What to print under the threshold.",
+    help="What to print for a question left to a person.",
 )
 @click.option("--strict", is_flag=True, help="Refuse a question that is too long; else cut it.")
 @click.option(
@@ -77,7 +92,9 @@ def command(
     backend: str,
     as_json: bool,
     top: int | None,
-    threshold: float,
+    threshold: float | None,
+    as_set: bool,
+    coverage: float,
     abstain: str,
     strict: bool,
     decode: str,
@@ -90,13 +107,14 @@ def command(
     Without a QUESTION, or with `-`, questions are read from stdin, one a line.
 
     \b
-    Exit status: 0 answered, 1 error, 2 usage, 3 at least one under the threshold.
+    Exit status: 0 answered, 1 error, 2 usage, 3 at least one left to a person.
 
     \b
     Examples:
       qcat ask "When was the pool pump replaced?"
       qcat ask -m house.gguf "When was the pool pump replaced?"
       qcat ask -m house.gguf --json --top 3 < questions.txt
+      qcat ask -m house.gguf --set --coverage 0.9 "When was the pool pump replaced?"
       qcat ask --backend ollama -m house "When was the pool pump replaced?"
     """
     if backend == "ollama":
@@ -110,6 +128,12 @@ def command(
         raise click.UsageError("--threads is for llama.cpp here: the Ollama server has its own")
     if not served and given("timeout"):
         raise click.UsageError("--timeout is for an Ollama server")
+    if as_set and (threshold is not None or decode == "free" or (top and not as_json)):
+        raise click.UsageError(
+            "--set goes with neither --threshold nor --decode free, nor with --top but in --json"
+        )
+    if given("coverage") and not as_set:
+        raise click.UsageError("--coverage is for --set")
     groups = iter([list(questions)])
     if questions in ((), ("-",)):
         groups = _available_lines(sys.stdin.fileno())
@@ -117,6 +141,7 @@ def command(
     with Classifier.open(
         model,
         threshold=threshold,
+        coverage=coverage if as_set else None,
         strict=strict,
         threads=threads,
         timeout=timeout if served else None,
@@ -196,6 +221,8 @@ def _line(question: str, answer: Prediction, as_json: bool, top: int | None, abs
     if as_json:
         row = {"question": question, **answer.to_dict(), "probabilities": dict(best)}
         return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode()
+    if answer.prediction_set is not None:
+        return "\t".join(answer.prediction_set) or abstain
     if top and best:
         return "\t".join(f"{label} {probability:.4f}" for label, probability in best)
     return abstain if answer.abstained else answer.label

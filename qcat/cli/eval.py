@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qcat.cli.output import Bars, table
-from qcat.errors import DataError, QcatError
+from qcat.cli.output import Bars, check_writable, table
+from qcat.errors import DataError
 from qcat.files import write_whole
-from qcat.learn.evaluate import Comparison, Confusion, Evaluation, OffTopic, Request, evaluate
+from qcat.learn.evaluate import (
+    Comparison,
+    Confusion,
+    Evaluation,
+    OffTopic,
+    Request,
+    evaluate,
+    off_topic_rows,
+)
+from qcat.trust.reliability import reliability_rows
 
 _FILE = click.Path(path_type=Path)
 _MATRIX_LABELS = 10  # up to which the terminal shows the whole confusion matrix
@@ -27,6 +35,9 @@ _CHARS = 70  # of a question in the terminal
 @click.argument("questions", metavar="QUESTIONS", type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document with all figures.")
 @click.option("--html", metavar="FILE", type=_FILE, help="Write a self-contained web page.")
+@click.option(
+    "--reliability", metavar="FILE", type=_FILE, help="Write the reliability diagram as a PNG."
+)
 @click.option("--confusion", metavar="FILE", type=_FILE, help="Write the matrix as a PNG.")
 @click.option(
     "--decode",
@@ -57,6 +68,7 @@ def command(
     questions: Path,
     as_json: bool,
     html: Path | None,
+    reliability: Path | None,
     confusion: Path | None,
     decode: Any,
     off_topic: Path | None,
@@ -74,10 +86,10 @@ def command(
     """
     if train_data and not baseline:
         raise click.UsageError("--train-data is for --baseline")
-    for path in (html, confusion):
-        if path:
-            _check_writable(path)
-    for library in ["sklearn", "matplotlib"] if html or confusion else ["sklearn"]:
+    pictures = [path for path in (html, reliability, confusion) if path]
+    for path in pictures:
+        check_writable(path)
+    for library in ["sklearn", "matplotlib"] if pictures else ["sklearn"]:
         importlib.import_module(library)  # its absence is told before the questions are asked
     request = Request(
         model=model,
@@ -94,6 +106,12 @@ def command(
         from qcat.learn.figures import confusion_png
 
         pages.append((confusion, confusion_png(found.confusion)))
+    if reliability:
+        from qcat.trust.figures import reliability_png
+
+        pages.append(
+            (reliability, reliability_png(found.confidence.after, found.confidence.before))
+        )
     if html:
         from qcat.learn.html_report import html_report
 
@@ -111,17 +129,6 @@ def _training(given: Path | None, questions: Path) -> Path:
     raise DataError(
         f"{path}: no such file: name the baseline's training questions with --train-data"
     )
-
-
-def _check_writable(path: Path) -> None:
-    """Fail before the work, not after it."""
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        if path.is_dir():
-            raise QcatError(f"{path}: is a folder: name a file")
-    except OSError as error:
-        raise QcatError(f"{path}: cannot be written: {error.strerror}: choose another") from None
 
 
 def _report(found: Evaluation) -> str:
@@ -169,6 +176,7 @@ def _blocks(found: Evaluation) -> Iterable[Iterable[str]]:
         yield _comparison(found.comparison)
     if found.off_topic:
         yield _off_topic(found.off_topic)
+    yield _confidence(found)
     mass, latency = found.label_mass, found.latency
     yield [
         f"label mass: median {mass.median:.4f}, 5th percentile {mass.p5:.4f}, "
@@ -218,13 +226,21 @@ def _comparison(compared: Comparison) -> Iterable[str]:
 
 def _off_topic(off: OffTopic) -> Iterable[str]:
     yield f"{off.questions} questions off the list, {off.data}"
-    yield from table(
-        [
-            ("median", "on the list", "off the list", "AUROC"),
-            ("label mass", f"{off.mass_on:.4f}", f"{off.mass_off:.4f}", f"{off.mass_auroc:.3f}"),
-            ("top probability", f"{off.top_on:.4f}", f"{off.top_off:.4f}", f"{off.top_auroc:.3f}"),
-        ]
-    )
+    yield from table(off_topic_rows(off))
+    yield (f"called off-topic: {off.caught} of these, and {off.false_alarms} questions of the list")
+
+
+def _confidence(found: Evaluation) -> Iterable[str]:
+    known, left = found.confidence, found.abstaining
+    if known.temperature == 1:
+        yield "confidence: not calibrated, temperature 1"
+        yield from table(reliability_rows(known.after, None))
+    else:
+        yield f"confidence: calibrated, temperature {known.temperature:.2f}"
+        yield from table(reliability_rows(known.after, known.before))
+    if left.reasons:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left.reasons.items())
+        yield f"left to a person: {reasons}; {left.errors} of {left.answered} answered are wrong"
 
 
 def _more(rows: Sequence[object], what: str = "") -> Iterable[str]:

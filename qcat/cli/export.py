@@ -54,6 +54,13 @@ _FILE = click.Path(path_type=Path)
     help="Training questions for the importance matrix, likewise.  "
     "[default: RUN/train.jsonl, if there]",
 )
+@click.option(
+    "--validation-data",
+    metavar="FILE",
+    type=_FILE,
+    help="Labelled questions for the calibration, likewise.  "
+    "[default: RUN/validation.jsonl, if there]",
+)
 @click.option("--quant", type=click.Choice(QUANTIZATIONS), default="q4_k_m", show_default=True)
 @click.option(
     "--precision",
@@ -84,6 +91,7 @@ def command(
     base: str | None,
     data: Path | None,
     train_data: Path | None,
+    validation_data: Path | None,
     quant: str,
     precision: Any,
     max_flips: float,
@@ -114,6 +122,7 @@ def command(
     task = Task.read(task_file or run / "task.toml")
     held_out = _examples(data, run / "test.jsonl", task)
     training = _examples(train_data, run / "train.jsonl", task)
+    validation = _examples(validation_data, run / "validation.jsonl", task)
 
     if not ollama_name and given("timeout"):
         raise click.UsageError("--timeout is for --ollama")
@@ -123,7 +132,7 @@ def command(
         check_server(ollama_name, task, timeout)  # now, and not after minutes of work
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
-    from convert.card import quality_rows
+    from convert.card import calibration_line, quality_rows
     from convert.pipeline import Request, export
 
     request = Request(
@@ -134,6 +143,7 @@ def command(
         quantization=quant,
         precision=precision,
         held_out=tuple((example.text, example.label) for example in held_out),
+        validation=tuple((example.text, example.label) for example in validation),
         training=tuple(example.text for example in training),
         max_flips=max_flips,
     )
@@ -149,6 +159,11 @@ def command(
         click.echo("\n".join(table(quality_rows(report))))
     else:
         click.echo("qcat: warning: not proved: give held-out questions with --data", err=True)
+    calibration = report.get("calibration", {"refused": "give questions with --validation-data"})
+    if "after" in calibration:
+        click.echo(calibration_line(calibration))
+    if calibration["refused"]:
+        click.echo(f"qcat: warning: not calibrated: {calibration['refused']}", err=True)
     if ollama_name:
         from qcat.cli.deploy import deploy_and_tell
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
+
+from qcat.errors import QcatError
 
 
 class Bars:
@@ -49,6 +53,17 @@ def given(name: str) -> bool:
     """Whether an option of the running command stands on its command line."""
     source = click.get_current_context().get_parameter_source(name)
     return source is click.core.ParameterSource.COMMANDLINE
+
+
+def check_writable(path: Path) -> None:
+    """Fail before the work, not after it."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise QcatError(f"{path}: is a folder: name a file")
+    except OSError as error:
+        raise QcatError(f"{path}: cannot be written: {error.strerror}: choose another") from None
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

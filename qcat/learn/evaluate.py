@@ -1,4 +1,4 @@
-"""Measure a bundle on labelled questions: quality, mistakes, latency, label mass, comparisons.
+"""Measure a bundle on labelled questions: quality, mistakes, latency, confidence, comparisons.
 
 The model is asked through `Classifier`, in the very path that serves; the figures are
 scikit-learn's. Knows nothing of the command line, of files to write, or of pictures.
@@ -7,7 +7,8 @@ scikit-learn's. Knows nothing of the command line, of files to write, or of pict
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,10 @@ from qcat.learn.baseline import NAME as BASELINE_NAME
 from qcat.learn.baseline import tfidf_predictions
 from qcat.learn.dataset import Example, read_examples, read_texts
 from qcat.prediction import Prediction
+from qcat.scoring import temper
 from qcat.task import Task
+from qcat.trust.fit import label_matrix
+from qcat.trust.reliability import Detection, Reliability, detection, reliability
 
 Decode = Literal["label", "free"]
 Progress = Callable[[str, int, int], None]
@@ -167,21 +171,50 @@ class Mass:
 
 
 @dataclass(frozen=True)
+class Signal:
+    """One figure of a prediction, of questions on the list and of others."""
+
+    name: str
+    median_on: float
+    median_off: float
+    detection: Detection
+
+
+@dataclass(frozen=True)
 class OffTopic:
-    """How well label mass and confidence tell the list's questions (on) from others (off)."""
+    """How well figures of a prediction tell the list's questions (on) from others (off)."""
 
     data: str
     questions: int
-    mass_on: float
-    """Median, as is the next three."""
-    mass_off: float
-    top_on: float
-    top_off: float
-    mass_auroc: float
-    """Probability that a question of the list has more of it than one off the list."""
-    top_auroc: float
+    signals: tuple[Signal, ...]
+    """All are higher for questions of the list."""
+    caught: int
+    """Questions off the list that the model calls off-topic …"""
+    false_alarms: int
+    """… and questions of the list that it does."""
     masses: tuple[float, ...]
-    """Of the questions off the list, in file order."""
+    """Label mass of the questions off the list, in file order."""
+
+
+@dataclass(frozen=True)
+class Abstaining:
+    """What the thresholds in the model do."""
+
+    reasons: Mapping[str, int]
+    """Questions left to a person, by reason."""
+    answered: int
+    errors: int
+    """Wrong among those answered."""
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How well calibrated the model is."""
+
+    temperature: float
+    """1 if it is not calibrated."""
+    before: Reliability
+    after: Reliability
 
 
 @dataclass(frozen=True)
@@ -241,6 +274,8 @@ class Evaluation:
     """How many free answers are no label; None where that cannot happen."""
     latency: Latency
     label_mass: Mass
+    confidence: Confidence
+    abstaining: Abstaining
     off_topic: OffTopic | None
     comparison: Comparison | None
     baseline: Baseline | None
@@ -292,6 +327,7 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluati
     texts = [example.text for example in examples]
     truth = np.array([example.label for example in examples])
     with Classifier.open(request.model) as classifier:
+        temperature = classifier.calibration.temperature
         predictions = _ask(classifier, texts, "questions", progress)
         said = _say(classifier, texts, progress) if request.decode == "free" else None
         off = _ask(classifier, strangers, "off topic", progress)
@@ -327,11 +363,23 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluati
         invalid=None if said is None else int((chosen == INVALID).sum()),
         latency=latency,
         label_mass=Mass(*(float(q) for q in np.quantile(masses, [0.5, 0.05, 0]))),
+        confidence=_confidence(temperature, predictions, truth, task),
+        abstaining=_abstaining(predictions, chosen == truth),
         off_topic=_off_topic(str(request.off_topic), predictions, off) if strangers else None,
         comparison=comparison,
         baseline=baseline,
         answers=answers,
     )
+
+
+def off_topic_rows(off: OffTopic) -> list[tuple[str, ...]]:
+    """The signals as a table, heading first."""
+    rows: list[tuple[str, ...]] = [("median", "on the list", "off the list", "AUROC", "FPR95")]
+    for signal in off.signals:
+        medians = (f"{signal.median_on:.4f}", f"{signal.median_off:.4f}")
+        found = signal.detection
+        rows.append((signal.name, *medians, f"{found.auroc:.3f}", f"{found.fpr:.3f}"))
+    return rows
 
 
 def quality(
@@ -508,21 +556,45 @@ def _families(
     return [np.array(family) for family in rows.values()], "group" if grouped else "question"
 
 
-def _off_topic(data: str, on: Sequence[Prediction], off: Sequence[Prediction]) -> OffTopic:
-    from sklearn.metrics import roc_auc_score
+def _confidence(
+    temperature: float,
+    predictions: Sequence[Prediction],
+    truth: npt.NDArray[np.int_],
+    task: Task,
+) -> Confidence:
+    after = label_matrix(predictions, tuple(task.labels))
+    logs = np.log(np.maximum(after, np.finfo(np.float64).tiny))
+    before = temper(logs, 1 / temperature)  # what the temperature made of it, undone
+    return Confidence(temperature, reliability(before, truth), reliability(after, truth))
 
-    masses, tops = ([getattr(p, key) for p in (*on, *off)] for key in ("label_mass", "confidence"))
-    belongs = [1] * len(on) + [0] * len(off)
+
+def _abstaining(predictions: Sequence[Prediction], right: npt.NDArray[np.bool_]) -> Abstaining:
+    reasons = Counter(p.reason for p in predictions if p.reason)
+    answered = [ok for p, ok in zip(predictions, right, strict=True) if not p.abstained]
+    return Abstaining(dict(reasons.most_common()), len(answered), answered.count(False))
+
+
+def _off_topic(data: str, on: Sequence[Prediction], off: Sequence[Prediction]) -> OffTopic:
+    figures: dict[str, Callable[[Prediction], float | None]] = {
+        "label mass": lambda p: p.label_mass,
+        "top probability": lambda p: p.confidence,
+        "negative entropy": lambda p: -(p.entropy or 0.0),
+        "energy": lambda p: p.energy,
+        "on-topic score": lambda p: p.on_topic,
+    }
+    signals = []
+    for name, figure in figures.items():
+        here, there = ([x for p in part if (x := figure(p)) is not None] for part in (on, off))
+        if here:  # an uncalibrated model has no on-topic score
+            median_on, median_off = float(np.median(here)), float(np.median(there))
+            signals.append(Signal(name, median_on, median_off, detection(here, there)))
     return OffTopic(
         data=data,
         questions=len(off),
-        mass_on=float(np.median(masses[: len(on)])),
-        mass_off=float(np.median(masses[len(on) :])),
-        top_on=float(np.median(tops[: len(on)])),
-        top_off=float(np.median(tops[len(on) :])),
-        mass_auroc=float(roc_auc_score(belongs, masses)),
-        top_auroc=float(roc_auc_score(belongs, tops)),
-        masses=tuple(masses[len(on) :]),
+        signals=tuple(signals),
+        caught=sum(p.reason == "off_topic" for p in off),
+        false_alarms=sum(p.reason == "off_topic" for p in on),
+        masses=tuple(p.label_mass or 0.0 for p in off),
     )
 
 

@@ -1,28 +1,21 @@
-"""Plots, as bytes or text: nothing here touches a file, a window or matplotlib's global state.
-
-PNGs stand alone on white. SVGs are for a page: their background is clear, their colours are half
-transparent and their text stays text, so that the page can colour it for a dark screen too.
-"""
+"""Plots of training and evaluation, as `qcat.plot` makes them."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from qcat.learn.evaluate import Confusion
+from qcat.plot import BLUE, GREY, OPACITY, ORANGE, bare, png, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from qcat.learn.train import Epoch
 
-_BLUE, _ORANGE, _GREY = (0.2, 0.45, 0.9), (0.95, 0.5, 0.1), "#888888"
-_STRONGEST = 0.6  # opacity, so that text on any cell can be read on light and on dark
 _MAX_INCHES = 25  # of the matrix without the names around it
 _MAX_COUNTS = 50  # columns up to which the cells show their counts
 _MAX_CHARS = 30  # of a label
@@ -31,12 +24,12 @@ _BINS = 20
 
 def confusion_png(confusion: Confusion) -> bytes:
     """The confusion matrix as a PNG: labels that occur only, cells shaded by share of their row."""
-    return _png(_confusion(confusion))
+    return png(_confusion(confusion))
 
 
 def confusion_svg(confusion: Confusion) -> str:
     """As `confusion_png`, an `<svg>` element."""
-    return _svg(_confusion(confusion), "confusion")
+    return svg(_confusion(confusion), "confusion")
 
 
 def mass_svg(on: Sequence[float], off: Sequence[float]) -> str:
@@ -45,22 +38,20 @@ def mass_svg(on: Sequence[float], off: Sequence[float]) -> str:
 
     figure = Figure(figsize=(5, 2.5))
     axes = figure.add_axes((0, 0, 1, 1))
-    for masses, name, colour in ((on, "on the list", _BLUE), (off, "off the list", _ORANGE)):
+    for masses, name, colour in ((on, "on the list", BLUE), (off, "off the list", ORANGE)):
         axes.hist(
             masses,
             bins=_BINS,
             range=(0, 1),
             weights=np.full(len(masses), 1 / len(masses)),
-            color=(*colour, _STRONGEST),
+            color=(*colour, OPACITY),
             label=name,
         )
     axes.set_xlabel("label mass")
     axes.set_ylabel("share of questions")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
-    axes.tick_params(color=_GREY)
+    bare(axes)
     axes.legend(frameon=False)
-    return _svg(figure, "mass")
+    return svg(figure, "mass")
 
 
 def training_png(history: Sequence[Epoch], best: int) -> bytes:
@@ -71,25 +62,25 @@ def training_png(history: Sequence[Epoch], best: int) -> bytes:
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [epoch.epoch for epoch in history]
-    left.plot(epochs, [epoch.train_loss for epoch in history], "o-", color=_BLUE, label="training")
+    left.plot(epochs, [epoch.train_loss for epoch in history], "o-", color=BLUE, label="training")
     left.plot(
         epochs,
         [epoch.validation_loss for epoch in history],
         "o-",
-        color=_ORANGE,
+        color=ORANGE,
         label="validation",
     )
     left.set_ylabel("loss, nats")
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
-    right.plot(epochs, [epoch.validation_macro_f1 for epoch in history], "o-", color=_ORANGE)
+    right.plot(epochs, [epoch.validation_macro_f1 for epoch in history], "o-", color=ORANGE)
     right.set_ylabel("validation macro-F1")
     for axes in (left, right):
-        axes.axvline(best, color=_GREY, linestyle=":")
+        axes.axvline(best, color=GREY, linestyle=":")
         axes.set_xlabel(f"epoch (best: {best})")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def _confusion(confusion: Confusion) -> Figure:
@@ -106,13 +97,13 @@ def _confusion(confusion: Confusion) -> Figure:
     size = min(9.0, 72 * 0.8 * cell)
 
     figure = Figure(figsize=(cell * len(columns), cell * len(names)))
-    axes = figure.add_axes((0, 0, 1, 1))  # names and titles stand around; `_save` makes room
+    axes = figure.add_axes((0, 0, 1, 1))  # names and titles stand around; `qcat.plot` makes room
     axes.imshow(_cell_colours(counts), interpolation="nearest", aspect="auto")
     # Labels are a user's text: a dollar sign in them begins no formula.
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(range(len(names)), names, fontsize=size, parse_math=False)
     axes.tick_params(length=0)
-    axes.spines[:].set_color(_GREY)
+    axes.spines[:].set_color(GREY)
     axes.set_xlabel("answer")
     axes.set_ylabel("right label")
     if len(columns) <= _MAX_COUNTS:
@@ -126,31 +117,6 @@ def _cell_colours(counts: npt.NDArray[np.int_]) -> npt.NDArray[np.float64]:
     """RGBA for each cell: blue where right, orange where wrong, opaque by share of the row."""
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right = np.eye(*counts.shape, dtype=np.bool_)
-    colours = np.where(right[..., None], _BLUE, _ORANGE)
+    colours = np.where(right[..., None], BLUE, ORANGE)
     # The square root lets a single mistake be seen.
-    return np.dstack([colours, _STRONGEST * np.sqrt(share)])
-
-
-def _png(figure: Figure) -> bytes:
-    target = io.BytesIO()
-    _save(figure, target, format="png", dpi=150, facecolor="white")
-    return target.getvalue()
-
-
-def _svg(figure: Figure, name: str) -> str:
-    import matplotlib
-
-    target = io.BytesIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        _save(figure, target, format="svg", transparent=True, metadata=metadata)
-    text = target.getvalue().decode()
-    return text[text.index("<svg") :]
-
-
-def _save(figure: Figure, target: io.BytesIO, **more: Any) -> None:
-    with warnings.catch_warnings():
-        # A page has its own fonts; in a PNG a script that matplotlib's lacks shows as boxes.
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-        warnings.filterwarnings("ignore", ".*does not support.*", UserWarning)
-        figure.savefig(target, bbox_inches="tight", pad_inches=0.1, **more)
+    return np.dstack([colours, OPACITY * np.sqrt(share)])

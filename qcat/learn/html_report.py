@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from qcat.learn.evaluate import Evaluation
+from qcat.learn.evaluate import Evaluation, off_topic_rows
 from qcat.learn.figures import confusion_svg, mass_svg
+from qcat.trust.figures import reliability_svg
+from qcat.trust.reliability import reliability_rows
 
 _MAX_ROWS = 50
 _STYLE = """
@@ -45,6 +47,7 @@ def html_report(evaluation: Evaluation) -> str:
         *_mistakes(evaluation),
         *_invalid(evaluation),
         *_comparison(evaluation),
+        *_confidence(evaluation),
         *_off_topic(evaluation),
     ]
     return "\n".join(
@@ -155,21 +158,38 @@ def _comparison(found: Evaluation) -> Iterable[str]:
     yield from _cut_table(("question", "right label", "there", "here"), rows)
 
 
+def _confidence(found: Evaluation) -> Iterable[str]:
+    known, left = found.confidence, found.abstaining
+    before = None if known.temperature == 1 else known.before
+    yield "<h2>Confidence</h2>"
+    head, *rows = reliability_rows(known.after, before)
+    yield _table(head, rows)
+    state = f"calibrated, temperature {known.temperature:.2f}" if before else "not calibrated"
+    yield f'<div class="scroll">{reliability_svg(known.after, before)}</div>'
+    yield (
+        f'<p class="note">The model is {state}. Each point is the questions of like confidence, '
+        "its size their number; on the line the confidence is right.</p>"
+    )
+    if left.reasons:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left.reasons.items())
+        yield (
+            f"<p>Left to a person: {reasons}; {left.errors} of {left.answered} answered are "
+            "wrong.</p>"
+        )
+
+
 def _off_topic(found: Evaluation) -> Iterable[str]:
     off = found.off_topic
     if off is None:
         return
     yield "<h2>Questions off the list</h2>"
-    yield _table(
-        ("", "median, on the list", "median, off the list", "AUROC"),
-        [
-            ("label mass", f"{off.mass_on:.4f}", f"{off.mass_off:.4f}", f"{off.mass_auroc:.3f}"),
-            ("top probability", f"{off.top_on:.4f}", f"{off.top_off:.4f}", f"{off.top_auroc:.3f}"),
-        ],
-    )
+    head, *rows = off_topic_rows(off)
+    yield _table(head, rows)
     yield (
         f'<p class="note">{off.questions} questions of {_escaped(Path(off.data).name)}. AUROC: how '
-        "often a question on the list has more than one off it; 0.5 tells nothing.</p>"
+        "often a question on the list has more than one off it; 0.5 tells nothing. FPR95: share "
+        "off the list that passes where 95 % of the list’s do. Called off-topic: "
+        f"{off.caught} of these, and {off.false_alarms} questions of the list.</p>"
     )
     masses = [answer.label_mass for answer in found.answers]
     yield f'<div class="scroll">{mass_svg(masses, off.masses)}</div>'

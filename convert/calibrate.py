@@ -1,0 +1,93 @@
+"""Calibrate a bundle: ask it labelled questions as `qcat ask` does, fit, and write what is found.
+
+Knows nothing of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcat.bundle import CALIBRATION_KEY, write_section
+from qcat.classifier import Classifier
+from qcat.prediction import Prediction
+from qcat.scoring import Floats, temper
+from qcat.trust.calibration import Calibration
+from qcat.trust.fit import Fitted, fit, label_matrix
+from qcat.trust.reliability import Reliability, reliability
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Labelled questions and what the uncalibrated model says of them."""
+
+    labels: tuple[str, ...]
+    predictions: tuple[Prediction, ...]
+    truth: npt.NDArray[np.int_]
+    """Index of the right label, shape (questions,)."""
+
+    def probabilities(self, temperature: float = 1.0) -> Floats:
+        """Of the labels, shape (questions, labels)."""
+        raw = label_matrix(self.predictions, self.labels)
+        return temper(np.log(np.maximum(raw, np.finfo(np.float64).tiny)), temperature)
+
+    def fit(self) -> Fitted:
+        """See `qcat.trust.fit.fit`. Raises DataError: too few questions."""
+        return fit(self.predictions, self.truth, self.labels)
+
+    def reliability(self, temperature: float = 1.0) -> Reliability:
+        """How well calibrated the model is with a temperature."""
+        return reliability(self.probabilities(temperature), self.truth)
+
+
+def ask_all(model: Path, questions: Sequence[tuple[str, int]], progress: Progress) -> Asked:
+    """Ask a bundle without its calibration, one question at a time: the path that serves.
+
+    Args:
+        model: the GGUF.
+        questions: with the index of the right label of each.
+        progress: told how many of them have been asked.
+
+    Raises:
+        BundleError, ModelError: the GGUF cannot be used.
+    """
+    found = []
+    with Classifier.open(model, calibrated=False) as classifier:
+        for done, (text, _) in enumerate(questions, 1):
+            found.append(classifier.ask(text))
+            progress(done, len(questions))
+        labels = tuple(classifier.task.labels)
+    return Asked(labels, tuple(found), np.array([label for _, label in questions]))
+
+
+def write_calibration(model: Path, calibration: Calibration) -> None:
+    """Put a calibration into a GGUF, in place of an older one."""
+    write_section(model, CALIBRATION_KEY, calibration.to_dict())
+
+
+def summary(fitted: Fitted, fitted_on: Asked, measured: Asked | None) -> dict[str, Any]:
+    """What a report says of a calibration.
+
+    Args:
+        fitted: the calibration.
+        fitted_on: the questions that it was found on.
+        measured: held-out questions to measure it by; None measures it on its own.
+    """
+    temperature = fitted.calibration.temperature
+    asked = measured or fitted_on
+    return {
+        "questions": fitted.calibration.questions,
+        "temperature": temperature,
+        "temperature_interval": list(fitted.calibration.temperature_interval),
+        "refused": fitted.refused,
+        "measured_on": "held-out questions" if measured else "the questions it was found on",
+        "before": asked.reliability().to_dict(),
+        "after": asked.reliability(temperature).to_dict(),
+    }

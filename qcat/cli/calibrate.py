@@ -1,0 +1,245 @@
+"""`qcat calibrate`: what a bundle's confidence is worth, and when it is to ask a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from convert.calibrate import Asked, ask_all, summary, write_calibration
+from qcat.bundle import Bundle
+from qcat.classifier import read_calibration
+from qcat.cli.output import Bars, check_writable, given, table
+from qcat.files import write_whole
+from qcat.learn.dataset import read_examples
+from qcat.trust.calibration import Calibration
+from qcat.trust.decide import recalibrated
+from qcat.trust.fit import Fitted
+from qcat.trust.reliability import reliability_rows
+from qcat.trust.thresholds import LEVEL, RiskCoverage, promise_threshold, risk_coverage
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model", metavar="MODEL", type=_FILE)
+@click.argument("questions", metavar="[QUESTIONS]", type=_FILE, required=False)
+@click.option(
+    "--max-error",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Set the threshold above which at most this share of the answers is wrong.",
+)
+@click.option(
+    "--level",
+    type=click.FloatRange(0.5, 1, max_open=True),
+    default=LEVEL,
+    show_default=True,
+    metavar="P",
+    help="The confidence with which --max-error holds.",
+)
+@click.option(
+    "--by-label",
+    is_flag=True,
+    help="With --max-error: thresholds of their own for labels with enough questions; it then "
+    "holds for each of these labels.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="Set the threshold by hand; 0 answers every question. QUESTIONS only measure it.",
+)
+@click.option(
+    "--curve",
+    metavar="FILE",
+    type=_FILE,
+    help="Write the error of the answered questions by their share as a PNG.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def command(
+    model: Path,
+    questions: Path | None,
+    max_error: float | None,
+    level: float,
+    by_label: bool,
+    threshold: float | None,
+    curve: Path | None,
+    as_json: bool,
+) -> None:
+    """Calibrate MODEL, a GGUF, on labelled QUESTIONS that it was not trained on, in place.
+
+    Without a threshold option it finds the temperature, the score under which a question is
+    off-topic, and what prediction sets need, as `qcat export` does with the validation questions.
+    With one it sets the threshold under which a question is left to a person (and finds the rest
+    if the model lacks it).
+
+    \b
+    Examples:
+      qcat calibrate house.gguf test.jsonl --max-error 0.02 --curve risk.png
+      qcat calibrate house.gguf --threshold 0.75
+      qcat calibrate house.gguf validation.jsonl
+    """
+    if max_error is not None and threshold is not None:
+        raise click.UsageError("--max-error or --threshold, not both")
+    if max_error is None and (by_label or given("level")):
+        raise click.UsageError("--level and --by-label are for --max-error")
+    if questions is None and (threshold is None or curve):
+        raise click.UsageError("QUESTIONS are needed for all but --threshold")
+    if curve:
+        check_writable(curve)
+        import matplotlib  # noqa: F401 (its absence is told before the questions are asked)
+    bundle = Bundle.read(model)
+    calibration = read_calibration(bundle)
+    if questions is None:
+        assert threshold is not None
+        write_calibration(model, calibration.with_threshold(threshold))
+        click.echo(f"{model}: threshold {threshold:g}, for all labels")
+        return
+    examples = read_examples(questions, bundle.task)
+    with Bars() as bars:
+        asked = ask_all(
+            model,
+            [(example.text, example.label) for example in examples],
+            lambda done, total: bars.show("questions", done, total),
+        )
+    fitted = None
+    if not calibration.questions or (max_error is None and threshold is None):
+        fitted = asked.fit()
+        lost = calibration.threshold > 0 and threshold is None and max_error is None
+        calibration = fitted.calibration
+        if lost:
+            click.echo(
+                "qcat: warning: the model's threshold was of its old confidence and is gone: "
+                "set it again with --max-error or --threshold",
+                err=True,
+            )
+    answers = _answers(asked, calibration)
+    if threshold is not None:
+        calibration = calibration.with_threshold(threshold)
+        answers = _answers(asked, calibration)  # 0 answers what is off-topic too
+    if max_error is not None:
+        calibration = promise_threshold(
+            calibration,
+            answers.labels,
+            answers.confidence,
+            answers.right,
+            answers.answerable,
+            max_error=max_error,
+            level=level,
+            by_label=by_label,
+        )
+    picture = None
+    if curve:
+        from qcat.trust.figures import risk_coverage_png
+
+        common = None if calibration.label_thresholds else calibration.threshold or None
+        picture = risk_coverage_png(answers.curve(), common)
+    write_calibration(model, calibration)
+    if curve and picture:
+        write_whole(curve, picture)
+    found = _Found(asked, answers, calibration, fitted)
+    click.echo(
+        json.dumps(found.to_dict(), ensure_ascii=False) if as_json else "\n".join(found.lines())
+    )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a calibrated model answers; arrays of shape (questions,)."""
+
+    labels: list[str]
+    confidence: Any
+    right: Any
+    answerable: Any
+    """Whether the question is not off-topic."""
+
+    def curve(self) -> RiskCoverage:
+        rows = self.answerable
+        return risk_coverage(self.confidence[rows], self.right[rows], len(rows))
+
+
+def _answers(asked: Asked, calibration: Calibration) -> _Answers:
+    found = [recalibrated(p, calibration, asked.labels) for p in asked.predictions]
+    truth = [asked.labels[number] for number in asked.truth]
+    return _Answers(
+        [p.label for p in found],
+        np.array([p.confidence for p in found], float),
+        np.array([p.label == label for p, label in zip(found, truth, strict=True)]),
+        np.array([p.reason != "off_topic" for p in found]),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is told at the end."""
+
+    asked: Asked
+    answers: _Answers
+    calibration: Calibration
+    fitted: Fitted | None
+
+    def answered(self) -> Any:
+        """Whether each question is answered, shape (questions,)."""
+        known = self.calibration
+        least = [known.label_thresholds.get(n, known.threshold) for n in self.answers.labels]
+        return self.answers.answerable & (self.answers.confidence >= np.array(least))
+
+    def to_dict(self) -> dict[str, Any]:
+        answered = self.answered()
+        known = self.calibration.to_dict()
+        known.pop("conformal", None)  # a thousand figures that tell a reader nothing
+        found = {
+            "calibration": known,
+            "questions": len(answered),
+            "answered": int(answered.sum()),
+            "errors": int((~self.answers.right[answered]).sum()),
+            "off_topic": int((~self.answers.answerable).sum()),
+        }
+        if self.fitted:
+            found["reliability"] = summary(self.fitted, self.asked, None)
+        return found
+
+    def lines(self) -> Iterable[str]:
+        known = self.calibration
+        if self.fitted:
+            low, high = known.temperature_interval
+            if self.fitted.refused:
+                yield f"not scaled: {self.fitted.refused}"
+            else:
+                yield (
+                    f"temperature {known.temperature:.2f} (95 %: {low:.2f}–{high:.2f}) from "
+                    f"{known.questions} questions"
+                )
+            before = self.asked.reliability()
+            yield from table(reliability_rows(self.asked.reliability(known.temperature), before))
+        answered = self.answered()
+        errors = int((~self.answers.right[answered]).sum())
+        if known.label_thresholds:
+            yield from table(
+                [
+                    ("answer", "threshold"),
+                    *((n, f"{value:.4f}") for n, value in known.label_thresholds.items()),
+                    ("(the others)", f"{known.threshold:.4f}"),
+                ]
+            )
+        elif known.threshold:
+            yield f"threshold {known.threshold:.4f}"
+        count = len(answered)
+        yield (
+            f"answered: {answered.sum()} of {count} questions ({answered.mean():.0%}), "
+            f"{errors} of them wrong ({errors / max(1, answered.sum()):.1%})"
+        )
+        off = int((~self.answers.answerable).sum())
+        yield f"called off-topic: {off} ({off / count:.0%})"
+        if known.promise:
+            yield (
+                f"promise: at most {known.promise.max_error:.1%} of the answers are wrong, with "
+                f"{known.promise.level:.0%} confidence, for questions like these "
+                "(an exact binomial bound)"
+            )
