@@ -23,6 +23,10 @@ from qcat.prediction import Prediction
 from qcat.prompt import clean_question
 from qcat.task import Task
 
+NONE = "none of these"
+"""How a person says that no label fits, in words."""
+LABEL_KEYS = "abcdefghijklmoprtvwxyz"
+"""Keys of the first labels, in the terminal and on the page; n, q, s and u have other uses."""
 TOP = 5
 """Labels kept with their probabilities for each question."""
 WAIT = 30.0
@@ -270,7 +274,7 @@ class ReviewQueue:
         where = "answered_at IS NULL AND text IS NOT NULL ORDER BY seen DESC, id"
         with _explained(self.path):
             found = self._db.execute(f"SELECT {_COLUMNS} FROM questions WHERE {where}").fetchall()
-            return [Entry(*row, _top(top)) for *row, top in map(_typed, found)]
+            return [_entry(_typed(row)) for row in found]
 
     def decided(self) -> list[Decided]:
         """Answered questions, in the order in which they came into the queue."""
@@ -440,7 +444,7 @@ def _create(connection: sqlite3.Connection, path: Path, task: str, labels: Seque
     with _begun(connection):
         if _is_queue(connection):
             return  # another process was quicker
-        # Without any table it was just made, or by a process that was killed before it came further.
+        # Without a table it was just made, or by a process that was killed before it came further.
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables or _pragma(connection, "application_id"):
             raise ReviewError(f"{path}: is no review queue: name another file")
@@ -468,8 +472,11 @@ def _typed(row: tuple[Any, ...]) -> tuple[Any, ...]:
     return row
 
 
-def _top(stored: str) -> tuple[tuple[str, float], ...]:
-    return tuple((str(label), float(probability)) for label, probability in json.loads(stored))
+def _entry(row: tuple[Any, ...]) -> Entry:
+    """An entry of the `_COLUMNS`."""
+    number, hash, text, seen, label, reason, top = row
+    best = tuple((str(label), float(probability)) for label, probability in json.loads(top))
+    return Entry(number, hash, text, seen, label, reason, best)
 
 
 def _now() -> str:
