@@ -187,12 +187,12 @@ def screen(walk: Walk, columns: int, rows: int) -> list[str]:
     head = _cut(f"{place}   {walk.answered} answered   {shown(walk.task)}", columns)
     entry = walk.entry
     if entry is None:
-        foot = _foot("u undo   q quit", columns)
+        foot = _foot("u undo   q quit", columns, rows)
         return [click.style(head, dim=True), "", "That was the last one.", "", *foot]
     best = [(label, f"{share:.3f}") for label, share in entry.top] or [(entry.label, "")]
     reason = f"   {entry.reason.replace('_', ' ')}" if entry.reason else ""
     note = f"seen {entry.seen} times{reason}" if entry.seen > 1 else reason.strip()
-    foot = _foot(_HELP if walk.query is None else _SEARCH_HELP, columns)
+    foot = _foot(_HELP if walk.query is None else _SEARCH_HELP, columns, rows)
     above = [click.style(head, dim=True), ""]
     # The question may have half of what the model's labels and the help leave free.
     free = rows - len(above) - len(foot) - 3
@@ -246,12 +246,13 @@ def _cell(label: str, share: str, columns: int) -> str:
     return f"{_padded(_cut(shown(label), wide), wide)}  {share}".rstrip()
 
 
-def _foot(help: str, columns: int) -> list[str]:
+def _foot(help: str, columns: int, rows: int) -> list[str]:
+    """What the keys do, in as many lines as a small terminal can spare."""
     lines = [""]
     for item in help.split("   "):
         joined = f"{lines[-1]}   {item}" if lines[-1] else item
         lines = [*lines[:-1], joined] if len(joined) <= columns else [*lines, item]
-    return [click.style(line, dim=True) for line in lines]
+    return [click.style(_cut(line, columns), dim=True) for line in lines[: rows // 6]]
 
 
 def _cut_lines(lines: list[str], most: int) -> list[str]:

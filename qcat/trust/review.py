@@ -233,8 +233,8 @@ class ReviewQueue:
         file = Path(path)
         if not os.path.lexists(_absolute(file)):
             raise ReviewError(
-                f"{file}: no such review queue: `qcat ask --review {file}` makes one when it "
-                "leaves a question to a person"
+                f"{file}: no such review queue: name another file, or make one with `qcat ask "
+                "--review FILE`"
             )
         connection = _connect(file, "rw")
         try:

@@ -7,6 +7,13 @@ const answers = new Map(); // a question's hash to its label, or to null for non
 const past = []; // what can be undone: where it was, and the answer before it
 let at = 0;
 
+// What cannot be seen but turns or hides text around it; joiners shape Persian and Hindi.
+function visible(text) {
+  return text.replace(/(?![\u200c\u200d])[\p{Cc}\p{Cf}]/gu, (char) => {
+    return `\\u${char.codePointAt(0).toString(16).padStart(4, "0")}`;
+  });
+}
+
 function load() {
   try {
     const known = new Set(data.entries.map((entry) => entry.hash));
@@ -36,7 +43,7 @@ function waiting(from) {
 function button(label, key, kind) {
   const made = document.createElement("button");
   const name = document.createElement("bdi");
-  name.textContent = label;
+  name.textContent = visible(label);
   made.append(name);
   if (kind !== undefined) {
     const number = document.createElement("span");
@@ -65,14 +72,14 @@ function show() {
   byId("end").textContent =
     done === total
       ? "All questions are answered. Save the answers."
-      : `That was the last one; ${total - done} were skipped and come again: press s.`;
+      : `That was the last one. Skip shows those again that were skipped: ${total - done}.`;
   byId("none").disabled = !entry;
   byId("skip").disabled = done === total;
   byId("undo").disabled = !past.length;
   byId("save").disabled = !done;
   byId("search").value = "";
   if (!entry) return;
-  byId("question").textContent = entry.text;
+  byId("question").textContent = visible(entry.text);
   const reason = entry.reason ? ` · ${entry.reason.replaceAll("_", " ")}` : "";
   byId("note").textContent = `seen ${entry.seen === 1 ? "once" : `${entry.seen} times`}${reason}`;
   byId("top").replaceChildren(
@@ -87,9 +94,11 @@ function show() {
 
 function search() {
   const words = byId("search").value.trim().toLowerCase();
+  const begins = (label) => label.toLowerCase().startsWith(words);
   const found = data.labels
     .map((label, i) => [label, data.keys[i]])
-    .filter(([label]) => label.toLowerCase().includes(words));
+    .filter(([label]) => label.toLowerCase().includes(words))
+    .sort(([one], [two]) => begins(two) - begins(one));
   byId("labels").replaceChildren(...found.map(([label, key]) => button(label, key)));
   if (words && found.length) byId("labels").firstChild.className = "first";
 }

@@ -70,9 +70,9 @@ def review_page(task: str, labels: Sequence[str], entries: Sequence[Entry]) -> s
             '<footer><button id="none">None of these<kbd>n</kbd></button>',
             '<button id="skip">Skip<kbd>s</kbd></button>',
             '<button id="undo">Undo<kbd>u</kbd></button>',
-            '<button id="save">Save answers</button>',
-            '<p id="how">Saves a file; bring it back with <code>qcat review --import FILE</code>. '
-            "Answers are also kept in this browser.</p></footer>",
+            '<button id="save">Save answers</button></footer>',
+            '<p id="how">Save answers into a file, and bring it back with '
+            "<code>qcat review --import FILE</code>. This browser keeps them too.</p>",
             f'<script type="application/json" id="data">{embedded}</script>',
             f"<script>{script}</script>\n</body>\n</html>\n",
         ]
