@@ -9,6 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 import unicodedata
 from contextlib import suppress
 from dataclasses import replace
@@ -131,7 +132,7 @@ STEP = st.tuples(
 
 
 @given(st.lists(STEP, max_size=30))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_the_queue_is_what_a_dictionary_would_be(tmp_path_factory, steps):
     seen: dict[str, int] = {}
     answers: dict[str, str | None] = {}
@@ -167,7 +168,7 @@ def test_a_hash_minds_neither_case_nor_space_nor_form(question):
 
 
 @given(st.lists(QUESTION, max_size=5))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_any_question_is_kept(tmp_path_factory, questions):
     with opened(tmp_path_factory.mktemp("queue") / "queue.db") as queue:
         for question in questions:
@@ -184,7 +185,7 @@ def table(path, script):
 
 def cut(path):
     """A queue whose second half is overwritten."""
-    filled(path, *(f"question {number}" for number in range(200)))
+    filled(path, *(f"question {number}" for number in range(30)))
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] + b"\xff" * (len(data) // 2))
 
@@ -460,7 +461,7 @@ def test_an_answer_of_the_page_is_checked(path, tmp_path, answer):
 @given(
     st.binary(max_size=200) | TEXT.map(lambda text: f"text,label\n{text}".encode()), st.booleans()
 )
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_any_file_is_read_or_refused(tmp_path_factory, data, as_csv):
     folder = tmp_path_factory.mktemp("import")
     file = folder / ("a.csv" if as_csv else "a.json")
@@ -588,7 +589,7 @@ def test_search_narrows_and_takes_a_label():
     for key in ("/", "q", "u", "back", "clear", "x", "x"):
         walk.press(key)
     assert walk.press("enter") is None  # no such label
-    assert "no label has this in it" in plain(screen(walk, 80, 24))
+    assert "no such label" in plain(screen(walk, 80, 24))
     walk.press("esc")
     assert walk.query is None
     assert any("more: / finds them" in line for line in plain(screen(walk, 80, 24)))
@@ -617,7 +618,7 @@ def test_any_input_moves_the_walk_without_failing(read):
 
 @given(QUESTION, st.lists(TEXT.filter(bool), min_size=1, max_size=40), st.integers(20, 120),
        st.integers(8, 50), st.sampled_from([None, "", "a", "x" * 99]))  # fmt: skip
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_the_screen_fits_and_obeys_nothing(question, labels, columns, rows, query):
     top = [(label, 0.1) for label in labels[:5]]
     walk = Walk("sorts", labels, [replace(entry(), text=question * 9, top=tuple(top), seen=3)])
@@ -761,11 +762,10 @@ def test_a_person_walks_through_the_page(qcat, path, tmp_path):
         shows("Skip shows those again")
         browser.click("#save")
         saved = tmp_path / "sorts.review.json"
-        browser.wait("true")
-        for _ in range(500):
-            if saved.exists():
-                break
-            browser.wait("new Promise(done => setTimeout(() => done(true), 20))")
+        until = time.monotonic() + 30
+        while not saved.exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
         said = [m["method"] for m in browser.messages]
         assert "Log.entryAdded" not in said  # the policy has blocked nothing
         assert "Runtime.exceptionThrown" not in said

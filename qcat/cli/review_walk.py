@@ -222,7 +222,7 @@ def _finder(walk: Walk, columns: int, rows: int) -> list[str]:
         mark = ">" if number == walk.chosen else " "
         line = _cut(f"{mark} {shown(label)}", columns)
         lines.append(click.style(line, reverse=True) if mark == ">" else line)
-    return [f"{typed}_", *(lines or ["no label has this in it"][: rows - 1])]
+    return [f"{typed}_", *(lines or ["no such label"][: rows - 1])]
 
 
 def _grid(labels: Sequence[str], columns: int, rows: int) -> list[str]:

@@ -378,13 +378,13 @@ def _absolute(path: Path) -> str:
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    name = Path(_absolute(path))
-    if name.is_dir():
+    name = _absolute(path)
+    if os.path.isdir(name):
         raise ReviewError(f"{path}: is a folder: name a file")
     with _explained(path):
         # A classifier may be opened in one thread and asked in another, one at a time.
         connection = sqlite3.connect(
-            f"{name.as_uri()}?mode={mode}",
+            f"{Path(name).as_uri()}?mode={mode}",
             uri=True,
             timeout=WAIT,
             isolation_level=None,
