@@ -63,7 +63,7 @@ ON CONFLICT (hash) DO UPDATE SET
 _COLUMNS = "id, hash, text, seen, label, reason, top"
 _ADVICE = {
     sqlite3.SQLITE_FULL: "the disk is full: make room",
-    sqlite3.SQLITE_IOERR: "the disk does not take or give it: make room, or name another file",
+    sqlite3.SQLITE_IOERR: "reading or writing it failed: make room, or name another file",
     sqlite3.SQLITE_READONLY: "cannot be written: allow it, or name another file",
     sqlite3.SQLITE_PERM: "cannot be opened: allow it, or name another file",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: name a file in a folder that can be written",
@@ -476,7 +476,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     """An entry of the `_COLUMNS`."""
     number, hash, text, seen, label, reason, top = row
     best = tuple((str(label), float(probability)) for label, probability in json.loads(top))
-    return Entry(number, hash, text, seen, label, reason, best)
+    return Entry(number, hash, text, seen, label, reason, best[:TOP])
 
 
 def _now() -> str:
