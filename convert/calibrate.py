@@ -59,7 +59,7 @@ def ask_all(model: Path, questions: Sequence[tuple[str, int]], progress: Progres
         BundleError, ModelError: the GGUF cannot be used.
     """
     found = []
-    with Classifier.open(model, calibrated=False) as classifier:
+    with Classifier.open(model, calibrated=False, review=False) as classifier:
         for done, (text, _) in enumerate(questions, 1):
             found.append(classifier.ask(text))
             progress(done, len(questions))

@@ -11,6 +11,7 @@ from qcat.errors import (
     ModelError,
     QcatError,
     QuestionError,
+    ReviewError,
     TaskError,
     TrainError,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Prediction",
     "QcatError",
     "QuestionError",
+    "ReviewError",
     "Task",
     "TaskError",
     "TrainError",

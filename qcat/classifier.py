@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 
 from qcat.bundle import CALIBRATION_KEY, TASK_KEY, Bundle, section
-from qcat.errors import BundleError, ModelError, QuestionError, ServerError
+from qcat.errors import BundleError, ModelError, QuestionError, ReviewError, ServerError
 from qcat.grammar import grammar
 from qcat.prediction import Prediction
 from qcat.prompt import (
@@ -42,6 +42,9 @@ from qcat.trie import LabelTrie
 from qcat.trust.calibration import Calibration
 from qcat.trust.decide import check_coverage, decide
 from qcat.vocabulary import write_vocabulary
+
+if TYPE_CHECKING:
+    from qcat.trust.review import ReviewQueue
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
 """The model that comes with qcat."""
@@ -81,12 +84,13 @@ class Classifier:
         calibration: Calibration,
         coverage: float | None,
         strict: bool,
+        review: ReviewQueue | None = None,
     ) -> None:
         self.task = task
         self.calibration = calibration
         self.coverage = coverage
         self.strict = strict
-        self._name, self._resources = name, resources
+        self._name, self._resources, self._review = name, resources, review
         self._labels = tuple(task.labels)
         self._vocabulary, self._scorer, self._trie, self._prompt = vocabulary, scorer, trie, prompt
 
@@ -101,6 +105,8 @@ class Classifier:
         strict: bool = False,
         threads: int | None = None,
         timeout: float | None = None,
+        review: str | os.PathLike[str] | Literal[False] | None = None,
+        review_hash: bool = False,
         verbose: bool = False,
     ) -> Self:
         """Load a GGUF made by `qcat export` and evaluate its prompt once, or find it on a server.
@@ -120,13 +126,17 @@ class Classifier:
             threads: of computation; by default the physical cores this process may use. Not for
                 a server, which has its own.
             timeout: seconds that a server may keep silent, 60 by default. Not for a file.
+            review: file of the review queue that questions go to which are left to a person
+                (`abstained`). None: as the task says, in the user's data folder; False: none.
+            review_hash: keep hashes in the queue and no texts, even if the task would keep them.
             verbose: let llama.cpp write its log to stderr.
 
         Raises:
-            BundleError: the file is absent, damaged, or no qcat GGUF.
+            BundleError: the file is absent, damaged, or no qcat GGUF; or its calibration does not
+                allow the coverage.
             ModelError: llama.cpp cannot load it, or its vocabulary cannot spell the labels.
             ServerError: the server does not answer, or has no such model made by qcat.
-            QcatError: a coverage that the model's calibration does not allow.
+            ReviewError: the review queue cannot be used, or is another task's.
             ValueError: an argument that makes no sense.
         """
         served = isinstance(model, str) and model.startswith(OLLAMA)
@@ -149,6 +159,11 @@ class Classifier:
                 calibration = calibration.with_threshold(threshold)
             if coverage is not None:
                 check_coverage(calibration, coverage, name)
+            queue = None
+            if review is not False and (review is not None or review_hash or parts[0].review):
+                from qcat.trust.review import open_for
+
+                queue = stack.enter_context(open_for(parts[0], review, review_hash))
             resources = stack.pop_all()
         return cls(
             *parts,
@@ -157,6 +172,7 @@ class Classifier:
             calibration=calibration,
             coverage=coverage,
             strict=strict,
+            review=queue,
         )
 
     def ask(self, question: str) -> Prediction:
@@ -166,9 +182,13 @@ class Classifier:
             QuestionError: the question is empty, or too long under `strict`; or it holds the text
                 of a special token, which a server would obey.
             ServerError: the server does not answer.
+            ReviewError: the question is for a person, but the review queue did not take it. The
+                error's `prediction` is the answer.
         """
         rest, truncated = self._encode(question)
-        return self._predict(next(self._scorer.score([rest])), truncated)
+        prediction = self._predict(next(self._scorer.score([rest])), truncated)
+        self._queue(question, prediction)
+        return prediction
 
     def ask_many(self, questions: Iterable[str]) -> Iterator[Prediction]:
         """Classify many questions, in order, several in one forward pass.
@@ -181,6 +201,7 @@ class Classifier:
                 its turn comes; the answers before it have been given by then.
             ServerError: likewise for the first question that the server does not answer, so
                 that the caller can go on from there.
+            ReviewError: the review queue did not take a question; after its answer is given.
         """
         number = 1
         try:
@@ -191,6 +212,8 @@ class Classifier:
                 number += 1
         except ServerError as error:
             raise ServerError(f"question {number}: {error}") from None
+        except ReviewError as error:
+            raise ReviewError(f"question {number - 1}: {error}") from None
 
     def ask_each(self, questions: Iterable[str]) -> Iterator[Prediction | QuestionError]:
         """As `ask_many`, but a question that cannot be asked gives its error in its place."""
@@ -198,11 +221,26 @@ class Classifier:
         while window := list(islice(source, _WINDOW)):
             encoded = [self._encode_or_error(question) for question in window]
             scores = self._scorer.score([e[0] for e in encoded if not isinstance(e, QuestionError)])
-            for entry in encoded:
+            for question, entry in zip(window, encoded, strict=True):
                 if isinstance(entry, QuestionError):
                     yield entry
-                else:
-                    yield self._predict(next(scores), entry[1])
+                    continue
+                prediction = self._predict(next(scores), entry[1])
+                try:
+                    self._queue(question, prediction)
+                except ReviewError:
+                    yield prediction  # the answer first: it is not lost
+                    raise
+                yield prediction
+
+    def _queue(self, question: str, prediction: Prediction) -> None:
+        """Leave a question to a person, if this is one and there is a queue."""
+        if self._review is not None and prediction.abstained:
+            try:
+                self._review.add(question, prediction)
+            except ReviewError as error:
+                error.prediction = prediction
+                raise
 
     def _encode_or_error(self, question: str) -> tuple[list[int], bool] | QuestionError:
         try:

@@ -1,5 +1,12 @@
 """The one error family. Each message is one line: what is wrong, where, and what to do next."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qcat.prediction import Prediction
+
 
 class QcatError(Exception):
     """Anything that a user of qcat can mend; the command line prints it and exits with 1."""
@@ -35,3 +42,10 @@ class TrainError(QcatError):
 
 class ServerError(QcatError):
     """An Ollama server that does not answer, refuses, or has no such model."""
+
+
+class ReviewError(QcatError):
+    """A review queue that cannot be read or written, or an answer that does not fit it."""
+
+    prediction: Prediction | None = None
+    """Set where a question was answered but could not be queued: its answer is not lost."""

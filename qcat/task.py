@@ -19,6 +19,7 @@ from qcat.errors import TaskError
 
 Style = Literal["plain", "chat"]
 Verbalizer = Literal["name", "code"]
+Review = Literal["text", "hash"]
 
 MIN_LABELS, MAX_LABELS = 2, 500
 MAX_LABEL_CHARS = 200
@@ -27,7 +28,7 @@ DEFAULT_INSTRUCTION = "Classify the question into exactly one category from the 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _CODE = re.compile(r"[A-Z]{2}")
 _KEYS = (
-    "name", "instruction", "question", "answer", "style", "verbalizer", "labels", "codes",
+    "name", "instruction", "question", "answer", "style", "verbalizer", "review", "labels", "codes",
 )  # fmt: skip
 
 
@@ -55,6 +56,9 @@ class Task:
     """What the model writes: the label's `name`, or its two-letter `code`."""
     codes: Mapping[str, str] = field(default_factory=dict)
     """Label to code; empty until chosen for a tokenizer (`qcat.prompt.with_codes`)."""
+    review: Review | None = None
+    """Queue the questions that a person should decide: with their `text`, or by its `hash` only.
+    Not where: a task comes inside a model, and a stranger's must not choose what is written to."""
 
     def __post_init__(self) -> None:
         checked = {
@@ -66,6 +70,8 @@ class Task:
             "style": _choice(self.style, "style", get_args(Style)),
             "verbalizer": _choice(self.verbalizer, "verbalizer", get_args(Verbalizer)),
         }
+        if self.review is not None:
+            checked["review"] = _choice(self.review, "review", get_args(Review))
         for key, value in checked.items():
             object.__setattr__(self, key, value)
         object.__setattr__(self, "codes", _checked_codes(self.codes, self.labels))
@@ -89,7 +95,9 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in `task.toml` and in a GGUF's metadata."""
-        data: dict[str, Any] = {key: getattr(self, key) for key in _KEYS[:-2]}
+        data: dict[str, Any] = {key: getattr(self, key) for key in _KEYS[:-3]}
+        if self.review:
+            data["review"] = self.review
         data["labels"] = dict(self.labels)
         if self.codes:
             data["codes"] = dict(self.codes)

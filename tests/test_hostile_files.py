@@ -435,6 +435,7 @@ CHANGED: dict[str, dict[str, Any]] = {
             "answer": (1, {}, "", "a\u2028b", "word " * 300),
             "style": (1, [], {}, "", "Chat"),
             "verbalizer": (1, [], "", "codes", "code"),
+            "review": (1, [], "", True, "/etc/passwd"),
             "codes": (1, "text", ["AA"], {"pool": "AA"}, {"pool": 1}, {"no label": "AA"}),
             "more": (1, "text", {"a": {}}),
             "m\n" + "m" * 2000: (1,),

@@ -21,6 +21,7 @@ COMMANDS = {
     "deploy": "Put a bundle on an Ollama server, and prove it there.",
     "calibrate": "Make a bundle know when to leave a question to a person.",
     "eval": "Measure a bundle on labelled questions.",
+    "review": "Decide what the model left to a person.",
     "grammar": "Print a task's GBNF grammar.",
     "modelfile": "Print a bundle's Ollama Modelfile.",
     "inspect": "Show what a GGUF says of itself.",

@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 
 import click
 
 from qcat.classifier import OLLAMA, Classifier
 from qcat.cli.output import given, timeout_option
-from qcat.errors import QuestionError, ServerError
+from qcat.errors import QuestionError, ReviewError, ServerError
 from qcat.prediction import Prediction
 
 ABSTAINED = 3
@@ -74,6 +75,19 @@ ABSTAINED = 3
     show_default=True,
     help="What to print for a question left to a person.",
 )
+@click.option(
+    "--review",
+    envvar="QCAT_REVIEW",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Queue the questions that are left to a person for `qcat review`; made if there is none. "
+    "A model whose task.toml says so has a queue without this.  [env: QCAT_REVIEW]",
+)
+@click.option(
+    "--review-hash",
+    is_flag=True,
+    help="Keep no text in the queue, only a hash: a person can then not read the questions there.",
+)
 @click.option("--strict", is_flag=True, help="Refuse a question that is too long; else cut it.")
 @click.option(
     "--decode",
@@ -96,6 +110,8 @@ def command(
     as_set: bool,
     coverage: float,
     abstain: str,
+    review: Path | None,
+    review_hash: bool,
     strict: bool,
     decode: str,
     threads: int | None,
@@ -108,6 +124,9 @@ def command(
 
     \b
     Exit status: 0 answered, 1 error, 2 usage, 3 at least one left to a person.
+
+    A question that the review queue does not take is answered all the same; then that error ends
+    the command with 1, since the next one would be lost too.
 
     \b
     Examples:
@@ -134,6 +153,8 @@ def command(
         )
     if given("coverage") and not as_set:
         raise click.UsageError("--coverage is for --set")
+    if decode == "free" and (given("review") or review_hash):
+        raise click.UsageError("--review is for --decode label: a free answer has no probabilities")
     groups = iter([list(questions)])
     if questions in ((), ("-",)):
         groups = _available_lines(sys.stdin.fileno())
@@ -145,6 +166,8 @@ def command(
         strict=strict,
         threads=threads,
         timeout=timeout if served else None,
+        review=False if decode == "free" else review,
+        review_hash=review_hash,
         verbose=verbose,
     ) as classifier:
         answers = _say(classifier, groups) if decode == "free" else _ask(classifier, groups)
@@ -192,6 +215,8 @@ def _ask(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer
                 yield number, question, answer
     except ServerError as error:
         raise ServerError(f"question {number + 1}: {error}") from None
+    except ReviewError as error:
+        raise ReviewError(f"question {number}: {error}") from None
 
 
 def _say(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer]:

@@ -326,7 +326,7 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluati
 
     texts = [example.text for example in examples]
     truth = np.array([example.label for example in examples])
-    with Classifier.open(request.model) as classifier:
+    with Classifier.open(request.model, review=False) as classifier:
         temperature = classifier.calibration.temperature
         predictions = _ask(classifier, texts, "questions", progress)
         said = _say(classifier, texts, progress) if request.decode == "free" else None
@@ -602,7 +602,7 @@ def _other(
     path: Path, task: Task, texts: Sequence[str], decode: Decode, progress: Progress
 ) -> npt.NDArray[np.int_]:
     """The other model's answers, as indices among this task's labels."""
-    with Classifier.open(path) as classifier:
+    with Classifier.open(path, review=False) as classifier:
         predictions = _ask(classifier, texts, "other model", progress)
         said = _say(classifier, texts, progress) if decode == "free" else None
     chosen = _chosen(classifier.task, predictions, said)
