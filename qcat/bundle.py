@@ -8,6 +8,7 @@ Knows nothing of llama.cpp.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -24,6 +25,7 @@ from qcat.task import Task
 TASK_KEY = "qcat.task"
 SOURCE_KEY = "qcat.source"
 REPORT_KEY = "qcat.report"
+REFERENCE_KEY = "qcat.reference"
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
@@ -126,6 +128,21 @@ class Bundle:
         except (TaskError, TypeError) as error:
             raise BundleError(f"{file}: metadata {TASK_KEY}: {error}: export it again") from None
         return cls(file, header, task)
+
+
+def identity(metadata: Mapping[str, Any]) -> str:
+    """A name for the model in a file's or a server's metadata: its task and twelve hex digits.
+
+    They stand for all that qcat says there but the reference for drift, which is no part of how
+    the model answers: another training, export or calibration gives another name.
+    """
+    said = {
+        key: value
+        for key, value in metadata.items()
+        if key.startswith("qcat.") and key != REFERENCE_KEY
+    }
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return f"{json.loads(said[TASK_KEY])['name']}-{digest[:12]}"
 
 
 def section(header: Header, key: str, path: Path) -> dict[str, Any]:

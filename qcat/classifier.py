@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -15,8 +16,8 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from qcat.bundle import TASK_KEY, Bundle
-from qcat.errors import BundleError, ModelError, QuestionError, ServerError
+from qcat.bundle import TASK_KEY, Bundle, identity
+from qcat.errors import BundleError, DataError, ModelError, QuestionError, ServerError
 from qcat.grammar import grammar
 from qcat.prediction import Prediction, Reason
 from qcat.prompt import (
@@ -39,6 +40,7 @@ from qcat.scoring import (
 )
 from qcat.task import Task
 from qcat.trie import LabelTrie
+from qcat.trust.log import PredictionLog
 from qcat.vocabulary import write_vocabulary
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
@@ -73,15 +75,21 @@ class Classifier:
         scorer: Scorer,
         trie: LabelTrie,
         prompt: Prompt,
+        identity: str,
         *,
         name: str,
         resources: ExitStack,
         threshold: float,
         strict: bool,
+        log: PredictionLog | None,
     ) -> None:
         self.task = task
+        self.identity = identity
         self.threshold = threshold
         self.strict = strict
+        self.log_error: DataError | None = None
+        """Why the last answer is not in the log; None if it is, or if there is no log."""
+        self._log = log
         self._name, self._resources = name, resources
         self._labels = tuple(task.labels)
         self._vocabulary, self._scorer, self._trie, self._prompt = vocabulary, scorer, trie, prompt
@@ -95,6 +103,8 @@ class Classifier:
         strict: bool = False,
         threads: int | None = None,
         timeout: float | None = None,
+        log: str | os.PathLike[str] | None = None,
+        log_text: bool = False,
         verbose: bool = False,
     ) -> Self:
         """Load a GGUF made by `qcat export` and evaluate its prompt once, or find it on a server.
@@ -108,12 +118,16 @@ class Classifier:
             threads: of computation; by default the physical cores this process may use. Not for
                 a server, which has its own.
             timeout: seconds that a server may keep silent, 60 by default. Not for a file.
+            log: file to append each answer to, for `qcat drift`. An answer that cannot be logged
+                comes out all the same, with a warning, and `log_error` says why.
+            log_text: log the questions too.
             verbose: let llama.cpp write its log to stderr.
 
         Raises:
             BundleError: the file is absent, damaged, or no qcat GGUF.
             ModelError: llama.cpp cannot load it, or its vocabulary cannot spell the labels.
             ServerError: the server does not answer, or has no such model made by qcat.
+            DataError: the log cannot be opened.
             ValueError: an argument that makes no sense.
         """
         served = isinstance(model, str) and model.startswith(OLLAMA)
@@ -129,8 +143,14 @@ class Classifier:
                 parts = _open_ollama(name.removeprefix(OLLAMA), timeout, verbose, stack)
             else:
                 parts = _open_file(Path(name), threads, verbose, stack)
+            kept = None
+            if log is not None:
+                kept = PredictionLog(log, model=parts[-1], threshold=threshold, text=log_text)
+                stack.callback(kept.close)
             resources = stack.pop_all()
-        return cls(*parts, name=name, resources=resources, threshold=threshold, strict=strict)
+        return cls(
+            *parts, name=name, resources=resources, threshold=threshold, strict=strict, log=kept
+        )
 
     def ask(self, question: str) -> Prediction:
         """Classify one question.
@@ -141,7 +161,9 @@ class Classifier:
             ServerError: the server does not answer.
         """
         rest, truncated = self._encode(question)
-        return self._predict(next(self._scorer.score([rest])), truncated)
+        prediction = self._predict(next(self._scorer.score([rest])), truncated)
+        self._keep(question, prediction)
+        return prediction
 
     def ask_many(self, questions: Iterable[str]) -> Iterator[Prediction]:
         """Classify many questions, in order, several in one forward pass.
@@ -171,11 +193,24 @@ class Classifier:
         while window := list(islice(source, _WINDOW)):
             encoded = [self._encode_or_error(question) for question in window]
             scores = self._scorer.score([e[0] for e in encoded if not isinstance(e, QuestionError)])
-            for entry in encoded:
+            for question, entry in zip(window, encoded, strict=True):
                 if isinstance(entry, QuestionError):
                     yield entry
                 else:
-                    yield self._predict(next(scores), entry[1])
+                    prediction = self._predict(next(scores), entry[1])
+                    self._keep(question, prediction)
+                    yield prediction
+
+    def _keep(self, question: str, prediction: Prediction) -> None:
+        """Log an answer; one that cannot be logged is still an answer."""
+        if self._log is None:
+            return
+        try:
+            self._log.add(question, prediction)
+            self.log_error = None
+        except DataError as error:
+            self.log_error = error
+            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
 
     def _encode_or_error(self, question: str) -> tuple[list[int], bool] | QuestionError:
         try:
@@ -305,7 +340,7 @@ class Classifier:
         return {self._labels[i]: float(probabilities[i]) for i in (best, *order)}
 
 
-_Parts = tuple[Task, Vocabulary, Scorer, LabelTrie, Prompt]
+_Parts = tuple[Task, Vocabulary, Scorer, LabelTrie, Prompt, str]
 
 
 def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack) -> _Parts:
@@ -323,7 +358,7 @@ def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack)
         threads=threads or default_threads(),
     )
     stack.callback(scorer.close)
-    return bundle.task, model, scorer, trie, prompt
+    return bundle.task, model, scorer, trie, prompt, identity(bundle.header.metadata)
 
 
 def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitStack) -> _Parts:
@@ -365,7 +400,7 @@ def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitSta
         spellings=metadata["tokenizer.ggml.tokens"],
     )
     stack.callback(scorer.close)
-    return task, vocabulary, scorer, trie, prompt
+    return task, vocabulary, scorer, trie, prompt, identity(metadata)
 
 
 def prepare(task: Task, vocabulary: Vocabulary, name: str) -> tuple[Prompt, LabelTrie]:

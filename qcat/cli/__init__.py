@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "Turn an adapter into a proven 4-bit GGUF bundle.",
     "deploy": "Put a bundle on an Ollama server, and prove it there.",
     "eval": "Measure a bundle on labelled questions.",
+    "drift": "Compare a log of answers with a quiet time.",
     "grammar": "Print a task's GBNF grammar.",
     "modelfile": "Print a bundle's Ollama Modelfile.",
     "inspect": "Show what a GGUF says of itself.",

@@ -69,6 +69,12 @@ ABSTAINED = 3
 @click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="Threads; by default the physical cores."
 )
+@click.option(
+    "--log",
+    metavar="FILE",
+    help="Append each answer to FILE, without the question, for `qcat drift`.",
+)
+@click.option("--log-text", is_flag=True, help="Log the questions too.")
 @timeout_option
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
 def command(
@@ -82,6 +88,8 @@ def command(
     strict: bool,
     decode: str,
     threads: int | None,
+    log: str | None,
+    log_text: bool,
     timeout: int,
     verbose: bool,
 ) -> int:
@@ -110,16 +118,22 @@ def command(
         raise click.UsageError("--threads is for llama.cpp here: the Ollama server has its own")
     if not served and given("timeout"):
         raise click.UsageError("--timeout is for an Ollama server")
+    if log_text and log is None:
+        raise click.UsageError("--log-text is for --log")
+    if log is not None and decode == "free":
+        raise click.UsageError("--log is not for --decode free, which gives no probabilities")
     groups = iter([list(questions)])
     if questions in ((), ("-",)):
         groups = _available_lines(sys.stdin.fileno())
-    status, warned = 0, False
+    status, warned, unlogged = 0, False, False
     with Classifier.open(
         model,
         threshold=threshold,
         strict=strict,
         threads=threads,
         timeout=timeout if served else None,
+        log=log,
+        log_text=log_text,
         verbose=verbose,
     ) as classifier:
         answers = _say(classifier, groups) if decode == "free" else _ask(classifier, groups)
@@ -151,7 +165,10 @@ def command(
                 if answer.abstained and status == 0:
                     status = ABSTAINED
                 click.echo(_line(question, answer, as_json, top, abstain))
-    return status
+                if classifier.log_error and not unlogged:
+                    click.echo(f"qcat: error: {classifier.log_error}", err=True)
+                unlogged = unlogged or classifier.log_error is not None
+    return 1 if unlogged else status
 
 
 Answer = tuple[int, str, Prediction | str | QuestionError]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from qcat.learn.train import Epoch
+    from qcat.trust.drift import Drift
 
 _BLUE, _ORANGE, _GREY = (0.2, 0.45, 0.9), (0.95, 0.5, 0.1), "#888888"
 _STRONGEST = 0.6  # opacity, so that text on any cell can be read on light and on dark
@@ -89,6 +91,38 @@ def training_png(history: Sequence[Epoch], best: int) -> bytes:
         axes.set_xlabel(f"epoch (best: {best})")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def drift_png(points: Sequence[tuple[datetime, Drift]]) -> bytes:
+    """The signals of drift over time as a PNG, a panel each; windows that drifted are orange.
+
+    Args:
+        points: windows in the order of time, at least one, each with the time of its last answer.
+    """
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(signal.name for _, drift in points for signal in drift.signals))
+    figure = Figure(figsize=(7, 1.5 * len(names) + 0.5), layout="constrained")
+    panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, names, strict=True):
+        found = [(time, s) for time, drift in points for s in drift.signals if s.name == name]
+        times = [time for time, _ in found]
+        values = [s.change if s.window is None else s.window for _, s in found]
+        axes.plot(times, values, "-", color=_BLUE)
+        colours = [_ORANGE if signal.drifted else _BLUE for _, signal in found]
+        axes.scatter(times, values, s=16, c=colours, zorder=3)
+        for _, signal in found[-1:]:
+            if signal.reference is not None:
+                axes.axhline(signal.reference, color=_GREY, linestyle=":")
+        axes.set_title("label mix, PSI" if name == "label mix" else name, loc="left", fontsize=10)
+        axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    locator = AutoDateLocator()  # type: ignore[no-untyped-call]
+    panels[-1].xaxis.set_major_locator(locator)
+    formatter = ConciseDateFormatter(locator)  # type: ignore[no-untyped-call]
+    panels[-1].xaxis.set_major_formatter(formatter)
     return _png(figure)
 
 
