@@ -103,6 +103,11 @@ def drift_png(points: Sequence[tuple[datetime, Drift]]) -> bytes:
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     from matplotlib.figure import Figure
 
+    titles = {
+        "label mix": "label mix, PSI",
+        "confidence": "mean confidence",
+        "label mass": "mean label mass",
+    }
     names = list(dict.fromkeys(signal.name for _, drift in points for signal in drift.signals))
     figure = Figure(figsize=(7, 1.5 * len(names) + 0.5), layout="constrained")
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
@@ -116,7 +121,7 @@ def drift_png(points: Sequence[tuple[datetime, Drift]]) -> bytes:
         for _, signal in found[-1:]:
             if signal.reference is not None:
                 axes.axhline(signal.reference, color=_GREY, linestyle=":")
-        axes.set_title("label mix, PSI" if name == "label mix" else name, loc="left", fontsize=10)
+        axes.set_title(titles.get(name, name), loc="left", fontsize=10)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     locator = AutoDateLocator()  # type: ignore[no-untyped-call]

@@ -236,10 +236,11 @@ def psi(expected: npt.ArrayLike, found: npt.ArrayLike) -> float:
     It is the sum of both Kullback-Leibler divergences. Half a count is added to each cell, so that
     an empty one costs much but not everything.
     """
-    from scipy.stats import entropy
+    from scipy.special import rel_entr
 
     a, b = (np.asarray(counts, np.float64) + 0.5 for counts in (expected, found))
-    return float(entropy(a, b) + entropy(b, a))
+    a, b = a / a.sum(), b / b.sum()
+    return float((rel_entr(a, b) + rel_entr(b, a)).sum())
 
 
 _Found = tuple[Name, float | None, float | None, float, float, float | None, float]
