@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,6 +124,10 @@ def drift_png(points: Sequence[tuple[datetime, Drift]]) -> bytes:
         axes.set_title(titles.get(name, name), loc="left", fontsize=10)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
+    first, last = points[0][0], points[-1][0]
+    if first == last:  # matplotlib would show four years around a single time
+        panels[-1].set_xlim(first - timedelta(hours=12), last + timedelta(hours=12))
+    panels[-1].set_xlabel("end of the window; dotted: the reference; orange: drift")
     locator = AutoDateLocator()  # type: ignore[no-untyped-call]
     panels[-1].xaxis.set_major_locator(locator)
     formatter = ConciseDateFormatter(locator)  # type: ignore[no-untyped-call]

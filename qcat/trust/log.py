@@ -242,7 +242,7 @@ def _or_none(value: Any, read: Callable[[Any], _T]) -> _T | None:
 
 def _time(value: Any) -> datetime:
     time = datetime.fromisoformat(value)
-    if time.tzinfo is None:
+    if time.tzinfo is None or not 1970 <= time.year < 9999:  # a picture can show these
         raise ValueError
     return time.astimezone(UTC)
 
