@@ -63,11 +63,14 @@ def main() -> None:
         for name, other in shifts.items()
         for share in (0.1, 0.2, 0.5, 1.0)
     ]
-    looks = year(pool)
+    years = [{"level": level, **year(pool, level)} for level in (LEVEL, 0.001)]
+    print(f"{WINDOWS} windows without drift, level {LEVEL}: share called drifted")
     show(alarms)
-    print(f"{YEARS} years of {DAYS} daily looks, {PER_DAY} questions a day: {looks}")
+    print(f"\nno drift, {YEARS} years of daily looks at the last {WINDOW}, {PER_DAY} asked a day")
+    show(years)
+    print(f"\nquestions from a shift to the alarm, level {LEVEL}, a look every {EVERY}")
     show(delays)
-    print(json.dumps({"level": LEVEL, "alarms": alarms, "year": looks, "delays": delays}))
+    print(json.dumps({"level": LEVEL, "alarms": alarms, "years": years, "delays": delays}))
 
 
 def ask() -> list[Answers]:
@@ -96,11 +99,10 @@ def slipped(text: str, random: random.Random) -> str:
     return " ".join(words)
 
 
-def judged(reference: Answers, window: Answers) -> Drift:
+def judged(reference: Answers, window: Answers, level: float = LEVEL) -> Drift:
     """One run of `qcat drift`."""
-    return compare(
-        Reference.of(reference, threshold=THRESHOLD), Reference.of(window, threshold=THRESHOLD)
-    )
+    quiet, now = (Reference.of(side, threshold=THRESHOLD) for side in (reference, window))
+    return compare(quiet, now, level=level)
 
 
 def rate(reference: Callable[[random.Random], Answers], pool: Answers, size: int) -> float:
@@ -110,7 +112,7 @@ def rate(reference: Callable[[random.Random], Answers], pool: Answers, size: int
     return sum(bool(drift.drifted) for drift in drawn) / WINDOWS
 
 
-def year(pool: Answers) -> dict[str, float]:
+def year(pool: Answers, level: float) -> dict[str, float]:
     """Daily looks at the last `WINDOW` questions, without drift: alarms a look, and a year."""
     rng = random.Random(0)
     alarms = []
@@ -118,7 +120,8 @@ def year(pool: Answers) -> dict[str, float]:
         reference = rng.choices(pool, k=len(pool) // 2)
         stream = rng.choices(pool, k=WINDOW + DAYS * PER_DAY)
         ends = range(WINDOW, len(stream), PER_DAY)
-        alarms.append(sum(bool(judged(reference, stream[e - WINDOW : e]).drifted) for e in ends))
+        looks = (judged(reference, stream[end - WINDOW : end], level) for end in ends)
+        alarms.append(sum(bool(drift.drifted) for drift in looks))
     return {
         "alarms a look": sum(alarms) / (YEARS * DAYS),
         "years with an alarm": sum(map(bool, alarms)) / YEARS,
@@ -154,7 +157,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
