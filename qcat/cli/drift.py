@@ -197,7 +197,8 @@ def _report(drift: Drift, found: LogWindow) -> Iterable[str]:
     yield _verdict(drift)
     if drift.signals:
         yield ""
-        yield from table([("", "reference", "window", "change", "PSI", "p"), *_rows(drift.signals)])
+        head = ("", "reference", "window", "change", "PSI", "p", "")
+        yield from table([head, *_rows(drift.signals)])
     if any(signal.name == "label mix" for signal in drift.drifted):
         changed = drift.labels[:_LABELS]
         yield ""
@@ -236,9 +237,8 @@ def _rows(signals: Sequence[Signal]) -> Iterable[tuple[str, ...]]:
             signal.name,
             "" if signal.reference is None else f"{signal.reference:.3f}",
             "" if signal.window is None else f"{signal.window:.3f}",
-            f"{signal.change:+.3f}"
-            if signal.name in ("share abstained", "accuracy")
-            else ("" if signal.name == "label mix" else f"{signal.change:.3f}"),
+            "" if signal.reference is None else f"{signal.change:.3f}",
             "" if signal.psi is None else f"{signal.psi:.3f}",
-            f"{signal.p_value:.2g}" + ("  drift" if signal.drifted else ""),
+            f"{signal.p_value:.2g}",
+            "drift" if signal.drifted else "",
         )
