@@ -1,4 +1,4 @@
-"""Calibrate a bundle: ask it labelled questions as `qcat ask` does, fit, and write what is found.
+"""Calibrate a bundle: ask it labelled questions as `qcat ask` does, and fit.
 
 Knows nothing of the command line.
 """
@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcat.bundle import CALIBRATION_KEY, write_section
+from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY
 from qcat.classifier import Classifier
 from qcat.prediction import Prediction
 from qcat.scoring import Floats, temper
 from qcat.trust.calibration import Calibration
+from qcat.trust.decide import recalibrated
+from qcat.trust.drift import Reference
 from qcat.trust.fit import Fitted, fit, label_matrix
+from qcat.trust.log import OWN_RULE
 from qcat.trust.reliability import Reliability, reliability
 
 Progress = Callable[[int, int], None]
@@ -37,6 +40,10 @@ class Asked:
         """Of the labels, shape (questions, labels)."""
         raw = label_matrix(self.predictions, self.labels)
         return temper(np.log(np.maximum(raw, np.finfo(np.float64).tiny)), temperature)
+
+    def answers(self, calibration: Calibration) -> list[Prediction]:
+        """What the model says with a calibration."""
+        return [recalibrated(p, calibration, self.labels) for p in self.predictions]
 
     def fit(self) -> Fitted:
         """See `qcat.trust.fit.fit`. Raises DataError: too few questions."""
@@ -67,9 +74,16 @@ def ask_all(model: Path, questions: Sequence[tuple[str, int]], progress: Progres
     return Asked(labels, tuple(found), np.array([label for _, label in questions]))
 
 
-def write_calibration(model: Path, calibration: Calibration) -> None:
-    """Put a calibration into a GGUF, in place of an older one."""
-    write_section(model, CALIBRATION_KEY, calibration.to_dict())
+def sections(calibration: Calibration, asked: Asked) -> dict[str, dict[str, Any]]:
+    """What goes into the GGUF: the calibration, and how a quiet time looks to `qcat drift`.
+
+    Args:
+        calibration: of the model.
+        asked: questions that stand for such a time.
+    """
+    truth = [asked.labels[number] for number in asked.truth]
+    reference = Reference.of(asked.answers(calibration), asked.labels, rule=OWN_RULE, truth=truth)
+    return {CALIBRATION_KEY: calibration.to_dict(), REFERENCE_KEY: reference.to_dict()}
 
 
 def summary(fitted: Fitted, fitted_on: Asked, measured: Asked | None) -> dict[str, Any]:

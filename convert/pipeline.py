@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from convert.calibrate import Asked, ask_all, summary, write_calibration
+from convert.calibrate import Asked, ask_all, sections, summary
 from convert.card import model_card
 from convert.imatrix import ImportanceMatrix, importance_matrix
 from convert.merge import Merged, merge
@@ -31,7 +31,7 @@ from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_to
 from convert.vocab import read_vocabulary
 from convert.writer import Precision, write_gguf
 from qcat.backends.llama import LlamaModel, default_threads
-from qcat.bundle import REPORT_KEY, Bundle, write_section
+from qcat.bundle import REPORT_KEY, Bundle, write_sections
 from qcat.classifier import prepare
 from qcat.errors import DataError, ExportError
 from qcat.grammar import grammar
@@ -211,9 +211,10 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
             "special_in_ollama": special,
         }
     full.unlink()
+    learned: dict[str, dict[str, Any]] = {}
     if request.validation:
-        report["calibration"] = _calibrate(gguf, request, progress)
-    write_section(gguf, REPORT_KEY, report)
+        report["calibration"], learned = _calibrate(gguf, request, progress)
+    write_sections(gguf, {REPORT_KEY: report, **learned})
     report["bytes"] = gguf.stat().st_size
     (folder / "Modelfile").write_text(text, "utf-8")
     (folder / "labels.gbnf").write_text(grammar(setup.task), "utf-8")
@@ -325,8 +326,10 @@ def _prove(
     }
 
 
-def _calibrate(gguf: Path, request: Request, progress: Progress) -> dict[str, Any]:
-    """Calibrate the file on the validation questions; what there is to say of it."""
+def _calibrate(
+    gguf: Path, request: Request, progress: Progress
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Calibrate the file on the validation questions: what the report says, what goes inside."""
 
     def ask(questions: tuple[tuple[str, int], ...], step: str) -> Asked:
         return ask_all(gguf, questions, lambda done, total: progress(step, done, total))
@@ -335,10 +338,9 @@ def _calibrate(gguf: Path, request: Request, progress: Progress) -> dict[str, An
     try:
         fitted = asked.fit()
     except DataError as error:
-        return {"refused": str(error)}
+        return {"refused": str(error)}, {}
     held_out = ask(request.held_out, "measure confidence") if request.held_out else None
-    write_calibration(gguf, fitted.calibration)
-    return summary(fitted, asked, held_out)
+    return summary(fitted, asked, held_out), sections(fitted.calibration, asked)
 
 
 def _source(request: Request, merged: Merged) -> dict[str, Any]:

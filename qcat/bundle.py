@@ -8,6 +8,7 @@ Knows nothing of llama.cpp.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -25,6 +26,7 @@ TASK_KEY = "qcat.task"
 SOURCE_KEY = "qcat.source"
 REPORT_KEY = "qcat.report"
 CALIBRATION_KEY = "qcat.calibration"
+REFERENCE_KEY = "qcat.reference"
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
@@ -129,6 +131,21 @@ class Bundle:
         return cls(file, header, task)
 
 
+def identity(metadata: Mapping[str, Any]) -> str:
+    """A name for the model in a file's or a server's metadata: its task and twelve hex digits.
+
+    They stand for all that qcat says there but the reference for drift, which is no part of how
+    the model answers: another training, export or calibration gives another name.
+    """
+    said = {
+        key: value
+        for key, value in metadata.items()
+        if key.startswith("qcat.") and key != REFERENCE_KEY
+    }
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return f"{json.loads(said[TASK_KEY])['name']}-{digest[:12]}"
+
+
 def section(header: Header, key: str, path: Path) -> dict[str, Any]:
     """A JSON object kept under a metadata key; empty if the key is absent.
 
@@ -163,32 +180,48 @@ def read_header(path: Path) -> Header:
         raise BundleError(f"{path}: damaged or cut short ({error}): copy or export again") from None
 
 
-def write_section(path: Path, key: str, data: Mapping[str, Any]) -> None:
-    """Add or replace one JSON object in a GGUF's metadata; the tensor data are copied as they are.
+def write_sections(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add or replace JSON objects in a GGUF's metadata; the tensor data are copied as they are.
 
     The new file replaces the old one at once, so a reader sees one of the two, whole.
+
+    Args:
+        path: of the file.
+        sections: the objects by their metadata keys.
+
+    Raises:
+        BundleError: the file cannot be read, or not written.
     """
     header = read_header(path)
-    text = json.dumps(data, ensure_ascii=False).encode()
-    pair = _packed_string(key.encode()) + struct.pack("<I", _STRING) + _packed_string(text)
-    partial = path.with_name(f"{path.name}.part")
-    with path.open("rb") as source, partial.open("wb") as target:
-        source.seek(0)
-        start = source.read(8)
-        source.seek(8 + 16)
-        pairs = source.read(header.metadata_end - 24)
-        replaced = _without(pairs, key)
-        count = header.n_metadata + (0 if len(replaced) < len(pairs) else 1)
-        target.write(start + struct.pack("<QQ", len(header.tensors), count))
-        target.write(replaced + pair)
-        target.write(source.read(header.table_end - header.metadata_end))
-        alignment = _alignment(header.metadata)
-        target.write(b"\0" * (-target.tell() % alignment))
-        source.seek(header.data_start)
-        _copy(source, target)
-        target.flush()
-        os.fsync(target.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with path.open("rb") as source, partial.open("wb") as target:
+            source.seek(0)
+            start = source.read(8)
+            source.seek(8 + 16)
+            pairs = source.read(header.metadata_end - 24)
+            count = header.n_metadata
+            for key, data in sections.items():
+                text = json.dumps(data, ensure_ascii=False).encode()
+                left = _without(pairs, key)
+                count += 0 if len(left) < len(pairs) else 1
+                packed = struct.pack("<I", _STRING) + _packed_string(text)
+                pairs = left + _packed_string(key.encode()) + packed
+            target.write(start + struct.pack("<QQ", len(header.tensors), count))
+            target.write(pairs)
+            target.write(source.read(header.table_end - header.metadata_end))
+            alignment = _alignment(header.metadata)
+            target.write(b"\0" * (-target.tell() % alignment))
+            source.seek(header.data_start)
+            _copy(source, target)
+            target.flush()
+            os.fsync(target.fileno())
+        partial.chmod(path.stat().st_mode & 0o777)
+        os.replace(partial, path)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written: {error.strerror}: make room") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _copy(source: BinaryIO, target: BinaryIO) -> None:

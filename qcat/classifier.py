@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from qcat.bundle import CALIBRATION_KEY, TASK_KEY, Bundle, section
-from qcat.errors import BundleError, ModelError, QuestionError, ReviewError, ServerError
+from qcat.bundle import CALIBRATION_KEY, TASK_KEY, Bundle, identity, section
+from qcat.errors import (
+    BundleError,
+    DataError,
+    ModelError,
+    QuestionError,
+    ReviewError,
+    ServerError,
+)
 from qcat.grammar import grammar
 from qcat.prediction import Prediction
 from qcat.prompt import (
@@ -41,6 +49,7 @@ from qcat.task import Task
 from qcat.trie import LabelTrie
 from qcat.trust.calibration import Calibration
 from qcat.trust.decide import check_coverage, decide
+from qcat.trust.log import OWN_RULE, PredictionLog
 from qcat.vocabulary import write_vocabulary
 
 if TYPE_CHECKING:
@@ -73,26 +82,28 @@ class Classifier:
 
     def __init__(
         self,
-        task: Task,
-        vocabulary: Vocabulary,
-        scorer: Scorer,
-        trie: LabelTrie,
-        prompt: Prompt,
+        parts: _Parts,
         *,
         name: str,
         resources: ExitStack,
         calibration: Calibration,
         coverage: float | None,
         strict: bool,
-        review: ReviewQueue | None = None,
+        review: ReviewQueue | None,
+        log: PredictionLog | None,
     ) -> None:
-        self.task = task
+        self.task = parts.task
         self.calibration = calibration
         self.coverage = coverage
         self.strict = strict
-        self._name, self._resources, self._review = name, resources, review
-        self._labels = tuple(task.labels)
-        self._vocabulary, self._scorer, self._trie, self._prompt = vocabulary, scorer, trie, prompt
+        self.identity = parts.identity
+        """Which model this is, as the log names it."""
+        self.log_error: DataError | None = None
+        """Why the last answer is not in the log; None if it is, or if there is no log."""
+        self._name, self._resources, self._review, self._log = name, resources, review, log
+        self._labels = tuple(parts.task.labels)
+        self._vocabulary, self._scorer = parts.vocabulary, parts.scorer
+        self._trie, self._prompt = parts.trie, parts.prompt
 
     @classmethod
     def open(
@@ -107,6 +118,8 @@ class Classifier:
         timeout: float | None = None,
         review: str | os.PathLike[str] | Literal[False] | None = None,
         review_hash: bool = False,
+        log: str | os.PathLike[str] | None = None,
+        log_text: bool = False,
         verbose: bool = False,
     ) -> Self:
         """Load a GGUF made by `qcat export` and evaluate its prompt once, or find it on a server.
@@ -129,6 +142,9 @@ class Classifier:
             review: file of the review queue that questions go to which are left to a person
                 (`abstained`). None: as the task says, in the user's data folder; False: none.
             review_hash: keep hashes in the queue and no texts, even if the task would keep them.
+            log: file to append each answer to, for `qcat drift`. An answer that cannot be logged
+                comes out all the same, with a warning, and `log_error` says why.
+            log_text: log the questions too.
             verbose: let llama.cpp write its log to stderr.
 
         Raises:
@@ -137,6 +153,7 @@ class Classifier:
             ModelError: llama.cpp cannot load it, or its vocabulary cannot spell the labels.
             ServerError: the server does not answer, or has no such model made by qcat.
             ReviewError: the review queue cannot be used, or is another task's.
+            DataError: the log cannot be opened.
             ValueError: an argument that makes no sense.
         """
         served = isinstance(model, str) and model.startswith(OLLAMA)
@@ -151,28 +168,35 @@ class Classifier:
         name = os.fspath(DEFAULT_MODEL if model is None else model)
         with ExitStack() as stack:
             if served:
-                parts, known = _open_ollama(name.removeprefix(OLLAMA), timeout, verbose, stack)
+                parts = _open_ollama(name.removeprefix(OLLAMA), timeout, verbose, stack)
             else:
-                parts, known = _open_file(Path(name), threads, verbose, stack)
-            calibration = known if calibrated else Calibration()
+                parts = _open_file(Path(name), threads, verbose, stack)
+            calibration = parts.calibration if calibrated else Calibration()
+            rule = OWN_RULE
             if threshold is not None:
-                calibration = calibration.with_threshold(threshold)
+                calibration, rule = calibration.with_threshold(threshold), f"threshold {threshold}"
             if coverage is not None:
                 check_coverage(calibration, coverage, name)
-            queue = None
-            if review is not False and (review is not None or review_hash or parts[0].review):
+                rule = f"coverage {coverage}"
+            queue = kept = None
+            if review is not False and (review is not None or review_hash or parts.task.review):
                 from qcat.trust.review import open_for
 
-                queue = stack.enter_context(open_for(parts[0], review, review_hash))
+                queue = stack.enter_context(open_for(parts.task, review, review_hash))
+            if log is not None:
+                kept = stack.enter_context(
+                    PredictionLog(log, model=parts.identity, rule=rule, text=log_text)
+                )
             resources = stack.pop_all()
         return cls(
-            *parts,
+            parts,
             name=name,
             resources=resources,
             calibration=calibration,
             coverage=coverage,
             strict=strict,
             review=queue,
+            log=kept,
         )
 
     def ask(self, question: str) -> Prediction:
@@ -187,6 +211,7 @@ class Classifier:
         """
         rest, truncated = self._encode(question)
         prediction = self._predict(next(self._scorer.score([rest])), truncated)
+        self._keep(question, prediction)
         self._queue(question, prediction)
         return prediction
 
@@ -226,12 +251,24 @@ class Classifier:
                     yield entry
                     continue
                 prediction = self._predict(next(scores), entry[1])
+                self._keep(question, prediction)
                 try:
                     self._queue(question, prediction)
                 except ReviewError:
                     yield prediction  # the answer first: it is not lost
                     raise
                 yield prediction
+
+    def _keep(self, question: str, prediction: Prediction) -> None:
+        """Log an answer; one that cannot be logged is still an answer."""
+        if self._log is None:
+            return
+        try:
+            self._log.add(question, prediction)
+            self.log_error = None
+        except DataError as error:
+            self.log_error = error
+            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
 
     def _queue(self, question: str, prediction: Prediction) -> None:
         """Leave a question to a person, if this is one and there is a queue."""
@@ -357,12 +394,19 @@ class Classifier:
         )
 
 
-_Parts = tuple[Task, Vocabulary, Scorer, LabelTrie, Prompt]
+class _Parts(NamedTuple):
+    """What opening a model gives, wherever it runs."""
+
+    task: Task
+    vocabulary: Vocabulary
+    scorer: Scorer
+    trie: LabelTrie
+    prompt: Prompt
+    calibration: Calibration
+    identity: str
 
 
-def _open_file(
-    path: Path, threads: int | None, verbose: bool, stack: ExitStack
-) -> tuple[_Parts, Calibration]:
+def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack) -> _Parts:
     bundle = Bundle.read(path)
     from qcat.backends.llama import LlamaModel, LlamaScorer, default_threads
 
@@ -377,12 +421,18 @@ def _open_file(
         threads=threads or default_threads(),
     )
     stack.callback(scorer.close)
-    return (bundle.task, model, scorer, trie, prompt), read_calibration(bundle)
+    return _Parts(
+        bundle.task,
+        model,
+        scorer,
+        trie,
+        prompt,
+        read_calibration(bundle),
+        identity(bundle.header.metadata),
+    )
 
 
-def _open_ollama(
-    name: str, timeout: float | None, verbose: bool, stack: ExitStack
-) -> tuple[_Parts, Calibration]:
+def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitStack) -> _Parts:
     from qcat.backends.llama import LlamaModel
     from qcat.backends.ollama import TIMEOUT, Server
     from qcat.backends.ollama_scorer import OllamaScorer
@@ -422,7 +472,7 @@ def _open_ollama(
         spellings=metadata["tokenizer.ggml.tokens"],
     )
     stack.callback(scorer.close)
-    return (task, vocabulary, scorer, trie, prompt), calibration
+    return _Parts(task, vocabulary, scorer, trie, prompt, calibration, identity(metadata))
 
 
 def read_calibration(bundle: Bundle) -> Calibration:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from qcat import Classifier
-from qcat.bundle import CALIBRATION_KEY, read_header, section, write_section
+from qcat.bundle import CALIBRATION_KEY, read_header, section, write_sections
 from qcat.classifier import DEFAULT_MODEL
 from qcat.errors import BundleError, DataError
 from qcat.learn.dataset import read_examples
@@ -570,11 +570,11 @@ def test_bad_input_is_one_line(qcat, house, house_copy, held_out, tmp_path):
 
 
 def test_a_damaged_section_is_one_line(qcat, house_copy):
-    write_section(house_copy, CALIBRATION_KEY, FULL.to_dict() | {"temperature": "hot"})
+    write_sections(house_copy, {CALIBRATION_KEY: FULL.to_dict() | {"temperature": "hot"}})
     done = qcat("ask", "-m", house_copy, "x")
     assert done.returncode == 1
     assert "qcat.calibration has no sensible number under 'temperature'" in done.stderr
-    write_section(house_copy, CALIBRATION_KEY, {"version": 99})
+    write_sections(house_copy, {CALIBRATION_KEY: {"version": 99}})
     assert "of another version of qcat" in qcat("ask", "-m", house_copy, "x").stderr
 
 

@@ -24,7 +24,7 @@ from test_hostile_files import run_apart
 
 from convert.modelfile import chat_template, modelfile, render
 from qcat import Classifier, QcatError, Task, TaskError
-from qcat.bundle import TASK_KEY, write_section
+from qcat.bundle import TASK_KEY, write_sections
 from qcat.grammar import grammar
 from qcat.prompt import Prompt, build_prompt, clean_question, with_codes
 
@@ -137,7 +137,7 @@ def main(gguf: Path) -> None:
             sampler = llama_cpp.llama_sampler_init_grammar(vocabulary.vocab, text, b"root")
             outcome: dict[str, Any] = {"grammar": bool(sampler)}
             llama_cpp.llama_sampler_free(sampler)
-            write_section(gguf, TASK_KEY, task.to_dict())
+            write_sections(gguf, {TASK_KEY: task.to_dict()})
             try:
                 with Classifier.open(gguf, threads=1) as classifier:
                     answer = classifier.ask('When was "it" replaced?')

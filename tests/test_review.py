@@ -79,7 +79,7 @@ def test_a_question_is_kept_once_and_counted(path):
     with opened(path) as queue:
         queue.add("Is the café  open?", prediction("pool"))
         queue.add("other", prediction())
-        queue.add(" is the CAFE\u0301 open?\n", prediction("car", 0.7, "ambiguous"))
+        queue.add(" is the CAFE\u0301 open?\n", prediction("car", 0.7, reason="ambiguous"))
     with ReviewQueue.existing(path) as queue:
         first, second = queue.pending()  # the one seen more often comes first
         assert (queue.task, queue.labels) == ("sorts", LABELS)

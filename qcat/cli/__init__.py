@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": "Make a bundle know when to leave a question to a person.",
     "eval": "Measure a bundle on labelled questions.",
     "review": "Decide what the model left to a person.",
+    "drift": "Compare a log of answers with a quiet time.",
     "grammar": "Print a task's GBNF grammar.",
     "modelfile": "Print a bundle's Ollama Modelfile.",
     "inspect": "Show what a GGUF says of itself.",

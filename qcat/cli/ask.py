@@ -98,6 +98,12 @@ ABSTAINED = 3
 @click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="Threads; by default the physical cores."
 )
+@click.option(
+    "--log",
+    metavar="FILE",
+    help="Append each answer to FILE, without the question, for `qcat drift`.",
+)
+@click.option("--log-text", is_flag=True, help="Log the questions too.")
 @timeout_option
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
 def command(
@@ -115,6 +121,8 @@ def command(
     strict: bool,
     decode: str,
     threads: int | None,
+    log: str | None,
+    log_text: bool,
     timeout: int,
     verbose: bool,
 ) -> int:
@@ -155,10 +163,14 @@ def command(
         raise click.UsageError("--coverage is for --set")
     if decode == "free" and (given("review") or review_hash):
         raise click.UsageError("--review is for --decode label: a free answer has no probabilities")
+    if log_text and log is None:
+        raise click.UsageError("--log-text is for --log")
+    if log is not None and decode == "free":
+        raise click.UsageError("--log is not for --decode free, which gives no probabilities")
     groups = iter([list(questions)])
     if questions in ((), ("-",)):
         groups = _available_lines(sys.stdin.fileno())
-    status, warned = 0, False
+    status, warned, unlogged = 0, False, False
     with Classifier.open(
         model,
         threshold=threshold,
@@ -168,6 +180,8 @@ def command(
         timeout=timeout if served else None,
         review=False if decode == "free" else review,
         review_hash=review_hash,
+        log=log,
+        log_text=log_text,
         verbose=verbose,
     ) as classifier:
         answers = _say(classifier, groups) if decode == "free" else _ask(classifier, groups)
@@ -199,7 +213,10 @@ def command(
                 if answer.abstained and status == 0:
                     status = ABSTAINED
                 click.echo(_line(question, answer, as_json, top, abstain))
-    return status
+                if classifier.log_error and not unlogged:
+                    click.echo(f"qcat: error: {classifier.log_error}", err=True)
+                unlogged = unlogged or classifier.log_error is not None
+    return 1 if unlogged else status
 
 
 Answer = tuple[int, str, Prediction | str | QuestionError]

@@ -11,14 +11,13 @@ from typing import Any
 import click
 import numpy as np
 
-from convert.calibrate import Asked, ask_all, summary, write_calibration
-from qcat.bundle import Bundle
+from convert.calibrate import Asked, ask_all, sections, summary
+from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, section, write_sections
 from qcat.classifier import read_calibration
 from qcat.cli.output import Bars, check_writable, given, table
 from qcat.files import write_whole
 from qcat.learn.dataset import read_examples
 from qcat.trust.calibration import Calibration
-from qcat.trust.decide import recalibrated
 from qcat.trust.fit import Fitted
 from qcat.trust.reliability import reliability_rows
 from qcat.trust.thresholds import LEVEL, RiskCoverage, promise_threshold, risk_coverage
@@ -98,7 +97,10 @@ def command(
     calibration = read_calibration(bundle)
     if questions is None:
         assert threshold is not None
-        write_calibration(model, calibration.with_threshold(threshold))
+        # What share of the quiet time's questions it leaves to a person is not known.
+        told = {**section(bundle.header, REFERENCE_KEY, model), "rule": None}
+        known = {CALIBRATION_KEY: calibration.with_threshold(threshold).to_dict()}
+        write_sections(model, known | ({REFERENCE_KEY: told} if len(told) > 1 else {}))
         click.echo(f"{model}: threshold {threshold:g}, for all labels")
         return
     examples = read_examples(questions, bundle.task)
@@ -140,7 +142,7 @@ def command(
 
         common = None if calibration.label_thresholds else calibration.threshold or None
         picture = risk_coverage_png(answers.curve(), common)
-    write_calibration(model, calibration)
+    write_sections(model, sections(calibration, asked))
     if curve and picture:
         write_whole(curve, picture)
     found = _Found(asked, answers, calibration, fitted)
@@ -165,7 +167,7 @@ class _Answers:
 
 
 def _answers(asked: Asked, calibration: Calibration) -> _Answers:
-    found = [recalibrated(p, calibration, asked.labels) for p in asked.predictions]
+    found = asked.answers(calibration)
     truth = [asked.labels[number] for number in asked.truth]
     return _Answers(
         [p.label for p in found],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from qcat.learn.train import Epoch
+    from qcat.trust.drift import Drift
 
 _MAX_INCHES = 25  # of the matrix without the names around it
 _MAX_COUNTS = 50  # columns up to which the cells show their counts
@@ -80,6 +82,47 @@ def training_png(history: Sequence[Epoch], best: int) -> bytes:
         axes.set_xlabel(f"epoch (best: {best})")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
+    return png(figure)
+
+
+def drift_png(points: Sequence[tuple[datetime, Drift]]) -> bytes:
+    """The signals of drift over time as a PNG, a panel each; windows that drifted are orange.
+
+    Args:
+        points: windows in the order of time, at least one, each with the time of its last answer.
+    """
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    from matplotlib.figure import Figure
+
+    titles = {
+        "label mix": "label mix, PSI",
+        "confidence": "mean confidence",
+        "label mass": "mean label mass",
+    }
+    names = list(dict.fromkeys(signal.name for _, drift in points for signal in drift.signals))
+    figure = Figure(figsize=(7, 1.5 * len(names) + 0.5), layout="constrained")
+    panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, names, strict=True):
+        found = [(time, s) for time, drift in points for s in drift.signals if s.name == name]
+        times = [time for time, _ in found]
+        values = [s.change if s.window is None else s.window for _, s in found]
+        axes.plot(times, values, "-", color=BLUE)
+        colours = [ORANGE if signal.drifted else BLUE for _, signal in found]
+        axes.scatter(times, values, s=16, c=colours, zorder=3)
+        for _, signal in found[-1:]:
+            if signal.reference is not None:
+                axes.axhline(signal.reference, color=GREY, linestyle=":")
+        axes.set_title(titles.get(name, name), loc="left", fontsize=10)
+        axes.margins(y=0.15)
+        bare(axes)
+    first, last = points[0][0], points[-1][0]
+    if first == last:  # matplotlib would show four years around a single time
+        panels[-1].set_xlim(first - timedelta(hours=12), last + timedelta(hours=12))
+    panels[-1].set_xlabel("end of the window; dotted: the reference; orange: drift")
+    locator = AutoDateLocator()  # type: ignore[no-untyped-call]
+    panels[-1].xaxis.set_major_locator(locator)
+    formatter = ConciseDateFormatter(locator)  # type: ignore[no-untyped-call]
+    panels[-1].xaxis.set_major_formatter(formatter)
     return png(figure)
 
 
