@@ -197,6 +197,8 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
     report: dict[str, Any] = {
         "task": setup.task.name,
         "quantization": request.quantization,
+        "precision": request.precision,
+        "max_flips": request.max_flips,
         "source": measured.source,
         "imatrix_questions": min(len(request.training), _IMATRIX_QUESTIONS),
         "tensors": made.types,

@@ -24,6 +24,7 @@ from qcat.task import Task
 TASK_KEY = "qcat.task"
 SOURCE_KEY = "qcat.source"
 REPORT_KEY = "qcat.report"
+CALIBRATION_KEY = "qcat.calibration"
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
@@ -126,6 +127,16 @@ class Bundle:
         except (TaskError, TypeError) as error:
             raise BundleError(f"{file}: metadata {TASK_KEY}: {error}: export it again") from None
         return cls(file, header, task)
+
+
+def find_gguf(folder: Path) -> Path:
+    """The GGUF in a bundle. Raises BundleError if there is none, or more than one."""
+    found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    if len(found) != 1:
+        raise BundleError(
+            f"{folder}: {len(found)} GGUF files there: name the folder that `qcat export` made"
+        )
+    return found[0]
 
 
 def section(header: Header, key: str, path: Path) -> dict[str, Any]:
