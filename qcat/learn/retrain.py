@@ -99,8 +99,8 @@ class Addition:
 def add_questions(old: Split, added: Sequence[Example], *, seed: int, name: str) -> Addition:
     """Decide by family what to do with added questions.
 
-    A family is what a chain of added rows with the same group, the same text or nearly the same
-    text (`qcat.learn.near`) holds together. One with a row tied in the same way to a validation,
+    A family is what a chain of added rows with the same group, the same text, or nearly the same
+    text (`qcat.learn.near`) and the same label holds together. One that is tied so to a validation,
     test or reviewed question is left out; one tied to training questions joins them. Of the others
     one in `HELD_BACK` is held back, as far as possible of each label. Validation and test
     questions stay as they are.
@@ -115,16 +115,18 @@ def add_questions(old: Split, added: Sequence[Example], *, seed: int, name: str)
         DataError: the file has one question under two labels, or nothing new to train on.
     """
     measuring = [*old.validation, *old.test, *old.reviewed]
-    known, fresh = _known(old.train, measuring, added, name)
-    families, measured, trained = _ties(fresh, measuring, old.train)
+    is_new = _new([*old.train, *measuring], added, name)
+    families, measured, trained = _ties(added, measuring, old.train)
     free = [family for family in dict.fromkeys(families) if family not in measured | trained]
-    drawn = set(_draw(free, fresh, families, seed))
+    drawn = set(_draw(free, added, families, seed))
 
     def of(chosen: set[int]) -> list[Example]:
-        return [e for e, family in zip(fresh, families, strict=True) if family in chosen]
+        rows = zip(added, families, is_new, strict=True)
+        return [example for example, family, new in rows if new and family in chosen]
 
     left_out, held_back = of(measured), of(drawn)
     joined = of(set(families) - measured - drawn)
+    known = [example for example, new in zip(added, is_new, strict=True) if not new]
     if not joined:
         raise DataError(
             f"{name}: none of its {len(added)} questions can be trained on ({len(known)} known, "
@@ -164,14 +166,13 @@ def _key(example: Example) -> str:
     return example.text.casefold()
 
 
-def _known(
-    train: Sequence[Example], measuring: Sequence[Example], added: Sequence[Example], name: str
-) -> tuple[list[Example], list[Example]]:
-    """The added questions that say nothing new, and the others."""
+def _new(there: Sequence[Example], added: Sequence[Example], name: str) -> list[bool]:
+    """Whether each added question says something that neither the run nor a row before it does."""
     labels: defaultdict[str, set[int]] = defaultdict(set)
-    for example in (*train, *measuring):
+    for example in there:
         labels[_key(example)].add(example.label)
-    known, fresh, seen = [], [], dict[str, Example]()
+    seen: dict[str, Example] = {}
+    found = []
     for example in added:
         first = seen.setdefault(_key(example), example)
         if first.label != example.label:
@@ -179,44 +180,49 @@ def _known(
                 f"{name}:{example.line}: the question of line {first.line} under another label: "
                 "mend one of them"
             )
-        if first is not example or labels[_key(example)] == {example.label}:
-            known.append(example)
-        else:
-            fresh.append(example)
-    return known, fresh
+        found.append(first is example and labels[_key(example)] != {example.label})
+    return found
 
 
 def _ties(
-    fresh: Sequence[Example], measuring: Sequence[Example], train: Sequence[Example]
+    added: Sequence[Example], measuring: Sequence[Example], train: Sequence[Example]
 ) -> tuple[list[int], set[int], set[int]]:
-    """The family of each fresh question; the families tied to questions that measure; to trained
-    ones.
+    """The family of each added question; the families tied to questions that measure; those tied
+    to questions trained on.
     """
-    if not fresh:
-        return [], set(), set()
-    others = [*measuring, *train]
-    near = near_texts([e.text for e in fresh], [e.text for e in others])
-    pairs = [(one, two) for one, found in enumerate(near) for two in found if two < len(fresh)]
-    families = find_families(fresh, pairs)
-    by_name: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    for number, other in enumerate(others):
-        by_name["text", _key(other)].append(number)
-        if other.group:
-            by_name["group", other.group].append(number)
+    rows = [*added, *measuring, *train]
+    near = near_texts([e.text for e in added], [e.text for e in rows[len(added) :]])
+    # Nearly the same text under another label is no paraphrase: it differs in what matters.
+    near = [
+        [number for number in found if rows[number].label == example.label]
+        for example, found in zip(added, near, strict=True)
+    ]
+    pairs = [(one, two) for one, found in enumerate(near) for two in found if two < len(added)]
+    families = find_families(added, pairs)
+    named: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for number, example in enumerate(rows[len(added) :], len(added)):
+        for name in _names(example):
+            named[name].append(number)
+    first_trained = len(added) + len(measuring)
     measured, trained = set(), set()
-    for example, family, found in zip(fresh, families, near, strict=True):
-        tied = [number - len(fresh) for number in found if number >= len(fresh)]
-        tied += by_name.get(("text", _key(example)), ())
-        tied += by_name.get(("group", example.group or ""), ())
-        measured |= {family for number in tied if number < len(measuring)}
-        trained |= {family for number in tied if number >= len(measuring)}
+    for example, family, found in zip(added, families, near, strict=True):
+        tied = [number for name in _names(example) for number in named.get(name, ())]
+        tied += [number for number in found if number >= len(added)]
+        measured |= {family for number in tied if number < first_trained}
+        trained |= {family for number in tied if number >= first_trained}
     return families, measured, trained
 
 
+def _names(example: Example) -> list[tuple[str, str]]:
+    """What ties an example to another one that has it too."""
+    group = [("group", example.group)] if example.group else []
+    return [("text", _key(example)), *group]
+
+
 def _draw(
-    free: Sequence[int], fresh: Sequence[Example], families: Sequence[int], seed: int
+    free: Sequence[int], added: Sequence[Example], families: Sequence[int], seed: int
 ) -> list[int]:
-    """One in `HELD_BACK` of the free families: every such of all in order of label, else mixed."""
-    label = {family: e.label for e, family in zip(fresh, families, strict=True)}
+    """One in `HELD_BACK` of the free families: of all in order of label, else mixed, every such."""
+    label = {family: e.label for e, family in zip(added, families, strict=True)}
     mixed = random.Random(seed).sample(free, len(free))
     return sorted(mixed, key=lambda family: label[family])[HELD_BACK - 1 :: HELD_BACK]
