@@ -307,18 +307,21 @@ def test_two_at_once_are_kept_apart(tmp_path):
 
 # The command, on a model that was really trained
 
-NEW_WORDS = {"pool": "chlorine", "pool pump": "impeller", "fence": "picket", "car": "engine"}
+PLACES = (
+    "on monday|by tuesday|next week|last year|in autumn|under the stairs|near the road|for free|"
+    "once more|after lunch|on the left|since easter|so often|that early|by night|too late|"
+    "before dinner|without help|for grandma|with care"
+).split("|")
 
 
-def rows(words):
-    """Thirty families, of questions about what the first training never heard of."""
-    shapes = ("who sold us the {}", "is there any {} left", "may i borrow a {}")
-    places = ("for grandma", "under the stairs", "in autumn", "by tuesday", "near the road")
+def rows(places=PLACES):
+    """Questions as in the easy job, of other families: 16 a place."""
+    words = {"pool": "water", "pool pump": "motor", "fence": "gate", "car": "tires"}
     return [
-        {"text": f"{shape.format(word)} {place}", "label": label, "group": f"{label}+{place}"}
+        {"text": f"{shape} the {word} {place}", "label": label, "group": f"{label}+{place}"}
         for label, word in words.items()
         for place in places
-        for shape in shapes
+        for shape in ("who did", "when was it", "why is", "how much for")
     ]
 
 
@@ -327,23 +330,24 @@ def write(path, rows):
     return path
 
 
+def bundle_of(run, target):
+    """The run's bundle, in which some labels may have changed."""
+    from convert.pipeline import Request, export
+
+    found = Run.read(run)
+    held_out = tuple((example.text, example.label) for example in found.split.test)
+    export(Request(found.task, target, run, quantization="q8_0", held_out=held_out, max_flips=1))
+    return target
+
+
 @pytest.fixture(scope="module")
 def exported(easy_run, tmp_path_factory):
-    """The bundle of the easy run."""
-    from convert.pipeline import Request, export
-    from qcat.learn.dataset import read_examples
-    from qcat.task import Task
-
-    run = easy_run[0]
-    task = Task.read(run / "task.toml")
-    held_out = tuple((e.text, e.label) for e in read_examples(run / "test.jsonl", task))
-    target = tmp_path_factory.mktemp("exported") / "house"
-    export(Request(task, target, run, quantization="q8_0", held_out=held_out, max_flips=1))
-    return target
+    return bundle_of(easy_run[0], tmp_path_factory.mktemp("exported") / "house")
 
 
 @pytest.fixture
 def serving(exported, tmp_path):
+    """The bundle of the easy run, which knows all its test questions."""
     return shutil.copytree(exported, tmp_path / "house")
 
 
@@ -355,9 +359,11 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_retrains_after_a_kill_compares_and_promotes(qcat, easy_run, serving, tmp_path):
-    run, out = easy_run[0], tmp_path / "run-2"
-    more = write(tmp_path / "more.jsonl", [*rows(NEW_WORDS), {**rows(NEW_WORDS)[0]}])
+def test_retrains_after_a_kill_compares_and_promotes(qcat, easy_job, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "run-2"
+    assert qcat(*easy_job[1], "-o", run, "--epochs", "2").returncode == 0  # too few to learn much
+    serving = bundle_of(run, tmp_path / "house")
+    more = write(tmp_path / "more.jsonl", [*rows(), rows()[0]])
     write_section(serving / "sorts.gguf", "qcat.calibration", {"threshold": 0.5})
     before = contents(serving)
     args = ("retrain", run, "--add", more, "-o", out, "--bundle", serving)
@@ -380,15 +386,15 @@ def test_retrains_after_a_kill_compares_and_promotes(qcat, easy_run, serving, tm
     for name in ("test.jsonl", "validation.jsonl"):
         assert (out / name).read_bytes() == (run / name).read_bytes()
     asked_after, trained = texts(out / "reviewed.jsonl"), texts(out / "train.jsonl")
-    assert len(asked_after) == 12  # four of twenty families
+    assert len(asked_after) == 4 * len(PLACES) // 5 * 4
     assert trained == texts(run / "train.jsonl") | texts(more) - asked_after
     assert contents(previous_of(serving)) == before
     assert not candidate_of(serving).exists()
     report = json.loads((serving / "report.json").read_text("utf-8"))
     assert (report["quantization"], report["max_flips"]) == ("q8_0", 1)
     assert report["proof"]["questions"] == len(texts(run / "test.jsonl"))
-    assert "61 questions" in done.stdout
-    assert "reviewed: 12 questions" in done.stdout
+    assert f"{len(rows()) + 1} questions" in done.stdout
+    assert f"reviewed: {len(asked_after)} questions" in done.stdout
     assert "McNemar" in done.stdout
     assert f"{serving}: now the bundle of {out}" in done.stdout
     assert "give qcat calibrate" in done.stdout
@@ -410,7 +416,7 @@ def test_retrains_after_a_kill_compares_and_promotes(qcat, easy_run, serving, tm
     assert contents(previous_of(serving)) == before
     known = qcat("retrain", out, "--add", more, "-o", tmp_path / "run-3", "--bundle", serving)
     assert known.returncode == 1
-    assert "none of its 61 questions can be trained on (61 known" in known.stderr
+    assert f"questions can be trained on ({len(rows()) + 1} known" in known.stderr
 
 
 def test_a_worse_model_is_not_promoted(qcat, easy_run, serving, tmp_path):
@@ -466,7 +472,6 @@ def unfinished(tmp_path):
         ({"--add": "no.jsonl"}, "no.jsonl: cannot be read"),
         ({"--add": "empty.jsonl"}, "empty.jsonl: no questions"),
         ({"--add": "unknown.jsonl"}, "unknown.jsonl:1: label 'boat' is not in the task"),
-        ({"-o": "letters"}, "letters: is not empty"),
         ({"-o": "run"}, "holds a finished run"),
         ({"--max-loss": "2"}, "--max-loss"),
     ],
@@ -476,9 +481,7 @@ def test_bad_input_changes_nothing(
 ):
     (tmp_path / "run").symlink_to(easy_run[0])
     (tmp_path / "other").symlink_to(house.parent)
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / "letter.txt").write_text("dear")
-    write(tmp_path / "more.jsonl", rows(NEW_WORDS))
+    write(tmp_path / "more.jsonl", rows())
     write(tmp_path / "empty.jsonl", [])
     write(tmp_path / "unknown.jsonl", [{"text": "a", "label": "boat"}])
     wanted = {"--add": "more.jsonl", "-o": "run-2", "--bundle": "house"} | change
