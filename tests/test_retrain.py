@@ -42,12 +42,12 @@ OLD = Split(
     test=[example("what does a new fence cost", 1, "x"), example("Straße frei", 1)],
     reviewed=[example("does the attic leak", 0, "r")],
 )
-WORDS = "gutter lawn oven porch cable drain shelf tiles motor paint vent brick"
+WORDS = ("gutter", "lawn", "oven", "porch", "cable", "drain", "shelf", "tiles", "paint", "brick")
 
 
 def strangers(count, label=0):
     """Questions that share no word with each other or with the old ones."""
-    return [example(f"{WORDS.split()[i]}{label}", label, None, i + 1) for i in range(count)]
+    return [example(f"{WORDS[i]}{label}", label, None, i + 1) for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_one_in_five_of_each_label_is_held_back():
     assert found.split.reviewed == OLD.reviewed + found.held_back
     assert found.split.train == OLD.train + found.joined
     assert add(OLD, strangers(4)).held_back == []
-    drawn = {tuple(add(OLD, strangers(12), seed).held_back) for seed in range(10)}
+    drawn = {tuple(add(OLD, strangers(10), seed).held_back) for seed in range(10)}
     assert len(drawn) > 1
-    assert drawn == {tuple(add(OLD, strangers(12), seed).held_back) for seed in range(10)}
+    assert drawn == {tuple(add(OLD, strangers(10), seed).held_back) for seed in range(10)}
 
 
 def test_one_question_under_two_labels_is_refused():
@@ -307,11 +307,12 @@ def test_two_at_once_are_kept_apart(tmp_path):
 
 # The command, on a model that was really trained
 
-PLACES = (
-    "on monday|by tuesday|next week|last year|in autumn|under the stairs|near the road|for free|"
-    "once more|after lunch|on the left|since easter|so often|that early|by night|too late|"
-    "before dinner|without help|for grandma|with care"
-).split("|")
+PLACES = [
+    *("on monday", "by tuesday", "next week", "last year", "in autumn", "under the stairs"),
+    *("near the road", "for free", "once more", "after lunch", "on the left", "since easter"),
+    *("so often", "that early", "by night", "too late", "before dinner", "without help"),
+    *("for grandma", "with care"),
+]
 
 
 def rows(places=PLACES):
@@ -442,8 +443,10 @@ def test_a_worse_model_is_not_promoted(qcat, easy_run, serving, tmp_path):
     Bundle.read(candidate_of(serving) / "sorts.gguf")
     assert not previous_of(serving).exists()
 
+    os.rename(serving, previous_of(serving))  # as if killed between the two renames
     anyway = qcat(*args, "--max-loss", "1")
     assert anyway.returncode == 0, anyway.stderr
+    assert f"{serving}: a promotion was cut short" in anyway.stdout
     assert "trained already" in anyway.stdout
     assert "exported already" in anyway.stdout
     assert contents(serving) == candidate
