@@ -16,7 +16,7 @@ from qcat.errors import BundleError, ExportError
 from qcat.learn.dataset import Example, read_examples
 
 if TYPE_CHECKING:
-    from qcat.learn.evaluate import Evaluation, Flip
+    from qcat.learn.evaluate import Comparison, Evaluation, Flip
     from qcat.learn.retrain import Addition, Run
 
 _FOLDER = click.Path(path_type=Path)
@@ -97,12 +97,13 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
             click.echo(f"{bundle}: is the bundle of {output} already")
             return
         candidate = _candidate(bundle, output, weights, recipe)
-        problem = _compare(output, candidate, serving.path, bundle, max_loss)
-        if problem:
+        problems = _compare(output, candidate, serving.path, bundle, max_loss)
+        if problems:
+            way_out = ", or give the same command with a higher --max-loss"
             raise ExportError(
-                f"{bundle}: stays, since the new model gets {problem}; that is kept as "
-                f"{candidate.parent}: add questions of what it got wrong, or give the same command "
-                "with a higher --max-loss"
+                f"{bundle}: stays, since the new model gets {' and '.join(problems.values())}; "
+                f"that is kept as {candidate.parent}: add questions like those it got wrong"
+                + ("" if "reviewed" in problems else way_out)
             )
         promote(bundle)
     click.echo(f"{bundle}: now the bundle of {output}; the one before is {previous_of(bundle)}")
@@ -180,12 +181,12 @@ def _candidate(bundle: Path, run: Path, weights: str, recipe: dict[str, Any]) ->
     return find_gguf(folder)
 
 
-def _compare(run: Path, new: Path, old: Path, bundle: Path, max_loss: float) -> str | None:
-    """Ask both models, print how they did, and return what speaks against the new one."""
+def _compare(run: Path, new: Path, old: Path, bundle: Path, max_loss: float) -> dict[str, str]:
+    """Ask both models, print how they did, and return what speaks against the new one, by part."""
     from qcat.learn.evaluate import Request, evaluate
     from qcat.learn.retrain import refusal
 
-    problems = []
+    problems = {}
     for what, allowed in (("test", max_loss), ("reviewed", 0.0)):
         data = run / f"{what}.jsonl"
         if not data.exists():
@@ -193,15 +194,18 @@ def _compare(run: Path, new: Path, old: Path, bundle: Path, max_loss: float) -> 
             continue
         with Bars() as bars:
             found = evaluate(Request(new, data, compare=old), bars.show)
-        click.echo("\n".join(["", *_comparison(what, found, bundle, run)]))
-        assert found.comparison
-        problems.append(refusal(what, found.comparison, found.questions, allowed))
-    return next((problem for problem in problems if problem), None)
+        compared = found.comparison
+        assert compared  # as requested
+        click.echo("\n".join(["", *_comparison(what, found, compared, bundle, run)]))
+        problem = refusal(what, compared, found.questions, allowed)
+        if problem:
+            problems[what] = problem
+    return problems
 
 
-def _comparison(what: str, found: Evaluation, bundle: Path, run: Path) -> Iterator[str]:
-    compared = found.comparison
-    assert compared
+def _comparison(
+    what: str, found: Evaluation, compared: Comparison, bundle: Path, run: Path
+) -> Iterator[str]:
     yield f"{what}: {found.questions} questions that neither model was trained on"
     yield from table(
         [
