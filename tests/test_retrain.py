@@ -435,7 +435,7 @@ def test_a_worse_model_is_not_promoted(qcat, easy_run, serving, tmp_path):
     assert len(done.stderr.splitlines()) == 1
     assert "test questions wrong" in done.stderr
     assert "--max-loss" in done.stderr
-    assert f"{len(wrong)} training questions take the label that was added" in done.stdout
+    assert f"training questions that take the added label: {len(wrong)}; they had" in done.stdout
     assert "reviewed: no questions held back yet" in done.stdout
     assert contents(serving) == before
     assert (out / "run.json").exists()

@@ -106,7 +106,7 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
                 + ("" if "reviewed" in problems else way_out)
             )
         promote(bundle)
-    click.echo(f"{bundle}: now the bundle of {output}; the one before is {previous_of(bundle)}")
+    click.echo(f"\n{bundle}: now the bundle of {output}; the one before is {previous_of(bundle)}")
     if "threshold" in section(serving.header, CALIBRATION_KEY, serving.path):
         click.echo(f"the threshold of the old bundle is not in it: give qcat calibrate {bundle}")
 
@@ -146,12 +146,12 @@ def _account(add: Path, addition: Addition, old: Run, new: Run) -> Iterator[str]
     yield from table([(f"  {len(examples)}", what) for what, examples in rows if examples])
     labels = list(old.task.labels)
     if addition.replaced:
-        yield f"{len(addition.replaced)} training questions take the label that was added"
+        yield f"training questions that take the added label: {len(addition.replaced)}; they had"
         yield from _listed(addition.replaced, labels)
     if addition.contradicting:
         yield (
-            f"{len(addition.contradicting)} contradict a question that measures, which keeps its "
-            "label"
+            "left out that contradict a question that measures, which keeps its label: "
+            f"{len(addition.contradicting)}"
         )
         yield from _listed(addition.contradicting, labels)
     yield (
@@ -206,7 +206,7 @@ def _compare(run: Path, new: Path, old: Path, bundle: Path, max_loss: float) -> 
 def _comparison(
     what: str, found: Evaluation, compared: Comparison, bundle: Path, run: Path
 ) -> Iterator[str]:
-    yield f"{what}: {found.questions} questions that neither model was trained on"
+    yield f"{what}: {found.questions} questions kept out of training"
     yield from table(
         [
             ("", "accuracy", "macro-F1"),
