@@ -17,7 +17,7 @@ from convert.modelfile import go_template, modelfile, parameters
 from convert.verify import spread
 from qcat.backends.llama import LlamaModel
 from qcat.backends.ollama import Progress, Server
-from qcat.bundle import TASK_KEY, Bundle
+from qcat.bundle import TASK_KEY, Bundle, find_gguf
 from qcat.classifier import OLLAMA, Classifier, prepare
 from qcat.errors import BundleError, ExportError, ServerError
 from qcat.prompt import QUESTION_ROOM, Prompt, clean_question, encode_segments
@@ -115,16 +115,6 @@ def deploy(
     finally:
         server.close()
     return Deployment(name, server.address, len(asked), near_ties, unspoken)
-
-
-def find_gguf(folder: Path) -> Path:
-    """The GGUF in a bundle. Raises BundleError if there is none, or more than one."""
-    found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
-    if len(found) != 1:
-        raise BundleError(
-            f"{folder}: {len(found)} GGUF files there: name the folder that `qcat export` made"
-        )
-    return found[0]
 
 
 def _read(folder: Path) -> _Bundle:

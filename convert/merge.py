@@ -32,7 +32,7 @@ class Merged:
     base: str
     """As the user or the adapter named it."""
     fingerprint: str
-    """SHA-256 over the base's weight files and the adapter's, in hexadecimal."""
+    """As `fingerprint` gives it."""
 
     @property
     def vocabulary_rows(self) -> int:
@@ -60,14 +60,12 @@ def merge(adapter: Path | None, base: str | None) -> Merged:
     folder = base_folder(base)
     model = load_base(folder, torch.float32)
     tokenizer_folder = folder
-    files = sorted(folder.glob("*.safetensors"))
     if adapter:
         if (adapter / "tokenizer.json").is_file():
             tokenizer_folder = adapter
         model = _apply(model, adapter)
-        files += sorted(adapter.glob("adapter_model.*"))
     _check_finite(model)
-    return Merged(model.eval(), tokenizer_folder, base, _fingerprint(files))
+    return Merged(model.eval(), tokenizer_folder, base, fingerprint(folder, adapter))
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
@@ -147,7 +145,11 @@ def _check_finite(model: torch.nn.Module) -> None:
             raise ExportError(f"merged tensor {name} holds infinite or undefined numbers")
 
 
-def _fingerprint(files: list[Path]) -> str:
+def fingerprint(base: Path, adapter: Path | None) -> str:
+    """SHA-256 over a base's weight files and an adapter's, in hexadecimal."""
+    files = sorted(base.glob("*.safetensors"))
+    if adapter:
+        files += sorted(adapter.glob("adapter_model.*"))
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

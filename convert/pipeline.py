@@ -99,8 +99,8 @@ def export(request: Request, progress: Progress = lambda step, done, total: None
             os.replace(folder / "report.json", kept)
             raise ExportError(
                 f"{report['proof']['quantized']['flips']} of {report['proof']['questions']} "
-                f"labels changed, more than {request.max_flips:.1%}: try --quant q5_k_m or q8_0, "
-                f"or questions for the importance matrix; the report is {kept}"
+                f"labels changed, more than {request.max_flips:.1%}: export with --quant q5_k_m "
+                f"or q8_0, or with questions for the importance matrix; the report is {kept}"
             )
         try:
             os.rename(folder, target)
@@ -200,6 +200,8 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
     report: dict[str, Any] = {
         "task": setup.task.name,
         "quantization": request.quantization,
+        "precision": request.precision,
+        "max_flips": request.max_flips,
         "source": measured.source,
         "imatrix_questions": min(len(request.training), _IMATRIX_QUESTIONS),
         "tensors": made.types,

@@ -146,6 +146,16 @@ def identity(metadata: Mapping[str, Any]) -> str:
     return f"{json.loads(said[TASK_KEY])['name']}-{digest[:12]}"
 
 
+def find_gguf(folder: Path) -> Path:
+    """The GGUF in a bundle. Raises BundleError if there is none, or more than one."""
+    found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    if len(found) != 1:
+        raise BundleError(
+            f"{folder}: {len(found)} GGUF files there: name the folder that `qcat export` made"
+        )
+    return found[0]
+
+
 def section(header: Header, key: str, path: Path) -> dict[str, Any]:
     """A JSON object kept under a metadata key; empty if the key is absent.
 

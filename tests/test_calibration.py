@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
+from convert.calibrate import carry_threshold
 from qcat import Classifier
 from qcat.bundle import CALIBRATION_KEY, read_header, section, write_sections
 from qcat.classifier import DEFAULT_MODEL
@@ -602,6 +604,31 @@ def test_export_calibrates(qcat, easy_run, tmp_path):
     assert "| questions | mean confidence | answered right |" in card
     with Classifier.open(model, coverage=0.9) as sorts:
         assert sorts.ask("who did the water here").prediction_set is not None
+
+
+def test_a_new_model_gets_the_old_ones_threshold(house_copy, held_out):
+    with Classifier.open() as house:
+        task = house.task
+    examples = read_examples(held_out / "test.jsonl", task)
+    questions = [(e.text, e.label) for e in examples]
+
+    def carry(**old):
+        return carry_threshold(house_copy, replace(FULL, **old), questions, lambda *_: None)
+
+    nothing = carry(threshold=0.0, label_thresholds={}, promise=None)
+    assert nothing.threshold == 0
+    assert carry(label_thresholds={}, promise=None).threshold == 0.75
+    assert known_of(house_copy)["threshold"] == 0.75
+    kept = carry(label_thresholds={}, promise=Promise(0.05, 0.9, 1, 1, 0))
+    assert kept.promise.max_error == 0.05
+    assert kept.promise.level == 0.9
+    assert kept.promise.errors / kept.promise.answered < 0.05
+    assert kept.temperature != FULL.temperature  # that is the new model's own
+    assert known_of(house_copy)["threshold"] == kept.threshold
+    before = house_copy.read_bytes()
+    with pytest.raises(DataError, match="cannot be promised"):
+        carry(promise=Promise(0.001, 0.95, 1, 1, 0))
+    assert house_copy.read_bytes() == before
 
 
 def test_arguments_that_make_no_sense(house):

@@ -422,7 +422,9 @@ def test_reads_texts_without_labels(tmp_path):
 
 def test_flips_with_answers_that_are_no_label(evaluation):
     flip = Flip(1, "q", "pool", None, "pool")
-    compared = Comparison("other.gguf", evaluation.quality, (flip,), 1, 0, 1.0)
+    compared = Comparison(
+        "other.gguf", evaluation.quality, (flip,), 1, 0, 1.0, evaluation.abstaining
+    )
     assert "(no label)" in check_page(html_report(replace(evaluation, comparison=compared)))
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "lint": "Check a task and its questions before training.",
     "train": "Fine-tune a LoRA adapter.",
     "export": "Turn an adapter into a proven 4-bit GGUF bundle.",
+    "retrain": "Train anew with more questions; promote what is not worse.",
     "deploy": "Put a bundle on an Ollama server, and prove it there.",
     "calibrate": "Make a bundle know when to leave a question to a person.",
     "eval": "Measure a bundle on labelled questions.",

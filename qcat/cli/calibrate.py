@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from convert.calibrate import Asked, ask_all, sections, summary
+from convert.calibrate import Asked, Judged, ask_all, sections, summary
 from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, section, write_sections
 from qcat.classifier import read_calibration
 from qcat.cli.output import Bars, check_writable, given, table
@@ -20,7 +19,7 @@ from qcat.learn.dataset import read_examples
 from qcat.trust.calibration import Calibration
 from qcat.trust.fit import Fitted
 from qcat.trust.reliability import reliability_rows
-from qcat.trust.thresholds import LEVEL, RiskCoverage, promise_threshold, risk_coverage
+from qcat.trust.thresholds import LEVEL
 
 _FILE = click.Path(path_type=Path)
 
@@ -121,20 +120,12 @@ def command(
                 "set it again with --max-error or --threshold",
                 err=True,
             )
-    answers = _answers(asked, calibration)
     if threshold is not None:
         calibration = calibration.with_threshold(threshold)
-        answers = _answers(asked, calibration)  # 0 answers what is off-topic too
+    answers = asked.judged(calibration)
     if max_error is not None:
-        calibration = promise_threshold(
-            calibration,
-            answers.labels,
-            answers.confidence,
-            answers.right,
-            answers.answerable,
-            max_error=max_error,
-            level=level,
-            by_label=by_label,
+        calibration = answers.promise(
+            calibration, max_error=max_error, level=level, by_label=by_label
         )
     picture = None
     if curve:
@@ -152,48 +143,16 @@ def command(
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """What a calibrated model answers; arrays of shape (questions,)."""
-
-    labels: list[str]
-    confidence: Any
-    right: Any
-    answerable: Any
-    """Whether the question is not off-topic."""
-
-    def curve(self) -> RiskCoverage:
-        rows = self.answerable
-        return risk_coverage(self.confidence[rows], self.right[rows], len(rows))
-
-
-def _answers(asked: Asked, calibration: Calibration) -> _Answers:
-    found = asked.answers(calibration)
-    truth = [asked.labels[number] for number in asked.truth]
-    return _Answers(
-        [p.label for p in found],
-        np.array([p.confidence for p in found], float),
-        np.array([p.label == label for p, label in zip(found, truth, strict=True)]),
-        np.array([p.reason != "off_topic" for p in found]),
-    )
-
-
-@dataclass(frozen=True)
 class _Found:
     """What is told at the end."""
 
     asked: Asked
-    answers: _Answers
+    answers: Judged
     calibration: Calibration
     fitted: Fitted | None
 
-    def answered(self) -> Any:
-        """Whether each question is answered, shape (questions,)."""
-        known = self.calibration
-        least = [known.label_thresholds.get(n, known.threshold) for n in self.answers.labels]
-        return self.answers.answerable & (self.answers.confidence >= np.array(least))
-
     def to_dict(self) -> dict[str, Any]:
-        answered = self.answered()
+        answered = self.answers.answered(self.calibration)
         known = self.calibration.to_dict()
         known.pop("conformal", None)  # a thousand figures that tell a reader nothing
         found = {
@@ -220,7 +179,7 @@ class _Found:
                 )
             before = self.asked.reliability()
             yield from table(reliability_rows(self.asked.reliability(known.temperature), before))
-        answered = self.answered()
+        answered = self.answers.answered(self.calibration)
         errors = int((~self.answers.right[answered]).sum())
         if known.label_thresholds:
             yield from table(

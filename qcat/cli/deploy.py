@@ -34,8 +34,7 @@ def command(folder: Path, name: str | None, data: Path | None, timeout: float) -
     """
     questions: Sequence[str] = ()
     if data:
-        from convert.deploy import find_gguf
-        from qcat.bundle import Bundle
+        from qcat.bundle import Bundle, find_gguf
         from qcat.learn.dataset import read_examples
 
         task = Bundle.read(find_gguf(folder)).task

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qcat.cli.output import Bars, check_writable, table
+from qcat.cli.output import ROWS, Bars, check_writable, more, shown, table
 from qcat.errors import DataError
 from qcat.files import write_whole
 from qcat.learn.evaluate import (
@@ -26,8 +26,6 @@ from qcat.trust.reliability import reliability_rows
 
 _FILE = click.Path(path_type=Path)
 _MATRIX_LABELS = 10  # up to which the terminal shows the whole confusion matrix
-_ROWS = 10  # of a list in the terminal
-_CHARS = 70  # of a question in the terminal
 
 
 @click.command()
@@ -166,7 +164,7 @@ def _blocks(found: Evaluation) -> Iterable[Iterable[str]]:
                 [
                     ("", "right", "answer", "question"),
                     *(
-                        (f"{m.confidence:.3f}", m.truth, str(m.answer), _shown(m.text))
+                        (f"{m.confidence:.3f}", m.truth, str(m.answer), shown(m.text))
                         for m in found.mistakes
                     ),
                 ]
@@ -188,10 +186,10 @@ def _blocks(found: Evaluation) -> Iterable[Iterable[str]]:
 
 def _invalid(found: Evaluation) -> Iterable[str]:
     yield f"{found.invalid} of {found.questions} free answers are no label: counted as wrong"
-    rows = [(a.truth, repr(a.said), _shown(a.text)) for a in found.answers if a.answer is None]
+    rows = [(a.truth, repr(a.said), shown(a.text)) for a in found.answers if a.answer is None]
     if rows:
-        yield from table([("right", "said", "question"), *rows[:_ROWS]])
-        yield from _more(rows)
+        yield from table([("right", "said", "question"), *rows[:ROWS]])
+        yield from more(rows)
 
 
 def _confusion(confusion: Confusion) -> Iterable[str]:
@@ -205,8 +203,8 @@ def _confusion(confusion: Confusion) -> Iterable[str]:
         yield from table(rows)
     elif pairs := confusion.pairs():
         yield "most confused"
-        yield from table([(str(n), f"{truth} → {answer}") for truth, answer, n in pairs[:_ROWS]])
-        yield from _more(pairs, "pairs")
+        yield from table([(str(n), f"{truth} → {answer}") for truth, answer, n in pairs[:ROWS]])
+        yield from more(pairs, "pairs")
 
 
 def _comparison(compared: Comparison) -> Iterable[str]:
@@ -217,11 +215,11 @@ def _comparison(compared: Comparison) -> Iterable[str]:
     yield f"McNemar's exact test: p = {compared.p_value:.3g}, taking the questions as independent"
     if compared.flips:
         rows = [
-            (flip.truth, flip.other or "(no label)", flip.this or "(no label)", _shown(flip.text))
+            (flip.truth, flip.other or "(no label)", flip.this or "(no label)", shown(flip.text))
             for flip in compared.flips
         ]
-        yield from table([("right", "there", "here", "question"), *rows[:_ROWS]])
-        yield from _more(rows)
+        yield from table([("right", "there", "here", "question"), *rows[:ROWS]])
+        yield from more(rows)
 
 
 def _off_topic(off: OffTopic) -> Iterable[str]:
@@ -241,14 +239,3 @@ def _confidence(found: Evaluation) -> Iterable[str]:
     if left.reasons:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left.reasons.items())
         yield f"left to a person: {reasons}; {left.errors} of {left.answered} answered are wrong"
-
-
-def _more(rows: Sequence[object], what: str = "") -> Iterable[str]:
-    if len(rows) > _ROWS:
-        yield f"and {len(rows) - _ROWS} more {what}".rstrip()
-
-
-def _shown(text: str) -> str:
-    """A question fit for a line of a terminal."""
-    text = "".join(char if char.isprintable() else " " for char in text)
-    return text if len(text) <= _CHARS else f"{text[: _CHARS - 1]}…"

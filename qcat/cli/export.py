@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from qcat.cli.output import Bars, given, table, timeout_option
 from qcat.errors import ExportError
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
+
+if TYPE_CHECKING:
+    from convert.pipeline import Request
 
 _FILE = click.Path(path_type=Path)
 
@@ -109,6 +112,56 @@ def command(
       qcat export adapter -t task.toml --base Qwen/Qwen3-0.6B --train-data train.jsonl \\
         --data held_out.jsonl -o house
     """
+    if not ollama_name and given("timeout"):
+        raise click.UsageError("--timeout is for --ollama")
+    request = read_request(
+        run,
+        output,
+        task_file=task_file,
+        base=base,
+        data=data,
+        train_data=train_data,
+        validation_data=validation_data,
+        quantization=quant,
+        precision=precision,
+        max_flips=max_flips,
+    )
+    if ollama_name:
+        from convert.deploy import check_server
+
+        check_server(ollama_name, request.task, timeout)  # now, and not after minutes of work
+    report = export_and_tell(request)
+    if ollama_name:
+        from qcat.cli.deploy import deploy_and_tell
+
+        click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB")
+        deploy_and_tell(output, ollama_name, [text for text, _ in request.held_out], timeout)
+        return
+    click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB; next:")
+    click.echo(f'  qcat ask -m {output / request.task.name}.gguf "…"')
+    click.echo(f"  ollama create {request.task.name} -f {output / 'Modelfile'}")
+    click.echo(f"  qcat deploy {output}")
+
+
+def read_request(
+    run: Path,
+    output: Path,
+    *,
+    task_file: Path | None = None,
+    base: str | None = None,
+    data: Path | None = None,
+    train_data: Path | None = None,
+    validation_data: Path | None = None,
+    quantization: str,
+    precision: Any,
+    max_flips: float,
+) -> Request:
+    """What to export, with the files of the run in the place of those that are not named.
+
+    Raises:
+        ExportError, TaskError, DataError: the folder holds no finished run, or a file is absent
+            or damaged.
+    """
     if not run.is_dir():
         raise ExportError(f"{run}: no such folder: name the one that holds the adapter")
     if (run / "plan.json").is_file() and not (run / "run.json").is_file():
@@ -123,36 +176,35 @@ def command(
     held_out = _examples(data, run / "test.jsonl", task)
     training = _examples(train_data, run / "train.jsonl", task)
     validation = _examples(validation_data, run / "validation.jsonl", task)
-
-    if not ollama_name and given("timeout"):
-        raise click.UsageError("--timeout is for --ollama")
-    if ollama_name:
-        from convert.deploy import check_server
-
-        check_server(ollama_name, task, timeout)  # now, and not after minutes of work
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
-    from convert.card import calibration_line, quality_rows
-    from convert.pipeline import Request, export
+    from convert.pipeline import Request
 
-    request = Request(
+    return Request(
         task=task,
         target=output,
         adapter=run if has_adapter else None,
         base=base if has_adapter else base or str(run),
-        quantization=quant,
+        quantization=quantization,
         precision=precision,
         held_out=tuple((example.text, example.label) for example in held_out),
         validation=tuple((example.text, example.label) for example in validation),
         training=tuple(example.text for example in training),
         max_flips=max_flips,
     )
+
+
+def export_and_tell(request: Request) -> dict[str, Any]:
+    """Export with progress bars, print the proof and what is known of the confidence."""
+    from convert.card import calibration_line, quality_rows
+    from convert.pipeline import export
+
     with Bars() as bars:
         report = export(request, bars.show)
     for kind, count in report["fallbacks"].items():
         click.echo(
-            f"qcat: warning: {count} tensors have row lengths that {quant} does not fit: "
-            f"stored as {kind}",
+            f"qcat: warning: {count} tensors have row lengths that {request.quantization} does not "
+            f"fit: stored as {kind}",
             err=True,
         )
     if "proof" in report:
@@ -164,16 +216,7 @@ def command(
         click.echo(calibration_line(calibration))
     if calibration["refused"]:
         click.echo(f"qcat: warning: not calibrated: {calibration['refused']}", err=True)
-    if ollama_name:
-        from qcat.cli.deploy import deploy_and_tell
-
-        click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB")
-        deploy_and_tell(output, ollama_name, [example.text for example in held_out], timeout)
-        return
-    click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB; next:")
-    click.echo(f'  qcat ask -m {output / task.name}.gguf "…"')
-    click.echo(f"  ollama create {task.name} -f {output / 'Modelfile'}")
-    click.echo(f"  qcat deploy {output}")
+    return report
 
 
 def _examples(named: Path | None, default: Path, task: Task) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ import click
 from tqdm import tqdm
 
 from qcat.errors import QcatError
+
+ROWS = 10
+"""Of a list, so many are shown."""
+_CHARS = 70  # of a question
 
 
 class Bars:
@@ -73,3 +77,15 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+def more(rows: Sequence[object], what: str = "") -> Iterator[str]:
+    """The line that says how many rows are not shown, if there are such."""
+    if len(rows) > ROWS:
+        yield f"and {len(rows) - ROWS} more {what}".rstrip()
+
+
+def shown(text: str) -> str:
+    """A question fit for a line of a terminal."""
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return text if len(text) <= _CHARS else f"{text[: _CHARS - 1]}…"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qcat.cli.output import Bars
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
+
+if TYPE_CHECKING:
+    from qcat.learn.split import Split
+    from qcat.learn.train import Settings
 
 _FILE = click.Path(path_type=Path)
 
@@ -118,7 +122,7 @@ def command(
     from convert.tensors import architecture, hyper_parameters
     from qcat.checkpoint import base_folder, load_config
     from qcat.learn.split import split_examples
-    from qcat.learn.train import Settings, train
+    from qcat.learn.train import Settings
 
     # Before hours of training what export would refuse after them.
     config = load_config(base_folder(base))
@@ -136,6 +140,14 @@ def command(
         seed=seed,
     )
     split = split_examples(examples, task, seed=seed)
+    train_and_tell(task, split, settings, output)
+    click.echo(f"next:\n  qcat export {output} -o dist/{task.name}")
+
+
+def train_and_tell(task: Task, split: Split, settings: Settings, output: Path) -> None:
+    """Train with progress bars, and print how it went."""
+    from qcat.learn.train import train
+
     try:
         with Bars() as bars:
             record = train(task, split, settings, output, bars.show)
@@ -155,4 +167,3 @@ def command(
         f"test, {record['questions']['test']} questions never trained on: "
         f"accuracy {test['accuracy']:.3f}, macro-F1 {test['macro_f1']:.3f}"
     )
-    click.echo(f"next:\n  qcat export {output} -o dist/{record['task']}")

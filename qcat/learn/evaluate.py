@@ -197,17 +197,6 @@ class OffTopic:
 
 
 @dataclass(frozen=True)
-class Abstaining:
-    """What the thresholds in the model do."""
-
-    reasons: Mapping[str, int]
-    """Questions left to a person, by reason."""
-    answered: int
-    errors: int
-    """Wrong among those answered."""
-
-
-@dataclass(frozen=True)
 class Confidence:
     """How well calibrated the model is."""
 
@@ -229,6 +218,22 @@ class Flip:
 
 
 @dataclass(frozen=True)
+class Abstaining:
+    """What the thresholds in the model do."""
+
+    reasons: Mapping[str, int]
+    """Questions left to a person, by reason."""
+    answered: int
+    errors: int
+    """Wrong among those answered."""
+
+    @property
+    def left(self) -> int:
+        """Questions left to a person."""
+        return sum(self.reasons.values())
+
+
+@dataclass(frozen=True)
 class Comparison:
     """This model against another on the same questions."""
 
@@ -241,6 +246,8 @@ class Comparison:
     """Right by the other, wrong by this one."""
     p_value: float
     """McNemar's exact test, two-sided; it takes the questions as independent."""
+    abstaining: Abstaining
+    """Of the other model."""
 
 
 @dataclass(frozen=True)
@@ -340,8 +347,9 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluati
 
     comparison = baseline = None
     if request.compare:
-        other = _other(request.compare, task, texts, request.decode, progress)
-        comparison = _comparison(request, task, examples, chosen, other, measured(other))
+        other, said_there = _other(request.compare, task, texts, request.decode, progress)
+        left = _abstaining(said_there, other == truth)
+        comparison = _comparison(request, task, examples, chosen, other, measured(other), left)
     if request.train_data:
         found = np.array(tfidf_predictions(train, texts))
         baseline = Baseline(BASELINE_NAME, str(request.train_data), len(train), measured(found))
@@ -600,15 +608,15 @@ def _off_topic(data: str, on: Sequence[Prediction], off: Sequence[Prediction]) -
 
 def _other(
     path: Path, task: Task, texts: Sequence[str], decode: Decode, progress: Progress
-) -> npt.NDArray[np.int_]:
-    """The other model's answers, as indices among this task's labels."""
+) -> tuple[npt.NDArray[np.int_], list[Prediction]]:
+    """The other model's answers, as indices among this task's labels, and its predictions."""
     with Classifier.open(path, review=False) as classifier:
         predictions = _ask(classifier, texts, "other model", progress)
         said = _say(classifier, texts, progress) if decode == "free" else None
     chosen = _chosen(classifier.task, predictions, said)
     order = list(task.labels)
     here = np.array([*(order.index(label) for label in classifier.task.labels), INVALID])
-    return here[chosen]  # INVALID is -1, the last
+    return here[chosen], predictions  # INVALID is -1, the last
 
 
 def _comparison(
@@ -618,6 +626,7 @@ def _comparison(
     this: npt.NDArray[np.int_],
     other: npt.NDArray[np.int_],
     measured: Quality,
+    abstaining: Abstaining,
 ) -> Comparison:
     from scipy.stats import binomtest
 
@@ -630,4 +639,6 @@ def _comparison(
     fixed = sum(flip.this == flip.truth for flip in flips)
     broken = sum(flip.other == flip.truth for flip in flips)
     p_value = binomtest(fixed, fixed + broken).pvalue if fixed + broken else 1.0
-    return Comparison(str(request.compare), measured, flips, fixed, broken, float(p_value))
+    return Comparison(
+        str(request.compare), measured, flips, fixed, broken, float(p_value), abstaining
+    )

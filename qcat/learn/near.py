@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 NEAR = 0.85
 """Cosine of two questions' TF-IDF vectors of 3- to 5-character n-grams. On CLINC150 and Banking77
@@ -24,8 +25,32 @@ def near_pairs(
     Punctuation does not count, case does. Exact; of the matrix of distances no more than `_BATCH`
     rows are in memory at once.
     """
-    if len(texts) < 2:
-        return []
+    import numpy as np
+
+    label, unit = (np.array(_numbered(names)) for names in (labels, units))
+    pairs: dict[tuple[int, int], float] = {}
+    for at, (far, near) in enumerate(_neighbours(texts, len(texts))):
+        conflict = label[near] != label[at]
+        for chosen in (conflict, ~conflict & (unit[near] != unit[at])):
+            if chosen.any():
+                closest = np.argmin(np.where(chosen, far, np.inf))
+                other = int(near[closest])
+                pairs[min(at, other), max(at, other)] = 1 - float(far[closest])
+    return [(one, two, likeness) for (one, two), likeness in pairs.items()]
+
+
+def near_texts(texts: Sequence[str], others: Sequence[str]) -> list[list[int]]:
+    """For each text, all that are at least `NEAR` alike, itself too: their indices among the texts
+    and, counted on from there, the others. Case and punctuation do not count.
+    """
+    folded = [text.casefold() for text in (*texts, *others)]
+    return [near.tolist() for _, near in _neighbours(folded, len(texts))]
+
+
+def _neighbours(texts: Sequence[str], count: int) -> Iterator[tuple[Any, Any]]:
+    """Of each of the first `count` texts, the distances and indices of those at least `NEAR`."""
+    if not count:
+        return
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.neighbors import NearestNeighbors
@@ -35,18 +60,9 @@ def near_pairs(
     )
     vectors = vectorizer.fit_transform(f" {_bare(text)} " for text in texts)
     index = NearestNeighbors(metric="cosine", algorithm="brute", radius=1 - NEAR).fit(vectors)
-    label, unit = (np.array(_numbered(names)) for names in (labels, units))
-    pairs: dict[tuple[int, int], float] = {}
-    for start in range(0, len(texts), _BATCH):
-        found = index.radius_neighbors(vectors[start : start + _BATCH])
-        for at, (far, near) in enumerate(zip(*found, strict=True), start):
-            conflict = label[near] != label[at]
-            for chosen in (conflict, ~conflict & (unit[near] != unit[at])):
-                if chosen.any():
-                    closest = np.argmin(np.where(chosen, far, np.inf))
-                    other = int(near[closest])
-                    pairs[min(at, other), max(at, other)] = 1 - float(far[closest])
-    return [(one, two, likeness) for (one, two), likeness in pairs.items()]
+    for start in range(0, count, _BATCH):
+        found = index.radius_neighbors(vectors[start : min(count, start + _BATCH)])
+        yield from zip(*found, strict=True)
 
 
 def families(pairs: Sequence[Pair]) -> list[tuple[list[int], Pair]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 
 from qcat.errors import DataError
-from qcat.learn.dataset import Example, jsonl_line
+from qcat.learn.dataset import Example, jsonl_line, read_examples
 from qcat.task import Task
 
 FEWEST = 7
@@ -17,18 +17,43 @@ FEWEST = 7
 
 @dataclass(frozen=True)
 class Split:
-    """Questions in three parts, each in the order of the file."""
+    """Questions in parts, each in the order of the file."""
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    reviewed: list[Example] = field(default_factory=list)
+    """More test questions, held back from those that `qcat retrain` was given."""
+
+    @classmethod
+    def read(cls, folder: Path, task: Task) -> Split:
+        """Read what `write` wrote. Raises DataError for a file that is absent or damaged."""
+        paths = [folder / f"{part.name}.jsonl" for part in fields(cls)]
+        return cls(
+            *(
+                read_examples(path, task) if path.exists() or path.stem != "reviewed" else []
+                for path in paths
+            )
+        )
+
+    def files(self, task: Task) -> dict[str, bytes]:
+        """By part, what its file holds; empty for a part without questions."""
+        labels = list(task.labels)
+        return {
+            part.name: b"".join(
+                jsonl_line(e.text, labels[e.label], e.group) for e in getattr(self, part.name)
+            )
+            for part in fields(self)
+        }
 
     def write(self, folder: Path, task: Task) -> None:
-        """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`."""
-        labels = list(task.labels)
-        for part in fields(self):
-            lines = [jsonl_line(e.text, labels[e.label], e.group) for e in getattr(self, part.name)]
-            (folder / f"{part.name}.jsonl").write_bytes(b"".join(lines))
+        """Write `train.jsonl` and so on; a part without questions has no file."""
+        for name, data in self.files(task).items():
+            path = folder / f"{name}.jsonl"
+            if data:
+                path.write_bytes(data)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def split_examples(examples: Sequence[Example], task: Task, *, seed: int) -> Split:
@@ -41,7 +66,7 @@ def split_examples(examples: Sequence[Example], task: Task, *, seed: int) -> Spl
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    families = _families(examples)
+    families = find_families(examples)
     fewest = _fewest_families(families, examples, task)
     # 15/15/70 % is 3 + 3 + 14 of 20 folds; with fewer families some folds would lack the label
     folds, held = (20, 3) if fewest >= 20 else (FEWEST, 1)
@@ -52,8 +77,8 @@ def split_examples(examples: Sequence[Example], task: Task, *, seed: int) -> Spl
     return Split(*([examples[i] for i in sorted(chain.from_iterable(folds))] for folds in chosen))
 
 
-def _families(examples: Sequence[Example]) -> list[int]:
-    """The number of each row's family."""
+def find_families(examples: Sequence[Example], pairs: Sequence[tuple[int, int]] = ()) -> list[int]:
+    """The number of each row's family: rows of one group or one text, and pairs of rows."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -65,6 +90,7 @@ def _families(examples: Sequence[Example]) -> list[int]:
         if example.group:
             keys.append(("group", example.group))
         edges += [(number, len(examples) + nodes.setdefault(key, len(nodes))) for key in keys]
+    edges += pairs
     rows, columns = zip(*edges, strict=True)
     size = len(examples) + len(nodes)
     graph = coo_array(([1] * len(edges), (rows, columns)), shape=(size, size))

@@ -452,8 +452,9 @@ def _begin(target: Path, settings: Settings, task: Task, split: Split) -> bool:
         "settings": asdict(settings),
         "task": task.to_toml(),
         "questions": {
-            part: [[example.text, example.label] for example in getattr(split, part)]
-            for part in _PARTS
+            part: [[example.text, example.label] for example in examples]
+            for part, examples in vars(split).items()
+            if examples
         },
     }
     begun = (target / "checkpoint.pt").exists()
