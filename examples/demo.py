@@ -1,6 +1,7 @@
 """The main job in a second, offline: the shipped model answers six questions.
 
-The last one belongs to none of its categories. Run it with `make demo`.
+The last one belongs to none of its categories, and the model leaves it to a person. Run it with
+`make demo`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ QUESTIONS = (
 
 
 def main() -> None:
-    """Ask, and print label, confidence and label mass of each answer."""
+    """Ask, and print what is answered, with which confidence, or why a person should decide."""
     with Classifier.open() as house:
-        print(f"{'question':42}{'label':16}{'confidence':>10}{'label mass':>12}")
+        print(f"{'question':42}{'answer':14}{'confidence':12}left to a person")
         for question, answer in zip(QUESTIONS, house.ask_many(QUESTIONS), strict=True):
+            shown = "-" if answer.abstained else answer.label
             print(
-                f"{question:42}{answer.label:16}{answer.confidence:10.3f}{answer.label_mass:12.3f}"
+                f"{question:42}{shown:14}{answer.confidence:<12.3f}{answer.reason or ''}".rstrip()
             )
 
 

@@ -55,6 +55,18 @@ def test_the_demo_runs():
     lines = done.stdout.splitlines()
     assert len(lines) == 7
     assert lines[1].split("?")[1].split()[0] == "pool"
+    assert lines[-1].split()[-1] == "off_topic"
+
+
+def test_it_is_calibrated_on_its_validation_questions(household):
+    split = split_examples(read_examples(EXAMPLE / "questions.jsonl", household), household, seed=0)
+    with Classifier.open() as house:
+        known = house.calibration
+        assert known.questions == len(split.validation)
+        # Another threshold than none would be a choice that its users have to make.
+        assert known.threshold == 0
+        off = sum(p.reason == "off_topic" for p in house.ask_many(e.text for e in split.validation))
+    assert off / known.questions == pytest.approx(0.05, abs=0.01)
 
 
 def test_the_data_is_as_its_readme_says(household):
