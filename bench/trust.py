@@ -33,7 +33,7 @@ from qcat.learn.split import Split, find_families, split_examples
 from qcat.prediction import Prediction
 from qcat.task import Task
 from qcat.trust.decide import decide
-from qcat.trust.reliability import detection
+from qcat.trust.reliability import detection, reliability
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSEHOLD = ROOT / "examples" / "household"
@@ -80,7 +80,7 @@ def main() -> None:
     for heading, rows in tables(summary):
         print(f"\n{heading}")
         print("\n".join(table(rows)))
-    print(json.dumps(summary))
+    print(json.dumps(summary).replace("NaN", "null"))
 
 
 def jobs(work: Path, draws: int) -> Iterator[Job]:
@@ -184,13 +184,7 @@ def of_split(
 ) -> dict[str, Any]:
     """Calibrate on one half, measure on the other."""
     known = half.fit().calibration
-    before, after = other.reliability(), other.reliability(known.temperature)
-    row: dict[str, Any] = {
-        "accuracy": float((other.probabilities().argmax(1) == other.truth).mean()),
-        "temperature": known.temperature,
-        **{f"{k} before": getattr(before, k) for k in ("ece", "adaptive_ece", "brier")},
-        **{f"{k} after": getattr(after, k) for k in ("ece", "adaptive_ece", "brier")},
-    }
+    row = {"temperature": known.temperature} | calibration_figures(half, other)
     judged, mine = other.judged(known), half.judged(known)
     for promised in PROMISES:
         try:
@@ -225,6 +219,27 @@ def of_split(
     row["called off, on"] = float(np.mean(~judged.answerable))
     row["called off, off"] = float(np.mean([p.reason == "off_topic" for p in there]))
     return row | beside
+
+
+def calibration_figures(half: Asked, other: Asked) -> dict[str, float]:
+    """Each half measured with the temperature of the other, all questions in one diagram.
+
+    Bins of few questions are off by chance even where the confidence is right, so that is given
+    too: the mean error of questions whose right labels are drawn from the calibrated shares.
+    """
+    pairs = ((half, other.fit().calibration), (other, half.fit().calibration))
+    before = np.concatenate([asked.probabilities() for asked, _ in pairs])
+    after = np.concatenate([asked.probabilities(known.temperature) for asked, known in pairs])
+    truth = np.concatenate([asked.truth for asked, _ in pairs])
+    row = {"accuracy": float((before.argmax(1) == truth).mean())}
+    for when, shares in (("before", before), ("after", after)):
+        found = reliability(shares, truth)
+        row |= {f"{k} {when}": getattr(found, k) for k in ("ece", "adaptive_ece", "brier")}
+    below = after.cumsum(1)
+    chance = np.random.default_rng(0).random((20, len(truth), 1))
+    drawn = [(below < at).sum(1).clip(max=after.shape[1] - 1) for at in chance]
+    row["ece by chance"] = float(np.mean([reliability(after, labels).ece for labels in drawn]))
+    return row
 
 
 def tfidf(job: Job) -> dict[str, float]:
@@ -270,7 +285,8 @@ def tables(found: dict[str, dict[str, float]]) -> Iterator[tuple[str, list[tuple
         "calibration, means over the splits",
         rows(
             "accuracy", "temperature", "ece before", "ece after", "ece after, deviation",
-            "adaptive_ece before", "adaptive_ece after", "brier before", "brier after",
+            "ece by chance", "adaptive_ece before", "adaptive_ece after",
+            "brier before", "brier after",
         ),
     )  # fmt: skip
     yield (
