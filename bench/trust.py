@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.calibrate import Asked, ask_all
+from convert.calibrate import Asked, Question, ask_all
 from qcat import Classifier
 from qcat.classifier import DEFAULT_MODEL
 from qcat.cli.output import Bars, table
@@ -32,7 +32,7 @@ from qcat.learn.dataset import Example, read_examples, read_texts
 from qcat.learn.split import Split, find_families, split_examples
 from qcat.prediction import Prediction
 from qcat.task import Task
-from qcat.trust.decide import decide
+from qcat.trust.decide import decide, recalibrated
 from qcat.trust.reliability import detection, reliability
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +158,7 @@ def make(name: str, draw: int, folder: Path) -> None:
 
 def measure(job: Job, splits: int, bars: Bars) -> Iterator[dict[str, Any]]:
     """The figures of each split."""
-    questions = [(example.text, example.label) for example in job.held_out]
+    questions = [Question(example.text, example.label, example.group) for example in job.held_out]
     asked = ask_all(job.model, questions, lambda done, n: bars.show("on the list", done, n))
     with Classifier.open(job.model, calibrated=False, review=False) as classifier:
         off = []
@@ -170,13 +170,8 @@ def measure(job: Job, splits: int, bars: Bars) -> Iterator[dict[str, Any]]:
     for seed in range(splits):
         drawn = np.random.default_rng(seed).permutation(families.max() + 1)
         first = np.isin(families, drawn[: len(drawn) // 2])
-        yield of_split(part(asked, first), part(asked, ~first), off, beside)
-
-
-def part(asked: Asked, rows: np.ndarray) -> Asked:
-    """Some of the questions."""
-    kept = tuple(p for p, keep in zip(asked.predictions, rows, strict=True) if keep)
-    return Asked(asked.labels, kept, asked.truth[rows])
+        halves = (asked.part(np.flatnonzero(rows).tolist()) for rows in (first, ~first))
+        yield of_split(*halves, off, beside)
 
 
 def of_split(
@@ -185,13 +180,13 @@ def of_split(
     """Calibrate on one half, measure on the other."""
     known = half.fit().calibration
     row = {"temperature": known.temperature} | calibration_figures(half, other)
-    judged, mine = other.judged(known), half.judged(known)
+    judged = other.judged(known)
     for promised in PROMISES:
         try:
-            found = mine.promise(known, max_error=promised, level=0.95, by_label=False)
+            found = half.promise(known, max_error=promised, level=0.95, by_label=False)
         except DataError:
             found = known.with_threshold(1.0)
-        answered = judged.answered(found)
+        answered = other.judged(found).answered
         errors = (~judged.right[answered]).mean() if answered.any() else 0.0
         row[f"answered {promised}"] = float(answered.mean())
         row[f"error {promised}"] = float(errors) if answered.any() else None
@@ -212,7 +207,7 @@ def of_split(
         )
         row[f"size {coverage}"] = float(np.mean([len(s) for s in sets]))
         row[f"one {coverage}"] = float(np.mean([len(s) == 1 for s in sets]))
-    there = Asked(other.labels, tuple(off), np.zeros(len(off), int)).answers(known)
+    there = [recalibrated(p, known, other.labels) for p in off]
     for name, signal in SIGNALS.items():
         told = detection([signal(p) for p in other.answers(known)], [signal(p) for p in there])
         row[f"AUROC {name}"], row[f"FPR95 {name}"] = told.auroc, told.fpr

@@ -6,17 +6,18 @@ Knows nothing of the command line.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, write_sections
 from qcat.classifier import Classifier, read_calibration
+from qcat.errors import DataError
 from qcat.prediction import Prediction
-from qcat.scoring import Floats, temper
+from qcat.scoring import Floats, log_shares, temper
 from qcat.trust.calibration import Calibration
 from qcat.trust.decide import recalibrated
 from qcat.trust.drift import Reference
@@ -28,19 +29,53 @@ from qcat.trust.thresholds import RiskCoverage, promise_threshold, risk_coverage
 Progress = Callable[[int, int], None]
 
 
+_SEED = 0
+
+
+class Question(NamedTuple):
+    """A labelled question."""
+
+    text: str
+    label: int
+    """Index of the right label."""
+    group: str | None = None
+    """Of paraphrases that it belongs to, if any."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """Labelled questions and what the uncalibrated model says of them."""
 
     labels: tuple[str, ...]
+    """The task's."""
     predictions: tuple[Prediction, ...]
     truth: npt.NDArray[np.int_]
     """Index of the right label, shape (questions,)."""
+    groups: tuple[str | None, ...]
+    """As in `Question`."""
+
+    def one_of_each(self) -> Asked:
+        """One question of each group, drawn with a fixed seed, and all without a group.
+
+        Paraphrases are right or wrong together, so a bound that counts each says too much.
+        """
+        order = np.random.default_rng(_SEED).permutation(len(self.groups)).tolist()
+        # Of rows with one key the first in `order` is kept.
+        rows = {self.groups[row] or row: row for row in reversed(order)}
+        return self.part(sorted(rows.values()))
+
+    def part(self, rows: Sequence[int]) -> Asked:
+        """Some of the questions."""
+        return Asked(
+            self.labels,
+            tuple(self.predictions[row] for row in rows),
+            self.truth[list(rows)],
+            tuple(self.groups[row] for row in rows),
+        )
 
     def probabilities(self, temperature: float = 1.0) -> Floats:
         """Of the labels, shape (questions, labels)."""
-        raw = label_matrix(self.predictions, self.labels)
-        return temper(np.log(np.maximum(raw, np.finfo(np.float64).tiny)), temperature)
+        return temper(log_shares(label_matrix(self.predictions, self.labels)), temperature)
 
     def answers(self, calibration: Calibration) -> list[Prediction]:
         """What the model says with a calibration."""
@@ -55,6 +90,27 @@ class Asked:
             np.array([p.confidence for p in found], np.float64),
             np.array([p.label == label for p, label in zip(found, truth, strict=True)]),
             np.array([p.reason != "off_topic" for p in found]),
+            np.array([not p.abstained for p in found]),
+        )
+
+    def promise(
+        self, calibration: Calibration, *, max_error: float, level: float, by_label: bool
+    ) -> Calibration:
+        """Set thresholds by `qcat.trust.thresholds.promise_threshold`, one question a group.
+
+        Raises:
+            DataError: the promise cannot be made.
+        """
+        judged = self.one_of_each().judged(calibration)
+        return promise_threshold(
+            calibration,
+            judged.labels,
+            judged.confidence,
+            judged.right,
+            judged.answerable,
+            max_error=max_error,
+            level=level,
+            by_label=by_label,
         )
 
     def fit(self) -> Fitted:
@@ -75,73 +131,56 @@ class Judged:
     right: npt.NDArray[np.bool_]
     answerable: npt.NDArray[np.bool_]
     """Whether the question is not off-topic."""
+    answered: npt.NDArray[np.bool_]
+    """Whether it is answered under the thresholds."""
 
     def curve(self) -> RiskCoverage:
-        """Error by share answered, at every threshold."""
+        """Error by share answered, at every threshold. Raises DataError: there is none."""
         rows = self.answerable
+        if not rows.any():
+            raise DataError("all questions are called off-topic: a curve needs others")
         return risk_coverage(self.confidence[rows], self.right[rows], len(rows))
-
-    def promise(
-        self, calibration: Calibration, *, max_error: float, level: float, by_label: bool
-    ) -> Calibration:
-        """See `qcat.trust.thresholds.promise_threshold`. Raises DataError likewise."""
-        return promise_threshold(
-            calibration,
-            self.labels,
-            self.confidence,
-            self.right,
-            self.answerable,
-            max_error=max_error,
-            level=level,
-            by_label=by_label,
-        )
-
-    def answered(self, calibration: Calibration) -> npt.NDArray[np.bool_]:
-        """Whether each question is answered under the thresholds."""
-        least = [calibration.label_thresholds.get(n, calibration.threshold) for n in self.labels]
-        return self.answerable & (self.confidence >= np.array(least))
 
 
 def carry_threshold(
-    model: Path, old: Calibration, questions: Sequence[tuple[str, int]], progress: Progress
+    model: Path, old: Calibration, questions: Sequence[Question], progress: Progress
 ) -> Calibration:
     """Give a model the threshold of the one that it is to replace: the same promise, if it was one.
 
     Args:
-        model: GGUF of the new model; changed if the old one has a threshold.
+        model: GGUF of the new model; whatever threshold it has is replaced.
         old: calibration of the old one.
-        questions: held out, with the index of the right label of each.
+        questions: held out.
         progress: as in `ask_all`.
 
     Returns:
         The new model's calibration.
 
     Raises:
-        DataError: the new model cannot keep the promise.
+        DataError: the new model cannot keep the promise; the file is as it was.
     """
     known = read_calibration(Bundle.read(model))
-    if not (old.threshold or old.label_thresholds):
-        return known
+    known = replace(known, threshold=0.0, label_thresholds={}, promise=None, gate=old.gate)
     asked = ask_all(model, questions, progress)
     if old.promise:
-        known = asked.judged(known).promise(
+        known = asked.promise(
             known,
             max_error=old.promise.max_error,
             level=old.promise.level,
             by_label=bool(old.label_thresholds),
         )
-    else:
+    elif old.threshold:
         known = known.with_threshold(old.threshold)
     write_sections(model, sections(known, asked))
     return known
 
 
-def ask_all(model: Path, questions: Sequence[tuple[str, int]], progress: Progress) -> Asked:
+def ask_all(model: Path, questions: Sequence[Question], progress: Progress) -> Asked:
     """Ask a bundle without its calibration, one question at a time: the path that serves.
 
     Args:
         model: the GGUF.
-        questions: with the index of the right label of each.
+        questions: with their right labels.
         progress: told how many of them have been asked.
 
     Raises:
@@ -149,11 +188,16 @@ def ask_all(model: Path, questions: Sequence[tuple[str, int]], progress: Progres
     """
     found = []
     with Classifier.open(model, calibrated=False, review=False) as classifier:
-        for done, (text, _) in enumerate(questions, 1):
-            found.append(classifier.ask(text))
+        for done, question in enumerate(questions, 1):
+            found.append(classifier.ask(question.text))
             progress(done, len(questions))
         labels = tuple(classifier.task.labels)
-    return Asked(labels, tuple(found), np.array([label for _, label in questions]))
+    return Asked(
+        labels,
+        tuple(found),
+        np.array([question.label for question in questions]),
+        tuple(question.group for question in questions),
+    )
 
 
 def sections(calibration: Calibration, asked: Asked) -> dict[str, dict[str, Any]]:
@@ -161,8 +205,10 @@ def sections(calibration: Calibration, asked: Asked) -> dict[str, dict[str, Any]
 
     Args:
         calibration: of the model.
-        asked: questions that stand for such a time.
+        asked: questions that stand for such a time; of each group one counts, since the tests of
+            drift take questions as independent.
     """
+    asked = asked.one_of_each()
     truth = [asked.labels[number] for number in asked.truth]
     reference = Reference.of(asked.answers(calibration), asked.labels, rule=OWN_RULE, truth=truth)
     return {CALIBRATION_KEY: calibration.to_dict(), REFERENCE_KEY: reference.to_dict()}

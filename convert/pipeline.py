@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from convert.calibrate import Asked, ask_all, sections, summary
+from convert.calibrate import Asked, Question, ask_all, sections, summary
 from convert.card import model_card
 from convert.imatrix import ImportanceMatrix, importance_matrix
 from convert.merge import Merged, merge
@@ -71,8 +71,8 @@ class Request:
     """Of the GGUF that is quantized."""
     held_out: tuple[tuple[str, int], ...] = ()
     """Questions (cleaned) and right labels for the proof."""
-    validation: tuple[tuple[str, int], ...] = ()
-    """Likewise, for the calibration; they may have helped to choose the epoch."""
+    validation: tuple[Question, ...] = ()
+    """For the calibration, cleaned too; they may have helped to choose the epoch."""
     training: tuple[str, ...] = ()
     """Questions (cleaned) for the importance matrix."""
     max_flips: float = 0.02
@@ -333,7 +333,7 @@ def _calibrate(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Calibrate the file on the validation questions: what the report says, what goes inside."""
 
-    def ask(questions: tuple[tuple[str, int], ...], step: str) -> Asked:
+    def ask(questions: Sequence[Question], step: str) -> Asked:
         return ask_all(gguf, questions, lambda done, total: progress(step, done, total))
 
     asked = ask(request.validation, "calibrate")
@@ -341,7 +341,8 @@ def _calibrate(
         fitted = asked.fit()
     except DataError as error:
         return {"refused": str(error)}, {}
-    held_out = ask(request.held_out, "measure confidence") if request.held_out else None
+    others = [Question(text, label) for text, label in request.held_out]
+    held_out = ask(others, "measure confidence") if others else None
     return summary(fitted, asked, held_out), sections(fitted.calibration, asked)
 
 

@@ -212,7 +212,7 @@ def write_sections(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> Non
             pairs = source.read(header.metadata_end - 24)
             count = header.n_metadata
             for key, data in sections.items():
-                text = json.dumps(data, ensure_ascii=False).encode()
+                text = json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
                 left = _without(pairs, key)
                 count += 0 if len(left) < len(pairs) else 1
                 packed = struct.pack("<I", _STRING) + _packed_string(text)

@@ -168,11 +168,11 @@ class Classifier:
         name = os.fspath(DEFAULT_MODEL if model is None else model)
         with ExitStack() as stack:
             if served:
-                parts = _open_ollama(name.removeprefix(OLLAMA), timeout, verbose, stack)
+                parts = _open_ollama(name.removeprefix(OLLAMA), calibrated, timeout, verbose, stack)
             else:
-                parts = _open_file(Path(name), threads, verbose, stack)
-            calibration = parts.calibration if calibrated else Calibration()
-            rule = OWN_RULE
+                parts = _open_file(Path(name), calibrated, threads, verbose, stack)
+            calibration = parts.calibration
+            rule = OWN_RULE if calibrated else "uncalibrated"
             if threshold is not None:
                 calibration, rule = calibration.with_threshold(threshold), f"threshold {threshold}"
             if coverage is not None:
@@ -406,7 +406,9 @@ class _Parts(NamedTuple):
     identity: str
 
 
-def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack) -> _Parts:
+def _open_file(
+    path: Path, calibrated: bool, threads: int | None, verbose: bool, stack: ExitStack
+) -> _Parts:
     bundle = Bundle.read(path)
     from qcat.backends.llama import LlamaModel, LlamaScorer, default_threads
 
@@ -427,12 +429,14 @@ def _open_file(path: Path, threads: int | None, verbose: bool, stack: ExitStack)
         scorer,
         trie,
         prompt,
-        read_calibration(bundle),
+        read_calibration(bundle) if calibrated else Calibration(),
         identity(bundle.header.metadata),
     )
 
 
-def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitStack) -> _Parts:
+def _open_ollama(
+    name: str, calibrated: bool, timeout: float | None, verbose: bool, stack: ExitStack
+) -> _Parts:
     from qcat.backends.llama import LlamaModel
     from qcat.backends.ollama import TIMEOUT, Server
     from qcat.backends.ollama_scorer import OllamaScorer
@@ -453,7 +457,8 @@ def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitSta
             path = Path(folder, "vocabulary.gguf")
             write_vocabulary(path, metadata)
             bundle = Bundle.read(path)
-            task, calibration = bundle.task, read_calibration(bundle)
+            task = bundle.task
+            calibration = read_calibration(bundle) if calibrated else Calibration()
             vocabulary = stack.enter_context(LlamaModel(path, vocab_only=True, verbose=verbose))
     except (BundleError, ModelError) as error:
         reason = str(error).removeprefix(f"{path}: ")
@@ -472,7 +477,9 @@ def _open_ollama(name: str, timeout: float | None, verbose: bool, stack: ExitSta
         spellings=metadata["tokenizer.ggml.tokens"],
     )
     stack.callback(scorer.close)
-    return _Parts(task, vocabulary, scorer, trie, prompt, calibration, identity(metadata))
+    # Of its own: probabilities that are bounds are not to be compared with exact ones.
+    said_by = f"{identity(metadata)}-ollama"
+    return _Parts(task, vocabulary, scorer, trie, prompt, calibration, said_by)
 
 
 def read_calibration(bundle: Bundle) -> Calibration:

@@ -149,6 +149,11 @@ def contenders(
     return found[0][2]
 
 
+def log_shares(probabilities: npt.ArrayLike) -> Floats:
+    """Natural logs, of 0 that of the smallest number above it."""
+    return np.asarray(np.log(np.maximum(probabilities, _TINY)), np.float64)
+
+
 def temper(log_probabilities: npt.ArrayLike, temperature: float) -> Floats:
     """Label probabilities with the temperature T: p^(1/T), made to sum to 1 again.
 
@@ -168,7 +173,7 @@ def temper_bounds(lower: Floats, upper: Floats, temperature: float) -> tuple[Flo
     if temperature == 1:
         return lower, upper
     if not (lower < upper).any():
-        known = temper(np.log(np.maximum(lower, _TINY)), temperature)
+        known = temper(log_shares(lower), temperature)
         return known, known
     return share_bounds(lower ** (1 / temperature), upper ** (1 / temperature))
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from convert.calibrate import carry_threshold
+from convert.calibrate import Asked, Question, carry_threshold
 from qcat import Classifier
-from qcat.bundle import CALIBRATION_KEY, read_header, section, write_sections
+from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, read_header, section, write_sections
 from qcat.classifier import DEFAULT_MODEL
 from qcat.errors import BundleError, DataError
 from qcat.learn.dataset import read_examples
@@ -190,8 +190,8 @@ def test_error_bound_is_clopper_and_pearsons():
         )
     assert error_bound(5, 5, 0.95) == 1
     assert error_bound(0, 0, 0.95) == 1
-    assert error_bound(0, needed(0.02, 0.95), 1 - 0.05 / 12) <= 0.02
-    assert error_bound(0, needed(0.02, 0.95) - 1, 1 - 0.05 / 12) > 0.02
+    assert error_bound(0, needed(0.02, 0.95), 1 - 0.05 / 8) <= 0.02
+    assert error_bound(0, needed(0.02, 0.95) - 1, 1 - 0.05 / 8) > 0.02
 
 
 def test_risk_and_coverage_by_hand():
@@ -209,8 +209,24 @@ def simulated(seed, count):
     return confidence, chance.random(count) < confidence
 
 
-@pytest.mark.parametrize("max_error", [0.05, 0.1])
-def test_the_promise_is_kept(max_error):
+def test_no_promise_where_none_is_true():
+    """Every threshold has an error just above the limit; only chance can let one pass."""
+    made = 0
+    for seed in range(600):
+        chance = np.random.default_rng(seed)
+        confidence, right = chance.random(800), chance.random(800) > 0.0501
+        try:
+            promise_threshold(
+                Calibration(), ["x"] * 800, confidence, right, np.ones(800, bool), max_error=0.05
+            )
+        except DataError:
+            continue
+        made += 1
+    assert made <= 30  # 5 % of 600; with a bound for each threshold alone it would be 60 or so
+
+
+def test_the_promise_is_kept():
+    max_error = 0.05
     sure, right = simulated(0, 400_000)  # of which the true error above any threshold is read
     broken = answered = 0
     for seed in range(1, 301):
@@ -292,6 +308,60 @@ def test_sets_hold_the_truth_as_often_as_they_say():
     # Its expectation is from 0.9 up; a tenth of 400 means of 100 has a deviation of 0.0015.
     assert 0.897 <= np.mean(held) <= 0.93
     assert np.mean(size) < 4  # of five labels
+
+
+@pytest.mark.parametrize("gap", [3.0, 8.0, 24.0, 40.0])
+def test_sets_of_a_very_sure_model_hold_the_truth(gap):
+    """Through `fit`, whose scores are rounded: those near 1 must not be rounded up."""
+
+    def asked(seed):
+        chance = np.random.default_rng(seed)
+        truth = chance.integers(0, 5, 400)
+        logits = chance.normal(0, 1, (400, 5))
+        logits[np.arange(400), truth] += gap
+        shares = temper(logits, 1.0)
+        mass = 1 / (1 + np.exp(-chance.normal(4, 1, 400)))
+        energy = chance.normal(12, 2, 400)
+        raw = [
+            decide(
+                Calibration(), LABELS, int(row.argmax()), row, row,
+                mass=float(m), energy=float(e), truncated=False,
+            )
+            for row, m, e in zip(shares, mass, energy, strict=True)
+        ]  # fmt: skip
+        return Asked(LABELS, tuple(raw), truth, (None,) * 400)
+
+    known, new = asked(0).fit().calibration, asked(1)
+    sets = [
+        decide(
+            known, LABELS, int(row.argmax()), row, row, mass=p.label_mass, energy=p.energy,
+            truncated=False, coverage=0.95,
+        ).prediction_set
+        for row, p in zip(new.probabilities(known.temperature), new.predictions, strict=True)
+    ]  # fmt: skip
+    held = np.mean([LABELS[t] in found for t, found in zip(new.truth, sets, strict=True)])
+    assert held >= 0.92  # 0.95 less what 400 questions of each can differ by
+
+
+def test_one_question_of_each_group_counts_for_a_promise():
+    logs, truth = draw(0, 6)
+    raw = tuple(
+        decide(
+            Calibration(), LABELS, int(row.argmax()), row, row,
+            mass=0.9, energy=1.0, truncated=False,
+        )
+        for row in np.exp(logs)
+    )  # fmt: skip
+    groups = ("a", None, "a", "b", None, "b")
+    kept = Asked(LABELS, raw, truth, groups).one_of_each()
+    assert sorted(map(str, kept.groups)) == ["None", "None", "a", "b"]
+    assert kept.predictions == tuple(p for p in raw if p in kept.predictions)  # in their order
+
+
+def test_a_threshold_of_one_answers_nothing():
+    known = Calibration(threshold=0.5, label_thresholds={"pool": 1.0})
+    assert decided([1.0, 0, 0, 0, 0], known).reason == "ambiguous"
+    assert decided([0, 1.0, 0, 0, 0], known).reason is None
 
 
 def test_too_few_questions_for_a_coverage():
@@ -419,7 +489,7 @@ FULL = Calibration(
 
 
 def test_what_is_written_is_read_back():
-    for known in (FULL, Calibration(), FULL.with_threshold(0.3)):
+    for known in (FULL, Calibration(), *map(FULL.with_threshold, (0, 0.3, 1))):
         data = json.loads(json.dumps(known.to_dict()))
         assert Calibration.from_dict(data, LABELS) == known
     assert Calibration.from_dict({}, LABELS) == Calibration()
@@ -446,6 +516,7 @@ def test_a_hostile_section_is_refused_or_sound(key, value, data):
     answer = decided([0.6, 0.2, 0.1, 0.05, 0.05], found)
     assert answer.label == "pool"
     assert answer.on_topic is None or math.isfinite(answer.on_topic)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 # --- the commands -----------------------------------------------------------------------------
@@ -485,14 +556,15 @@ def test_calibrate_then_promise_then_ask(qcat, house_copy, held_out, tmp_path):
 
     curve = tmp_path / "curve.png"
     done = qcat(
-        "calibrate", house_copy, held_out / "test.jsonl", "--max-error", "0.05", "--curve", curve
+        "calibrate", house_copy, held_out / "test.jsonl", "--max-error", "0.1", "--curve", curve
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "promise: at most 5.0% of the answers are wrong, with 95% confidence" in done.stdout
+    assert "promise: at most 10.0% of the answers are wrong, with 95% confidence" in done.stdout
     assert curve.read_bytes().startswith(b"\x89PNG")
     known = known_of(house_copy)
     promise = known["promise"]
-    assert promise["errors"] / promise["answered"] < 0.05
+    assert promise["errors"] / promise["answered"] < 0.1
+    assert promise["questions"] < 818  # one of each group
     assert known["temperature"] == found["calibration"]["temperature"]  # it was not fitted anew
 
     rows = (held_out / "test.jsonl").read_text().splitlines()
@@ -501,12 +573,15 @@ def test_calibrate_then_promise_then_ask(qcat, house_copy, held_out, tmp_path):
     assert asked.returncode == 3
     answers = [json.loads(line) for line in asked.stdout.splitlines()]
     # Batches of another shape than one question move a confidence across the line now and then.
-    assert sum(not a["abstained"] for a in answers) == pytest.approx(promise["answered"], abs=3)
+    threshold, off = known["threshold"], known["on_topic"]["threshold"]
+    above = [a["confidence"] >= threshold and a["on_topic"] >= off for a in answers]
+    assert [not a["abstained"] for a in answers] == above
+    assert sum(above) > promise["answered"]  # of one question a group
     assert {a["reason"] for a in answers} == {None, "off_topic", "ambiguous", "low_confidence"}
 
     evaluated = json.loads(qcat("eval", house_copy, held_out / "test.jsonl", "--json").stdout)
     assert evaluated["confidence"]["temperature"] == known["temperature"]
-    assert evaluated["abstaining"]["answered"] == pytest.approx(promise["answered"], abs=3)
+    assert evaluated["abstaining"]["answered"] == pytest.approx(sum(above), abs=3)
     report = qcat("eval", house_copy, held_out / "test.jsonl", "--html", tmp_path / "r.html")
     assert f"calibrated, temperature {known['temperature']:.2f}" in report.stdout
     assert "left to a person: " in report.stdout
@@ -521,6 +596,17 @@ def test_thresholds_by_hand(qcat, house_copy, held_out):
     question = "What is the capital of Mongolia?"
     assert qcat("ask", "-m", house_copy, question).returncode == 3
     assert qcat("ask", "-m", house_copy, "--threshold", "0", question).returncode == 0
+    assert qcat("calibrate", house_copy, "--threshold", "0").returncode == 0
+    assert qcat("ask", "-m", house_copy, question).returncode == 0
+    assert qcat("calibrate", house_copy, "--threshold", "0.5").returncode == 0
+    assert qcat("ask", "-m", house_copy, question).returncode == 3
+    reference = section(read_header(house_copy), REFERENCE_KEY, house_copy)
+    assert reference["rule"] is None  # what it would leave to a person is not known
+    few = held_out / "sixty.jsonl"
+    few.write_text("\n".join((held_out / "test.jsonl").read_text().splitlines()[:60]))
+    assert qcat("calibrate", house_copy, few, "--threshold", "0.6").returncode == 0
+    again = section(read_header(house_copy), REFERENCE_KEY, house_copy)
+    assert again["questions"] == reference["questions"]
     done = qcat("calibrate", house_copy, held_out / "validation.jsonl")
     assert "threshold was of its old confidence and is gone" in done.stderr
     assert known_of(house_copy)["threshold"] == 0
@@ -569,15 +655,21 @@ def test_bad_input_is_one_line(qcat, house, house_copy, held_out, tmp_path):
     done = qcat("ask", "-m", house, "--set", "x")
     assert (done.returncode, done.stdout) == (1, "")
     assert "has one on none: `qcat calibrate` it" in done.stderr
+    done = qcat("calibrate", house, held_out / "test.jsonl", "--max-error", "0.1")
+    assert "is not calibrated: first give `qcat calibrate" in done.stderr
 
 
-def test_a_damaged_section_is_one_line(qcat, house_copy):
+def test_a_damaged_section_is_one_line(qcat, house_copy, held_out):
     write_sections(house_copy, {CALIBRATION_KEY: FULL.to_dict() | {"temperature": "hot"}})
     done = qcat("ask", "-m", house_copy, "x")
     assert done.returncode == 1
     assert "qcat.calibration has no sensible number under 'temperature'" in done.stderr
     write_sections(house_copy, {CALIBRATION_KEY: {"version": 99}})
     assert "of another version of qcat" in qcat("ask", "-m", house_copy, "x").stderr
+    done = qcat("calibrate", house_copy, held_out / "test.jsonl", "--max-error", "0.1")
+    assert "of another version of qcat" in done.stderr
+    assert qcat("calibrate", house_copy, held_out / "validation.jsonl").returncode == 0
+    assert qcat("ask", "-m", house_copy, "When was the pool pump replaced?").stdout == "pool\n"
 
 
 def test_export_calibrates(qcat, easy_run, tmp_path):
@@ -610,19 +702,21 @@ def test_a_new_model_gets_the_old_ones_threshold(house_copy, held_out):
     with Classifier.open() as house:
         task = house.task
     examples = read_examples(held_out / "test.jsonl", task)
-    questions = [(e.text, e.label) for e in examples]
+    questions = [Question(e.text, e.label, e.group) for e in examples]
 
     def carry(**old):
         return carry_threshold(house_copy, replace(FULL, **old), questions, lambda *_: None)
 
-    nothing = carry(threshold=0.0, label_thresholds={}, promise=None)
-    assert nothing.threshold == 0
     assert carry(label_thresholds={}, promise=None).threshold == 0.75
     assert known_of(house_copy)["threshold"] == 0.75
-    kept = carry(label_thresholds={}, promise=Promise(0.05, 0.9, 1, 1, 0))
-    assert kept.promise.max_error == 0.05
+    nothing = carry(threshold=0.0, label_thresholds={}, promise=None)
+    assert nothing.threshold == 0
+    assert known_of(house_copy)["threshold"] == 0  # what was carried before is gone
+    # A promise that all answers kept is a promise all the same.
+    kept = carry(threshold=0.0, label_thresholds={}, promise=Promise(0.1, 0.9, 1, 1, 0))
+    assert kept.promise.max_error == 0.1
     assert kept.promise.level == 0.9
-    assert kept.promise.errors / kept.promise.answered < 0.05
+    assert kept.promise.errors / kept.promise.answered < 0.1
     assert kept.temperature != FULL.temperature  # that is the new model's own
     assert known_of(house_copy)["threshold"] == kept.threshold
     before = house_copy.read_bytes()

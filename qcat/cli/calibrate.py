@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from convert.calibrate import Asked, Judged, ask_all, sections, summary
+from convert.calibrate import Asked, Judged, Question, ask_all, sections, summary
 from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, section, write_sections
 from qcat.classifier import read_calibration
 from qcat.cli.output import Bars, check_writable, given, table
+from qcat.errors import BundleError
 from qcat.files import write_whole
 from qcat.learn.dataset import read_examples
 from qcat.trust.calibration import Calibration
@@ -51,7 +52,8 @@ _FILE = click.Path(path_type=Path)
     "--threshold",
     type=click.FloatRange(0, 1),
     metavar="P",
-    help="Set the threshold by hand; 0 answers every question. QUESTIONS only measure it.",
+    help="Set the threshold by hand; 0 answers every question, off-topic ones too. QUESTIONS only "
+    "measure it.",
 )
 @click.option(
     "--curve",
@@ -73,9 +75,9 @@ def command(
     """Calibrate MODEL, a GGUF, on labelled QUESTIONS that it was not trained on, in place.
 
     Without a threshold option it finds the temperature, the score under which a question is
-    off-topic, and what prediction sets need, as `qcat export` does with the validation questions.
-    With one it sets the threshold under which a question is left to a person (and finds the rest
-    if the model lacks it).
+    off-topic, what prediction sets need and the reference for `qcat drift`, as `qcat export` does
+    with the validation questions. With one it sets the threshold under which a question is left
+    to a person. A model on an Ollama server is as it was until it is deployed again.
 
     \b
     Examples:
@@ -93,53 +95,81 @@ def command(
         check_writable(curve)
         import matplotlib  # noqa: F401 (its absence is told before the questions are asked)
     bundle = Bundle.read(model)
-    calibration = read_calibration(bundle)
+    anew = max_error is None and threshold is None
+    before = _known(bundle, anew)
+    if max_error is not None and not before.questions:
+        raise BundleError(
+            f"{model}: is not calibrated: first give `qcat calibrate {model}` other questions, "
+            "without --max-error"
+        )
     if questions is None:
         assert threshold is not None
-        # What share of the quiet time's questions it leaves to a person is not known.
-        told = {**section(bundle.header, REFERENCE_KEY, model), "rule": None}
-        known = {CALIBRATION_KEY: calibration.with_threshold(threshold).to_dict()}
-        write_sections(model, known | ({REFERENCE_KEY: told} if len(told) > 1 else {}))
+        write_sections(model, _unmeasured(bundle, before.with_threshold(threshold)))
         click.echo(f"{model}: threshold {threshold:g}, for all labels")
         return
     examples = read_examples(questions, bundle.task)
     with Bars() as bars:
         asked = ask_all(
             model,
-            [(example.text, example.label) for example in examples],
+            [Question(example.text, example.label, example.group) for example in examples],
             lambda done, total: bars.show("questions", done, total),
         )
-    fitted = None
-    if not calibration.questions or (max_error is None and threshold is None):
-        fitted = asked.fit()
-        lost = calibration.threshold > 0 and threshold is None and max_error is None
+    fitted = asked.fit() if anew else None
+    if fitted:
         calibration = fitted.calibration
-        if lost:
-            click.echo(
-                "qcat: warning: the model's threshold was of its old confidence and is gone: "
-                "set it again with --max-error or --threshold",
-                err=True,
-            )
-    if threshold is not None:
-        calibration = calibration.with_threshold(threshold)
-    answers = asked.judged(calibration)
-    if max_error is not None:
-        calibration = answers.promise(
+    elif threshold is not None:
+        calibration = before.with_threshold(threshold)
+    else:
+        assert max_error is not None
+        calibration = replace(before, threshold=0.0, label_thresholds={}, promise=None, gate=True)
+        calibration = asked.promise(
             calibration, max_error=max_error, level=level, by_label=by_label
         )
+    judged = asked.judged(calibration)
     picture = None
     if curve:
         from qcat.trust.figures import risk_coverage_png
 
         common = None if calibration.label_thresholds else calibration.threshold or None
-        picture = risk_coverage_png(answers.curve(), common)
-    write_sections(model, sections(calibration, asked))
+        picture = risk_coverage_png(judged.curve(), common)
+    # A few questions that only measure a threshold are no better reference than the one there is.
+    told = sections(calibration, asked)
+    small = told[REFERENCE_KEY]["questions"] < _reference(bundle).get("questions", 0)
+    write_sections(model, _unmeasured(bundle, calibration) if small and not anew else told)
     if curve and picture:
         write_whole(curve, picture)
-    found = _Found(asked, answers, calibration, fitted)
+    if anew and (before.threshold or before.promise):
+        click.echo(
+            "qcat: warning: the model's threshold was of its old confidence and is gone: "
+            "set it again with --max-error or --threshold",
+            err=True,
+        )
+    found = _Found(asked, judged, calibration, fitted)
     click.echo(
         json.dumps(found.to_dict(), ensure_ascii=False) if as_json else "\n".join(found.lines())
     )
+
+
+def _known(bundle: Bundle, anew: bool) -> Calibration:
+    """The model's calibration; one that cannot be read is no hindrance to a new one."""
+    try:
+        return read_calibration(bundle)
+    except BundleError:
+        if not anew:
+            raise
+        return Calibration()
+
+
+def _reference(bundle: Bundle) -> dict[str, Any]:
+    return section(bundle.header, REFERENCE_KEY, bundle.path)
+
+
+def _unmeasured(bundle: Bundle, calibration: Calibration) -> dict[str, dict[str, Any]]:
+    """As `sections`, with the reference that there is: what it leaves to a person is not known."""
+    told = {CALIBRATION_KEY: calibration.to_dict()}
+    if reference := _reference(bundle):
+        told[REFERENCE_KEY] = {**reference, "rule": None}
+    return told
 
 
 @dataclass(frozen=True)
@@ -147,20 +177,20 @@ class _Found:
     """What is told at the end."""
 
     asked: Asked
-    answers: Judged
+    judged: Judged
     calibration: Calibration
     fitted: Fitted | None
 
     def to_dict(self) -> dict[str, Any]:
-        answered = self.answers.answered(self.calibration)
+        answered = self.judged.answered
         known = self.calibration.to_dict()
         known.pop("conformal", None)  # a thousand figures that tell a reader nothing
         found = {
             "calibration": known,
             "questions": len(answered),
             "answered": int(answered.sum()),
-            "errors": int((~self.answers.right[answered]).sum()),
-            "off_topic": int((~self.answers.answerable).sum()),
+            "errors": int((~self.judged.right[answered]).sum()),
+            "off_topic": int((~self.judged.answerable).sum()),
         }
         if self.fitted:
             found["reliability"] = summary(self.fitted, self.asked, None)
@@ -179,8 +209,8 @@ class _Found:
                 )
             before = self.asked.reliability()
             yield from table(reliability_rows(self.asked.reliability(known.temperature), before))
-        answered = self.answers.answered(self.calibration)
-        errors = int((~self.answers.right[answered]).sum())
+        answered = self.judged.answered
+        errors = int((~self.judged.right[answered]).sum())
         if known.label_thresholds:
             yield from table(
                 [
@@ -196,11 +226,14 @@ class _Found:
             f"answered: {answered.sum()} of {count} questions ({answered.mean():.0%}), "
             f"{errors} of them wrong ({errors / max(1, answered.sum()):.1%})"
         )
-        off = int((~self.answers.answerable).sum())
+        off = int((~self.judged.answerable).sum())
         yield f"called off-topic: {off} ({off / count:.0%})"
         if known.promise:
+            basis = f"{known.promise.questions} questions"
+            if known.promise.questions < count:
+                basis += ", one of each group,"
             yield (
                 f"promise: at most {known.promise.max_error:.1%} of the answers are wrong, with "
-                f"{known.promise.level:.0%} confidence, for questions like these "
-                "(an exact binomial bound)"
+                f"{known.promise.level:.0%} confidence, for questions like these (an exact "
+                f"binomial bound from {basis} taken as independent)"
             )

@@ -22,7 +22,7 @@ from qcat.learn.evaluate import (
     evaluate,
     off_topic_rows,
 )
-from qcat.trust.reliability import reliability_rows
+from qcat.trust.reliability import UNSCALED, reliability_rows
 
 _FILE = click.Path(path_type=Path)
 _MATRIX_LABELS = 10  # up to which the terminal shows the whole confusion matrix
@@ -231,7 +231,7 @@ def _off_topic(off: OffTopic) -> Iterable[str]:
 def _confidence(found: Evaluation) -> Iterable[str]:
     known, left = found.confidence, found.abstaining
     if known.temperature == 1:
-        yield "confidence: not calibrated, temperature 1"
+        yield f"confidence: {UNSCALED if known.calibrated else 'not calibrated'}"
         yield from table(reliability_rows(known.after, None))
     else:
         yield f"confidence: calibrated, temperature {known.temperature:.2f}"

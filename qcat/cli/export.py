@@ -178,6 +178,7 @@ def read_request(
     validation = _examples(validation_data, run / "validation.jsonl", task)
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
+    from convert.calibrate import Question
     from convert.pipeline import Request
 
     return Request(
@@ -188,7 +189,7 @@ def read_request(
         quantization=quantization,
         precision=precision,
         held_out=tuple((example.text, example.label) for example in held_out),
-        validation=tuple((example.text, example.label) for example in validation),
+        validation=tuple(Question(e.text, e.label, e.group) for e in validation),
         training=tuple(example.text for example in training),
         max_flips=max_flips,
     )

@@ -114,10 +114,12 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
 
 def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, str]:
     """Give the new model the old one's threshold, or its promise; what speaks against it if not."""
-    from convert.calibrate import carry_threshold
+    from convert.calibrate import Question, carry_threshold
 
     task = serving.task
-    questions = [(e.text, e.label) for e in read_examples(run / "test.jsonl", task)]
+    questions = [
+        Question(e.text, e.label, e.group) for e in read_examples(run / "test.jsonl", task)
+    ]
     try:
         with Bars() as bars:
             known = carry_threshold(

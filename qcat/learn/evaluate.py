@@ -23,8 +23,9 @@ from qcat.learn.baseline import NAME as BASELINE_NAME
 from qcat.learn.baseline import tfidf_predictions
 from qcat.learn.dataset import Example, read_examples, read_texts
 from qcat.prediction import Prediction
-from qcat.scoring import temper
+from qcat.scoring import log_shares, temper
 from qcat.task import Task
+from qcat.trust.calibration import Calibration
 from qcat.trust.fit import label_matrix
 from qcat.trust.reliability import Detection, Reliability, detection, reliability
 
@@ -201,7 +202,8 @@ class Confidence:
     """How well calibrated the model is."""
 
     temperature: float
-    """1 if it is not calibrated."""
+    calibrated: bool
+    """If so and the temperature is 1, the calibration's questions said too little of it."""
     before: Reliability
     after: Reliability
 
@@ -334,7 +336,7 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluati
     texts = [example.text for example in examples]
     truth = np.array([example.label for example in examples])
     with Classifier.open(request.model, review=False) as classifier:
-        temperature = classifier.calibration.temperature
+        calibration = classifier.calibration
         predictions = _ask(classifier, texts, "questions", progress)
         said = _say(classifier, texts, progress) if request.decode == "free" else None
         off = _ask(classifier, strangers, "off topic", progress)
@@ -371,7 +373,7 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluati
         invalid=None if said is None else int((chosen == INVALID).sum()),
         latency=latency,
         label_mass=Mass(*(float(q) for q in np.quantile(masses, [0.5, 0.05, 0]))),
-        confidence=_confidence(temperature, predictions, truth, task),
+        confidence=_confidence(calibration, predictions, truth, task),
         abstaining=_abstaining(predictions, chosen == truth),
         off_topic=_off_topic(str(request.off_topic), predictions, off) if strangers else None,
         comparison=comparison,
@@ -565,15 +567,21 @@ def _families(
 
 
 def _confidence(
-    temperature: float,
+    calibration: Calibration,
     predictions: Sequence[Prediction],
     truth: npt.NDArray[np.int_],
     task: Task,
 ) -> Confidence:
     after = label_matrix(predictions, tuple(task.labels))
-    logs = np.log(np.maximum(after, np.finfo(np.float64).tiny))
-    before = temper(logs, 1 / temperature)  # what the temperature made of it, undone
-    return Confidence(temperature, reliability(before, truth), reliability(after, truth))
+    before = temper(
+        log_shares(after), 1 / calibration.temperature
+    )  # what the temperature made of it, undone
+    return Confidence(
+        calibration.temperature,
+        calibration.questions > 0,
+        reliability(before, truth),
+        reliability(after, truth),
+    )
 
 
 def _abstaining(predictions: Sequence[Prediction], right: npt.NDArray[np.bool_]) -> Abstaining:

@@ -12,7 +12,7 @@ from pathlib import Path
 from qcat.learn.evaluate import Evaluation, off_topic_rows
 from qcat.learn.figures import confusion_svg, mass_svg
 from qcat.trust.figures import reliability_svg
-from qcat.trust.reliability import reliability_rows
+from qcat.trust.reliability import UNSCALED, reliability_rows
 
 _MAX_ROWS = 50
 _STYLE = """
@@ -164,7 +164,13 @@ def _confidence(found: Evaluation) -> Iterable[str]:
     yield "<h2>Confidence</h2>"
     head, *rows = reliability_rows(known.after, before)
     yield _table(head, rows)
-    state = f"calibrated, temperature {known.temperature:.2f}" if before else "not calibrated"
+    state = (
+        f"calibrated, temperature {known.temperature:.2f}"
+        if before
+        else UNSCALED
+        if known.calibrated
+        else "not calibrated"
+    )
     yield f'<div class="scroll">{reliability_svg(known.after, before)}</div>'
     yield (
         f'<p class="note">The model is {state}. Each point is the questions of like confidence, '

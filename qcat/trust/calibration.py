@@ -16,6 +16,7 @@ from qcat.prediction import Reason
 VERSION = 1
 _GATE_SHARE = 0.2
 """Of the misses that a prediction set may have, the share spent on calling questions off-topic."""
+_FAR = 1e6  # no log-odds, energy or score of a model is as far from 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Conformal:
     is at least as probable as the k-th least probable right label of the held-out questions, and
     none if the question's on-topic score is below the k'-th lowest. Each leaves out the truth of
     a new question with a probability of at most k / (n + 1), so that the chances add up to
-    1 − coverage at most, whatever the model is worth.
+    1 − coverage at most, whatever the model is worth. That is exact for scores of questions that
+    served for nothing else; here the temperature and the signals' places, five numbers, come from
+    the same ones, and bench/trust.py shows that it hardly matters.
     """
 
     truth: tuple[float, ...]
@@ -119,14 +122,15 @@ class Calibration:
     """The same for answers with these labels."""
     promise: Promise | None = None
     on_topic: OnTopic | None = None
+    gate: bool = True
+    """Whether a question whose on-topic score is low is left to a person."""
     conformal: Conformal | None = None
 
     def with_threshold(self, threshold: float) -> Calibration:
         """The same with one threshold, set by hand; 0 leaves no question to a person."""
-        gate = self.on_topic
-        if gate and threshold == 0:
-            gate = replace(gate, threshold=-math.inf, mass_threshold=-math.inf)
-        return replace(self, threshold=threshold, label_thresholds={}, promise=None, on_topic=gate)
+        return replace(
+            self, threshold=threshold, label_thresholds={}, promise=None, gate=threshold > 0
+        )
 
     def reason(self, label: str, confidence: float, second: float, off: bool) -> Reason | None:
         """Why a question is left to a person, if it is.
@@ -137,10 +141,11 @@ class Calibration:
             second: the second best label's.
             off: whether the on-topic score is under its threshold.
         """
-        if off:
+        if off and self.gate:
             return "off_topic"
         threshold = self.label_thresholds.get(label, self.threshold)
-        if confidence >= threshold:
+        # A threshold of 1 answers nothing, though rounding can make a confidence 1.
+        if confidence >= threshold and threshold < 1:
             return None
         return "ambiguous" if confidence + second >= threshold else "low_confidence"
 
@@ -152,6 +157,7 @@ class Calibration:
             "temperature": self.temperature,
             "temperature_interval": list(self.temperature_interval),
             "threshold": self.threshold,
+            "gate": self.gate,
         }
         if self.label_thresholds:
             found["label_thresholds"] = dict(self.label_thresholds)
@@ -189,6 +195,7 @@ class Calibration:
             temperature_interval=(low, high),
             threshold=_number(data, "threshold", 0, 1),
             label_thresholds={label: _number(by_label, label, 0, 1) for label in by_label},
+            gate=data.get("gate") is not False,
             promise=_promise(promise) if promise else None,
             on_topic=_on_topic(topic) if topic else None,
             conformal=_conformal(sets) if sets else None,
@@ -216,14 +223,14 @@ def _on_topic(data: Mapping[str, Any]) -> OnTopic:
     anywhere = ("mass_mean", "energy_mean", "threshold", "mass_threshold")
     positive = ("mass_deviation", "energy_deviation")
     return OnTopic(
-        **{key: _number(data, key, -math.inf, math.inf) for key in anywhere},
-        **{key: _number(data, key, 1e-9, math.inf) for key in positive},
+        **{key: _number(data, key, -_FAR, _FAR) for key in anywhere},
+        **{key: _number(data, key, 1 / _FAR, _FAR) for key in positive},
     )
 
 
 def _conformal(data: Mapping[str, Any]) -> Conformal:
     truth = _numbers(data, "truth", 0, 1)
-    topics = [_numbers(data, k, -math.inf, math.inf) for k in ("on_topic", "mass_on_topic")]
+    topics = [_numbers(data, k, -_FAR, _FAR) for k in ("on_topic", "mass_on_topic")]
     for scores in (truth, *topics):
         if not scores or list(scores) != sorted(scores):
             raise ValueError("has scores for prediction sets that are not in order")

@@ -8,7 +8,7 @@ import numpy as np
 
 from qcat.errors import BundleError
 from qcat.prediction import Prediction, Reason
-from qcat.scoring import Floats, entropy, temper
+from qcat.scoring import Floats, entropy, log_shares, temper
 from qcat.trust.calibration import Calibration, Conformal
 
 _TINY = np.finfo(np.float64).tiny
@@ -98,7 +98,7 @@ def recalibrated(
         labels: the task's.
     """
     raw = np.array([prediction.probabilities[label] for label in labels])
-    known = temper(np.log(np.maximum(raw, _TINY)), calibration.temperature)
+    known = temper(log_shares(raw), calibration.temperature)
     return decide(
         calibration,
         labels,

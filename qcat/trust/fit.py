@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from qcat.errors import DataError
 from qcat.prediction import Prediction
-from qcat.scoring import Floats, temper
+from qcat.scoring import Floats, log_shares, temper
 from qcat.trust.calibration import Calibration, Conformal, OnTopic, log_odds
 
 LEVEL = 0.95
@@ -127,7 +127,7 @@ def fit(predictions: Sequence[Prediction], truth: Ints, labels: Sequence[str]) -
     count = len(truth)
     if count < FEWEST:
         raise DataError(f"{count} questions say nothing of the confidence: give {FEWEST} or more")
-    logs = np.log(np.maximum(label_matrix(predictions, labels), np.finfo(np.float64).tiny))
+    logs = log_shares(label_matrix(predictions, labels))
     found = fit_temperature(logs, truth)
     refused = None
     if not found.is_known:
@@ -158,4 +158,6 @@ def fit(predictions: Sequence[Prediction], truth: Ints, labels: Sequence[str]) -
 
 
 def _ascending(scores: npt.ArrayLike) -> tuple[float, ...]:
-    return tuple(np.sort(np.round(np.asarray(scores, np.float64), _DIGITS)).tolist())
+    # Rounded down, so that a score that is equal to the one kept is not under it.
+    step = 10.0**_DIGITS
+    return tuple((np.floor(np.sort(np.asarray(scores, np.float64)) * step) / step).tolist())

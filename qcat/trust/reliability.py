@@ -75,6 +75,7 @@ def reliability(probabilities: Floats, truth: npt.NDArray[np.int_]) -> Reliabili
     )
 
 
+UNSCALED = "not scaled: the questions it was calibrated on say too little of the temperature"
 FIGURES = {
     "ece": "expected calibration error",
     "adaptive_ece": "adaptive calibration error",

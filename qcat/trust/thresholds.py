@@ -19,7 +19,7 @@ from qcat.scoring import Floats
 from qcat.trust.calibration import Calibration, Promise
 
 LEVEL = 0.95
-_CANDIDATES = 12
+_CANDIDATES = 8
 """Thresholds tried: more come closer to the best one, but each makes all bounds wider."""
 
 Bools = npt.NDArray[np.bool_]
