@@ -99,14 +99,25 @@ def export(request: Request, progress: Progress = lambda step, done, total: None
             os.replace(folder / "report.json", kept)
             raise ExportError(
                 f"{report['proof']['quantized']['flips']} of {report['proof']['questions']} "
-                f"labels changed, more than {request.max_flips:.1%}: export with --quant q5_k_m "
-                f"or q8_0, or with questions for the importance matrix; the report is {kept}"
+                f"labels changed, more than {request.max_flips:.1%}: export with "
+                f"{_way_out(request)}; the report, with the accuracies, is {kept}"
             )
         try:
             os.rename(folder, target)
         except OSError as error:
             raise ExportError(f"{target}: cannot be put in place: {error.strerror}") from None
     return report
+
+
+def _way_out(request: Request) -> str:
+    """What may change fewer labels: what is larger, or has a matrix, and was not tried."""
+    larger = ["q5_k_m", "q8_0"]
+    if request.quantization in larger:
+        del larger[: larger.index(request.quantization) + 1]
+    ways = [f"--quant {' or '.join(larger)}"] if larger else []
+    if not request.training:
+        ways.append("questions for the importance matrix")
+    return ", or with ".join([*ways, "a higher --max-flips"])
 
 
 def _flip_share(report: Mapping[str, Any]) -> float:

@@ -275,6 +275,17 @@ def test_labels_with_enough_questions_get_thresholds_of_their_own():
     assert found.reason("hard", 0.5, 0.1, False) == "low_confidence"
 
 
+def test_what_can_be_promised_is_said():
+    confidence, right = simulated(3, 300)
+    asked = (Calibration(), ["x"] * 300, confidence, right, np.ones(300, bool))
+    with pytest.raises(DataError, match=r"0\.\d+ can; or give more questions") as refused:
+        promise_threshold(*asked, max_error=0.01)
+    possible = float(str(refused.value).split("all right): ")[1].split(" can")[0])
+    assert promise_threshold(*asked, max_error=possible).promise
+    with pytest.raises(DataError):
+        promise_threshold(*asked, max_error=possible - 0.01)
+
+
 def test_no_promise_from_too_few_or_bad_answers():
     with pytest.raises(DataError, match="cannot be promised from 50 questions"):
         promise_threshold(
@@ -282,7 +293,7 @@ def test_no_promise_from_too_few_or_bad_answers():
             max_error=0.02,
         )  # fmt: skip
     confidence, _ = simulated(1, 900)
-    with pytest.raises(DataError, match="larger --max-error"):
+    with pytest.raises(DataError, match=r"all right\): give more questions"):
         promise_threshold(
             Calibration(), ["x"] * 900, confidence, np.zeros(900, bool), np.ones(900, bool),
             max_error=0.1,
@@ -562,6 +573,8 @@ def test_calibrate_then_promise_then_ask(qcat, house_copy, held_out, tmp_path):
     assert "promise: at most 10.0% of the answers are wrong, with 95% confidence" in done.stdout
     assert curve.read_bytes().startswith(b"\x89PNG")
     known = known_of(house_copy)
+    shown = qcat("inspect", house_copy).stdout
+    assert f"threshold {known['threshold']:.4f}; at most 10.0% of the answers wrong" in shown
     promise = known["promise"]
     assert promise["errors"] / promise["answered"] < 0.1
     assert promise["questions"] < 818  # one of each group

@@ -10,15 +10,17 @@ from typing import Any
 import click
 
 from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, section
+from qcat.classifier import read_calibration
 from qcat.errors import BundleError
 from qcat.task import Task
+from qcat.trust.calibration import Calibration
 
 
 @click.command()
 @click.argument("gguf", metavar="FILE.gguf", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 def command(gguf: Path, as_json: bool) -> None:
-    """Show the task, the labels, the source and the proof that a GGUF carries.
+    """Show the task, the labels, the source, the proof and the confidence that a GGUF carries.
 
     \b
     Example:
@@ -27,6 +29,7 @@ def command(gguf: Path, as_json: bool) -> None:
     bundle = Bundle.read(gguf)
     metadata, task = bundle.header.metadata, bundle.task
     report = section(bundle.header, REPORT_KEY, gguf)
+    known = read_calibration(bundle)
     source = section(bundle.header, SOURCE_KEY, gguf)
     types = Counter(tensor.type for tensor in bundle.header.tensors)
     facts = {
@@ -38,10 +41,11 @@ def command(gguf: Path, as_json: bool) -> None:
     }
     if as_json:
         everything = {**facts, "task": task.to_dict(), "source": source, "report": report}
+        everything["calibration"] = known.to_dict()
         click.echo(json.dumps(everything, indent=1, ensure_ascii=False))
         return
     try:
-        rows = _rows(gguf, task, facts, source, report)
+        rows = _rows(gguf, task, facts, source, report, known)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BundleError(
             f"{gguf}: its report or source is not what `qcat export` writes: export it again"
@@ -60,6 +64,7 @@ def _rows(
     facts: dict[str, Any],
     source: dict[str, Any],
     report: dict[str, Any],
+    known: Calibration,
 ) -> list[tuple[str, str]]:
     rows = [
         ("file", f"{gguf} ({gguf.stat().st_size / 1e6:.1f} MB)"),
@@ -85,4 +90,23 @@ def _rows(
         )
     else:
         rows.append(("proof", "none: no held-out questions were given at export"))
+    rows.append(("confidence", _confidence(known)))
     return rows
+
+
+def _confidence(known: Calibration) -> str:
+    if not known.questions:
+        return "not calibrated"
+    parts = [f"temperature {known.temperature:.2f}, from {known.questions} questions"]
+    if known.label_thresholds:
+        parts.append("thresholds by label")
+    elif known.threshold:
+        parts.append(f"threshold {known.threshold:.4f}")
+    if known.promise:
+        parts.append(
+            f"at most {known.promise.max_error:.1%} of the answers wrong, with "
+            f"{known.promise.level:.0%} confidence"
+        )
+    if not known.gate:
+        parts.append("answers what is off-topic too")
+    return "; ".join(parts)

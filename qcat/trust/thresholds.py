@@ -118,10 +118,14 @@ def promise_threshold(
     cuts = [cut for cut in found.values() if cut]
     if not cuts:
         least = needed(max_error, level_each)
+        shares = (percent / 100 for percent in range(1, 51) if percent / 100 > max_error)
+        rows = (confidence[answerable], right[answerable])
+        possible = next((share for share in shares if _best_cut(*rows, share, level)), None)
         raise DataError(
             f"an error of at most {max_error:g} cannot be promised from {len(right)} questions "
             f"with {level:.0%} confidence (at least {least} of them must be answered, all right): "
-            "allow a larger --max-error or give more questions"
+            + (f"{possible:g} can; or " if possible else "")
+            + "give more questions"
         )
     answered, errors = sum(c.answered for c in cuts), sum(c.errors for c in cuts)
     common = found.get("")
