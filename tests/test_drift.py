@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -20,18 +20,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from predictions import prediction
 from scipy.stats import PermutationMethod, binom, chi2_contingency, fisher_exact, ks_2samp
+from slips import slipped
 
 from qcat import Classifier
-from qcat.bundle import REFERENCE_KEY, REPORT_KEY, identity, read_header, section, write_sections
+from qcat.bundle import (
+    CALIBRATION_KEY,
+    REFERENCE_KEY,
+    REPORT_KEY,
+    identity,
+    read_header,
+    section,
+    write_sections,
+)
 from qcat.classifier import DEFAULT_MODEL
 from qcat.cli import run
 from qcat.errors import DataError
 from qcat.learn.dataset import read_examples, read_texts
 from qcat.learn.figures import drift_png
-from qcat.learn.split import split_examples
+from qcat.learn.split import find_families, split_examples
+from qcat.task import MAX_LABELS
+from qcat.trust.calibration import Calibration
 from qcat.trust.drift import (
     FEWEST,
     LEVEL,
+    MOST,
     SAMPLE,
     Accuracy,
     Reference,
@@ -434,6 +446,29 @@ def test_a_reference_keeps_an_even_sample():
     assert np.abs(np.array(found.confidence) - np.linspace(0, 1, SAMPLE)).max() < 0.001
 
 
+def test_one_of_each_family_is_kept():
+    """Three paraphrases an answer say no more than one of them."""
+    answers = [prediction(f"{n % 7}", n / 200, 1 - n / 200, None) for n in range(200)]
+    truth = [answer.label if n % 3 else "other" for n, answer in enumerate(answers)]
+    mixed = random.Random(0).sample(range(600), 600)
+    found = Reference.of(
+        [answers[n % 200] for n in mixed],
+        rule=RULE,
+        truth=[truth[n % 200] for n in mixed],
+        groups=[n % 200 for n in mixed],
+    )
+    assert found == Reference.of(answers, rule=RULE, truth=truth)
+    assert 0 < found.right < found.questions == 200
+    # Which one is drawn, always alike: neither the first nor the last of each.
+    pairs = [prediction(str(n % 2)) for n in range(400)]
+    families = [n // 2 for n in range(400)]
+    found = Reference.of(pairs, rule=RULE, groups=families)
+    assert 70 < found.labels["0"] < 130
+    assert found == Reference.of(pairs, rule=RULE, groups=families)
+    with pytest.raises(ValueError, match="argument"):
+        Reference.of(pairs, rule=RULE, groups=families[1:])
+
+
 answer_lists = st.lists(
     st.builds(prediction, st.text(max_size=3), shares, shares, st.sampled_from([None, "ambiguous"]))
 )
@@ -469,6 +504,8 @@ def test_a_hostile_reference_is_refused_or_sane(changed, without):
     [
         ("questions", -1),
         ("questions", 4.0),
+        ("questions", 2**53),
+        ("labels", {"a": 4} | dict.fromkeys(map(str, range(MAX_LABELS)), 0)),
         ("labels", {"a": 3}),
         ("labels", {"a": 3, "labels": -1}),
         ("labels", ["a"] * 4),
@@ -486,46 +523,75 @@ def test_nonsense_in_a_reference(key, value):
         Reference.from_dict({**GOOD, key: value})
 
 
+def test_the_largest_reference_is_compared():
+    """SciPy crashes on tables of 2**53 questions: a file from anyone must not hold such."""
+    data = {**GOOD, "questions": MOST, "labels": {"a": MOST - 1, "b": 1}}
+    window = summed([prediction("a")] * 499 + [prediction("b")])
+    assert 0 < signal(compare(Reference.from_dict(data), window), "label mix").p_value < 0.05
+    data |= {"questions": 2**53, "labels": {"a": 2**53 - 1, "b": 1}}
+    with pytest.raises(DataError, match=f"at most {MOST}"):
+        Reference.from_dict(data)
+
+
+def test_more_labels_than_models_have_are_not_drawn():
+    """Only a forged log has them; drawing would take minutes and all memory."""
+    names = [str(number) for number in range(1500)]
+    sides = [[*names[:750], *names[:50]], names[750:]]
+    rows = [[prediction(name, None, None) for name in side] for side in sides]
+    table = [[side.count(name) for name in names] for side in sides]
+    p_value = signal(judged(*rows), "label mix").p_value / 2  # of two signals
+    assert p_value == pytest.approx(chi2_contingency(table).pvalue)
+    assert 0.1 < p_value < 0.4
+
+
 # What the shipped model answers
 
 
 @pytest.fixture(scope="session")
-def asked(household):
+def unseen(household):
+    """Questions that the model never saw: 200 families of paraphrases, some 500."""
+    split = split_examples(read_examples(EXAMPLE / "questions.jsonl", household), household, seed=0)
+    examples = [*split.validation, *split.test]
+    families = defaultdict(list)
+    for family, example in zip(find_families(examples), examples, strict=True):
+        families[family].append(example.text)
+    return random.Random(0).sample(list(families.values()), 200)
+
+
+@pytest.fixture(scope="session")
+def asked(unseen):
     """Answers to questions that the model never saw, and to others.
 
-    `pool`: 500 of them; `capitals`, `slips`: 150 of these in other words; `off`: off the list.
+    `pool`: all of `unseen`; `capitals`, `slips`: 150 of these in other words; `off`: off the list.
     """
-    split = split_examples(read_examples(EXAMPLE / "questions.jsonl", household), household, seed=0)
-    texts = [example.text for example in [*split.validation, *split.test]]
-    texts = random.Random(0).sample(texts, 500)
+    texts = [text for family in unseen for text in family]
+    mixed = random.Random(0).sample(texts, 150)
     parts = {
         "pool": texts,
-        "capitals": [text.upper() for text in texts[:150]],
-        "slips": [slipped(text) for text in texts[:150]],
+        "capitals": [text.upper() for text in mixed],
+        "slips": [slipped(text) for text in mixed],
         "off": read_texts(EXAMPLE / "off_topic.jsonl")[::2],
     }
     with Classifier.open(threshold=THRESHOLD) as classifier:
         return {name: list(classifier.ask_many(part)) for name, part in parts.items()}
 
 
-def slipped(text):
-    """The text with two neighbouring letters swapped in every second word or so."""
-    rng = random.Random(text)
-    words = text.split()
-    for number, word in enumerate(words):
-        if len(word) > 3 and rng.random() < 0.5:
-            at = rng.randrange(1, len(word) - 2)
-            words[number] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-    return " ".join(words)
+def test_a_thousand_windows_without_drift(unseen, asked):
+    """Alarms are at most the stated share, with the slack that chance asks for.
 
-
-def test_a_thousand_windows_without_drift(asked):
-    """Alarms are at most the stated share, with the slack that chance asks for."""
+    The reference is of whole families, the window of single questions, as users ask them.
+    """
+    pool = iter(asked["pool"])
+    families = [[next(pool) for _ in family] for family in unseen]
     rng = random.Random(0)
     alarms = 0
     for _ in range(1000):
-        reference, window = (rng.choices(asked["pool"], k=count) for count in (800, WINDOW))
-        alarms += bool(judged(reference, window).drifted)
+        drawn = rng.choices(families, k=320)
+        rows = [(number, answer) for number, family in enumerate(drawn) for answer in family]
+        groups, answers = zip(*rows, strict=True)
+        quiet = Reference.of(answers, rule=RULE, groups=groups)
+        window = [rng.choice(family) for family in rng.choices(families, k=WINDOW)]
+        alarms += bool(compare(quiet, summed(window)).drifted)
     assert alarms <= binom.isf(0.001, 1000, LEVEL)
 
 
@@ -586,6 +652,7 @@ def test_the_picture_of_any_log(count, step):
     points = list(history(Reference.of_log(rows), iter(rows), 100))
     assert len(points) == count // 100
     assert points[-1][0] == rows[len(points) * 100 - 1].time
+    assert history(Reference.of_log(rows), iter(rows), 100, last=3) == points[-3:]
     width, height = png_size(drift_png(points))
     assert 900 < width < 1300
     assert 700 < height < 1300
@@ -605,7 +672,7 @@ def model(tmp_path, asked):
     """The shipped model with a reference in it, whose accuracy is four in five."""
     path = tmp_path / "house.gguf"
     shutil.copy(DEFAULT_MODEL, path)
-    reference = replace(summed(asked["pool"]), right=400)
+    reference = replace(summed(asked["pool"]), right=len(asked["pool"]) * 4 // 5)
     write_sections(path, {REFERENCE_KEY: reference.to_dict()})
     return path
 
@@ -688,6 +755,43 @@ def test_accuracy_on_labelled_questions(qcat, model, asked, household, tmp_path)
     assert done.stdout.startswith("drift in 500 questions: accuracy 0.80 -> 0.")
 
 
+def test_labelled_questions_are_not_queued(
+    bundle_file, household, asked, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    made = bundle_file(household.replace(name="measured", review="text"))
+    model = shutil.copy(made, tmp_path / "m.gguf")
+    reference = replace(summed(asked["pool"]), right=0)
+    calibration = Calibration().with_threshold(1.0)
+    write_sections(
+        model, {CALIBRATION_KEY: calibration.to_dict(), REFERENCE_KEY: reference.to_dict()}
+    )
+    log = log_of(tmp_path / "log", model, asked["pool"])
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text(json.dumps({"text": "a secret?", "label": "pool"}))
+    assert run(["drift", str(log), "-m", str(model), "--labelled", str(labelled)]) == 0
+    assert capsys.readouterr().out.startswith("no drift in 500 questions\n")
+    assert not (tmp_path / "qcat").exists()
+
+
+def test_the_picture_is_of_the_last_windows(model, asked, tmp_path, monkeypatch):
+    """However long the log: no window is compared that is not drawn."""
+    log = log_of(tmp_path / "log", model, asked["pool"] * 2)
+    monkeypatch.setattr("qcat.cli.drift._POINTS", 2)
+    compared = []
+
+    def counted(*args, **more):
+        compared.append(args)
+        return compare(*args, **more)
+
+    monkeypatch.setattr("qcat.trust.drift.compare", counted)
+    png = tmp_path / "d.png"
+    args = ["drift", log, "-m", model, "--window", 100, "--png", png]
+    assert run([str(arg) for arg in args]) in (0, 4)
+    assert len(compared) == 2
+    png_size(png.read_bytes())
+
+
 def test_bad_input_is_one_line(model, asked, tmp_path, capsys):
     log = log_of(tmp_path / "log", model, asked["pool"][:100])
     foreign = written(tmp_path / "foreign", [("q", prediction())])
@@ -710,7 +814,9 @@ def test_bad_input_is_one_line(model, asked, tmp_path, capsys):
         ([log, "--reference", tmp_path / "words"], "no answers in it"),
         ([log, "-m", hostile], "'questions' must be a count"),
         ([log, "-m", silent, "--labelled", log], "has no accuracy to compare with"),
-        ([log, "-m", model, "--png", tmp_path], "cannot be written"),
+        ([foreign, "--reference", log], "name a quiet log of the same model"),
+        ([log, "-m", model, "--png", tmp_path], "is a folder"),
+        ([tmp_path / "none", "-m", model, "--png", tmp_path / "no" / "d.png"], "d.png: cannot be"),
     ]
     for args, message in cases:
         assert run(["drift", *map(str, args)]) == 1
@@ -728,11 +834,16 @@ def test_an_answer_that_cannot_be_logged_still_comes_out(qcat, house, tmp_path):
     assert done.stderr == (
         "qcat: error: /dev/full: the answer is not in the log: No space left on device\n"
     )
-    done = qcat("ask", "-m", house, "--log", tmp_path, "one?")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    for bad, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "a/b", "No such file or directory"),
+    ):
+        done = qcat("ask", "-m", house, "--log", bad, "one?")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"qcat: error: {bad}: cannot be written: {reason}: choose another\n"
 
 
-def test_usage(tmp_path, monkeypatch):
+def test_usage(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for args in (
         ["log", "--window", "99"],
@@ -740,8 +851,15 @@ def test_usage(tmp_path, monkeypatch):
         ["log", "--since", "yesterday"],
         ["log", "--since", "7d", "--window", "200"],
         ["log", "--labelled", "x", "--reference", "y"],
+        ["log", "--model", "x", "--reference", "y"],
+        ["log", "--model", "ollama:house"],
     ):
         assert run(["drift", *args]) == 2, args
     assert run(["ask", "--log-text", "q"]) == 2
     assert run(["ask", "--log", "x", "--decode", "free", "q"]) == 2
+    monkeypatch.setenv("QCAT_MODEL", "ollama:house")
+    capsys.readouterr()
+    assert run(["drift", "log"]) == 2
+    assert "ollama:house is on a server: name its GGUF with -m" in capsys.readouterr().err
+    assert run(["drift", "log", "--reference", "y"]) == 1  # which needs no model
     assert not list(tmp_path.iterdir())

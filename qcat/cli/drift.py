@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 import click
 
 from qcat.bundle import REFERENCE_KEY, Bundle, identity, section
-from qcat.classifier import DEFAULT_MODEL, Classifier
-from qcat.cli.output import Bars, given, table
+from qcat.classifier import DEFAULT_MODEL, OLLAMA, Classifier
+from qcat.cli.output import Bars, check_writable, given, table
 from qcat.errors import BundleError, DataError
 from qcat.files import write_whole
 from qcat.learn.dataset import read_examples
@@ -81,7 +80,7 @@ def _ago(_: click.Context, __: click.Parameter, value: str | None) -> datetime |
     help="The most runs without drift that may call it drift.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document with all figures.")
-@click.option("--png", metavar="FILE", type=_FILE, help="Draw the signals along the whole LOG.")
+@click.option("--png", metavar="FILE", type=_FILE, help=f"Draw the last {_POINTS} windows of LOG.")
 def command(
     log: Path,
     model: Path,
@@ -113,6 +112,15 @@ def command(
         raise click.UsageError("--window or --since, not both")
     if labelled and reference:
         raise click.UsageError("--labelled compares with what MODEL says, not with --reference")
+    if reference and given("model"):
+        raise click.UsageError("--model or --reference, not both: a quiet log names its model")
+    if not reference and str(model).startswith(OLLAMA):
+        raise click.UsageError(
+            f"{model} is on a server: name its GGUF with -m, or a log of a quiet time with "
+            "--reference"
+        )
+    if png:
+        check_writable(png)
     for library in ("scipy", *(["matplotlib"] if png else [])):
         importlib.import_module(library)  # its absence is told before the work
     name, quiet = _quiet_time(reference) if reference else _bundle_reference(model)
@@ -120,19 +128,20 @@ def command(
     if not found.records and not since and found.others + found.skipped:
         raise DataError(
             f"{log}: no answer of {name}, but {found.others} of other models and "
-            f"{found.skipped} lines that are no answer: name the model with -m"
+            f"{found.skipped} lines that are no answer: name "
+            + ("a quiet log of the same model" if reference else "the model with -m")
         )
     accuracy = _accuracy(model, labelled, quiet) if labelled else None
     drift = compare(quiet, Reference.of_log(found.records), level=level, accuracy=accuracy)
-    if png:
-        size = max(len(found.records), FEWEST) if since else window
-        _draw(png, log, name, quiet, size, level)
     if as_json:
         more = {"log": str(log), "model": name, "skipped": found.skipped, "others": found.others}
         text = json.dumps({**drift.to_dict(), **more}, ensure_ascii=False)
     else:
         text = "\n".join(_report(drift, found))
     click.echo(text.encode("utf-8", "replace").decode())
+    if png:
+        size = max(len(found.records), FEWEST) if since else window
+        _draw(png, log, name, quiet, size, level)
     return DRIFTED if drift.drifted else 0
 
 
@@ -172,7 +181,7 @@ def _accuracy(model: Path, path: Path, reference: Reference) -> Accuracy:
         )
     examples = read_examples(path, Bundle.read(model).task)
     right = 0
-    with Classifier.open(model) as classifier, Bars() as bars:
+    with Classifier.open(model, review=False) as classifier, Bars() as bars:
         labels = list(classifier.task.labels)
         predictions = classifier.ask_many(example.text for example in examples)
         for number, (said, example) in enumerate(zip(predictions, examples, strict=True), 1):
@@ -185,7 +194,7 @@ def _draw(png: Path, log: Path, model: str, quiet: Reference, size: int, level: 
     from qcat.learn.figures import drift_png
 
     records = (record for record in scan_log(log) if record and record.model == model)
-    points = deque(history(quiet, records, size, level=level), maxlen=_POINTS)
+    points = history(quiet, records, size, last=_POINTS, level=level)
     if points:
         write_whole(png, drift_png(points))
     else:

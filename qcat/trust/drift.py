@@ -8,17 +8,19 @@ drifted no more often than the level says. A change too small to matter is none 
 
 from __future__ import annotations
 
-from collections import Counter
+import random
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from qcat.errors import DataError
+from qcat.task import MAX_LABELS
 from qcat.trust.log import Record
 
 FEWEST = 100
@@ -31,10 +33,13 @@ LEAST_SHARE = 0.05
 """Share of the questions under which any other change does not count."""
 SAMPLE = 2000
 """Confidences, and label masses, that are kept of more, evenly over their order."""
+MOST = 10**6
+"""Questions that a stored reference may count, of at most `MAX_LABELS` labels."""
 
 _DIGITS = 3  # finer differences come from the processor and from the shape of a batch
 _RESAMPLES = 9999
 _FEWEST_EXPECTED = 5  # under which chi-square's own p-value is not to be trusted
+_MOST_DRAWN = 2 * MAX_LABELS  # no two sets of answers have more labels, and drawing takes long
 
 Name = Literal["label mix", "confidence", "label mass", "share abstained", "accuracy"]
 
@@ -78,6 +83,7 @@ class Reference:
         *,
         rule: str | None,
         truth: Sequence[str] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> Reference:
         """Sum up answers.
 
@@ -86,8 +92,14 @@ class Reference:
             labels: that are to be counted even if they never occur, such as all of the task's.
             rule: as above.
             truth: the right label of each answer, in the same order, where that is known.
+            groups: the family of paraphrases of each, as `find_families` numbers them. One of each
+                is drawn, always the same, and the rest left out: the tests take questions as
+                independent. None: each stands for itself.
         """
         rows = list(answers)
+        if groups is not None:
+            rows = _one_of_each(groups, rows)
+            truth = truth and _one_of_each(groups, truth)
         right = None
         if truth is not None:
             right = sum(row.label == label for row, label in zip(rows, truth, strict=True))
@@ -118,8 +130,10 @@ class Reference:
         Raises:
             DataError: naming what makes no sense; the data may come from anyone.
         """
-        questions = _count(data, "questions", None)
+        questions = _count(data, "questions", MOST)
         labels = data.get("labels")
+        if isinstance(labels, dict) and len(labels) > MAX_LABELS:
+            raise DataError(f"'labels' must be at most {MAX_LABELS}")
         if not isinstance(labels, dict) or questions != sum(
             _count(labels, label, questions) for label in labels
         ):
@@ -217,17 +231,31 @@ def compare(
 
 
 def history(
-    reference: Reference, records: Iterable[Record], size: int, *, level: float = LEVEL
-) -> Iterator[tuple[datetime, Drift]]:
+    reference: Reference,
+    records: Iterable[Record],
+    size: int,
+    *,
+    last: int | None = None,
+    level: float = LEVEL,
+) -> list[tuple[datetime, Drift]]:
     """Compare window after window of `size` records, each with the time of its last.
 
-    The last window may be smaller; one of fewer than `FEWEST` is left out. Takes the records as it
-    goes, so that the log may be of any length.
+    The last window may be smaller; one of fewer than `FEWEST` is left out. A window is summed
+    up before the next is taken, so that the log may be of any length.
+
+    Args:
+        reference: the quiet time.
+        records: in the order of the log.
+        size: of a window.
+        last: compare so many windows, the last ones; None for all.
+        level: as in `compare`.
     """
     rest = iter(records)
+    windows: deque[tuple[datetime, Reference]] = deque(maxlen=last)
     while window := list(islice(rest, size)):
         if len(window) >= FEWEST:
-            yield window[-1].time, compare(reference, Reference.of_log(window), level=level)
+            windows.append((window[-1].time, Reference.of_log(window)))
+    return [(time, compare(reference, window, level=level)) for time, window in windows]
 
 
 def psi(expected: npt.ArrayLike, found: npt.ArrayLike) -> float:
@@ -314,7 +342,7 @@ def _mix_p_value(table: npt.NDArray[np.int_]) -> float:
     from scipy.stats import MonteCarloMethod, chi2_contingency
     from scipy.stats.contingency import expected_freq
 
-    if expected_freq(table).min() >= _FEWEST_EXPECTED:
+    if expected_freq(table).min() >= _FEWEST_EXPECTED or table.shape[1] > _MOST_DRAWN:
         return float(chi2_contingency(table, correction=False).pvalue)
     draws = MonteCarloMethod(_RESAMPLES, batch=1000, rng=np.random.default_rng(0))
     return float(chi2_contingency(table, correction=False, method=draws).pvalue)
@@ -333,6 +361,16 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
+_T = TypeVar("_T")
+
+
+def _one_of_each(groups: Sequence[int], rows: Sequence[_T]) -> list[_T]:
+    """One row of each group, drawn: the first may be worded with more care than the others."""
+    pairs = list(zip(groups, rows, strict=True))
+    random.Random(0).shuffle(pairs)
+    return list(dict(pairs).values())
+
+
 def _sample(values: Sequence[float | None]) -> tuple[float, ...]:
     found = np.sort([value for value in values if value is not None])
     if len(found) > SAMPLE:
@@ -340,10 +378,10 @@ def _sample(values: Sequence[float | None]) -> tuple[float, ...]:
     return tuple(np.round(found, _DIGITS).tolist())
 
 
-def _count(data: Mapping[str, Any], key: str, most: int | None) -> int:
+def _count(data: Mapping[str, Any], key: str, most: int) -> int:
     value = data.get(key)
-    if type(value) is not int or value < 0 or value > (2**53 if most is None else most):
-        raise DataError(f"{key!r} must be a count of questions")
+    if type(value) is not int or value < 0 or value > most:
+        raise DataError(f"{key!r} must be a count of questions, at most {most}")
     return value
 
 

@@ -84,7 +84,12 @@ class PredictionLog:
         """
         self._path = Path(path)
         self._model, self._rule, self._text = model, rule, text
-        self._file = self._opened()
+        try:
+            self._file = self._opened()
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be written: {error.strerror}: choose another"
+            ) from None
 
     def add(self, question: str, prediction: Prediction) -> None:
         """Append one answer. What is in the file once this returns outlives the process.
@@ -133,8 +138,6 @@ class PredictionLog:
             # Without O_NONBLOCK a pipe that nobody reads would keep us waiting.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
             return os.open(self._path, flags, 0o600)
-        except OSError as error:
-            raise self._unwritten(error.strerror) from None
         except ValueError:  # a NUL or a lone surrogate in the name
             raise DataError(f"{str(self._path)!r}: no file can have this name") from None
 
