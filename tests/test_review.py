@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from predictions import LABELS, prediction
 
 from qcat.classifier import Classifier
+from qcat.cli import review
 from qcat.cli.review_walk import (
     Answer,
     Quit,
@@ -36,11 +38,13 @@ from qcat.cli.review_walk import (
     wrap,
 )
 from qcat.errors import ReviewError, TaskError
+from qcat.learn import near
 from qcat.learn.dataset import read_examples, read_texts
 from qcat.learn.review_rows import group_names, training_rows
 from qcat.learn.split import split_examples
 from qcat.task import Task
 from qcat.trust.review import LABEL_KEYS, NONE, Decided, Entry, ReviewQueue, question_hash
+from qcat.trust.review_csv import questions_csv
 from qcat.trust.review_import import read_answers
 from qcat.trust.review_page import review_page
 
@@ -69,7 +73,7 @@ def filled(path, *questions):
 
 
 def entry(text="who fixed it?", top=(("pool", 0.5), ("car", 0.25)), seen=1):
-    return Entry(1, question_hash(text), text, seen, "pool", "ambiguous", tuple(top))
+    return Entry(question_hash(text), text, seen, "pool", "ambiguous", tuple(top))
 
 
 # The file
@@ -190,6 +194,7 @@ def cut(path):
     path.write_bytes(data[: len(data) // 2] + b"\xff" * (len(data) // 2))
 
 
+DEEP = "[" * 100_000
 NO_QUEUE = {
     "text": lambda path: path.write_text("no database\n" * 100),
     "another database": lambda path: table(path, "CREATE TABLE notes (text)"),
@@ -199,6 +204,13 @@ NO_QUEUE = {
     "lost tables": lambda path: (filled(path), table(path, "DROP TABLE queue")),
     "labels that are none": lambda path: (
         filled(path), table(path, "UPDATE queue SET labels = '[1, 2]'"),
+    ),
+    "labels that are a text": lambda path: (
+        filled(path), table(path, "UPDATE queue SET labels = '\"pool\"'"),
+    ),
+    "no labels": lambda path: (filled(path), table(path, "UPDATE queue SET labels = '[]'")),
+    "deep labels": lambda path: (
+        filled(path), table(path, f"UPDATE queue SET labels = '{DEEP}'"),
     ),
     "no JSON": lambda path: (filled(path), table(path, "UPDATE queue SET labels = 'pool'")),
 }  # fmt: skip
@@ -220,6 +232,16 @@ def test_what_is_no_queue_is_refused_and_left_alone(path, kind):
     [
         "UPDATE questions SET top = 'x'",
         "UPDATE questions SET top = '[[1]]'",
+        "UPDATE questions SET top = '[[1, 0.5]]'",
+        "UPDATE questions SET top = '[[\"pool\", NaN]]'",
+        f"UPDATE questions SET top = '[[\"pool\", {10**400}]]'",
+        f"UPDATE questions SET top = '{DEEP}'",
+        "UPDATE questions SET seen = 'often'",
+        "UPDATE questions SET seen = 1.5",
+        "UPDATE questions SET label = x'ff'",
+        "UPDATE questions SET reason = x'ff'",
+        "UPDATE questions SET hash = 'f'",
+        "UPDATE questions SET text = ''",
         "UPDATE questions SET text = x'ff'",
         "UPDATE questions SET text = CAST(x'ff' AS TEXT)",
         "DROP TABLE questions",
@@ -237,6 +259,52 @@ def test_an_answer_that_is_no_label_is_nonsense_too(path):
     table(path, "UPDATE questions SET answer = 'x', answered_at = 'now'")
     with ReviewQueue.existing(path) as queue, pytest.raises(ReviewError, match="damaged"):
         queue.decided()
+
+
+@pytest.mark.parametrize("what", ["hash = 'f'", "text = 'when?'", "text = ' '", "text = x'ff'"])
+def test_a_hash_that_is_not_of_its_text_is_nonsense_too(qcat, path, what):
+    with opened(path) as queue:
+        queue.add("who?", prediction())
+        queue.answer(question_hash("who?"), "car")
+    table(path, f"UPDATE questions SET {what}")
+    with ReviewQueue.existing(path) as queue:
+        for read in (queue.decided, queue.texts):
+            with pytest.raises(ReviewError, match="damaged"):
+                read()
+    if what.startswith("hash"):
+        done = qcat("review", path, "--export", path.with_name("more.jsonl"))
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert done.stderr.startswith(f"qcat: error: {path}: is damaged")
+
+
+def test_an_answer_cannot_bring_another_questions_text(path):
+    with opened(path, keep_text=False) as queue:
+        queue.add("who?", prediction())
+        for text in ("when?", " "):
+            with pytest.raises(ReviewError, match="a text is not that of hash"):
+                queue.answer_all([Decided(question_hash("who?"), text, "car")])
+        assert queue.decided() == []
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_queue_is_for_its_owner_alone(path, link):
+    file = path.with_name("elsewhere.db") if link else path
+    if link:
+        path.symlink_to(file)
+    before = os.umask(0)
+    try:
+        with opened(path) as queue:
+            queue.add("who?", prediction())
+            with queue._transaction():
+                queue._db.execute("UPDATE questions SET seen = 2")
+                journal = file.with_name(f"{file.name}-journal")
+                assert journal.stat().st_mode & 0o777 == 0o600
+        assert file.stat().st_mode & 0o777 == 0o600
+        file.chmod(0o660)  # shared since: that is the owner's to say
+        opened(path).close()
+        assert file.stat().st_mode & 0o777 == 0o660
+    finally:
+        os.umask(before)
 
 
 def test_a_damaged_file_is_one_error(path):
@@ -414,15 +482,21 @@ def test_hashes_come_back_by_text_or_hash(qcat, path, tmp_path):
     ]
 
 
+WHO = question_hash("who?")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
         ("a.csv", "text,label\nwho?,pool\nwho?,car\n", ":3: another label than at"),
         ("a.csv", "text,label\nwho?,pool\nwhen?,pond\n", ":3: label 'pond' is none of the queue's"),
         ("a.csv", 'text,label\n"wh\no?",pool\nnever asked,pool\n', ":4: no such question"),
-        ("a.csv", "id,label\n1,pool\n99,pool\n", ":3: no such question"),
-        ("a.csv", "id,text,label\n1,who?,pool\n1,when?,car\n", ":3: the text is not that of its"),
-        ("a.csv", "id,text,label\n1,,pool\n,,car\n", ":3: names no question"),
+        ("a.csv", "text,label\nwho?,pool\n'=1,pool\n", ":3: no such question"),
+        ("a.csv", f"hash,label\n{WHO},pool\n{'f' * 64},car\n", ":3: no such question"),
+        ("a.csv", f"hash,text,label\n,who?,pool\n{WHO},when?,car\n", ":3: the text is not that"),
+        ("a.csv", f"hash,text,label\n{WHO},,pool\n,,car\n", ":3: names no question"),
+        ("a.csv", "text,label\nwho?,pool\nwhen?,'\n", ":3: label \"'\" is none of the queue's"),
+        ("a.csv", "id,label\n1,pool\n", ":1: a header line with label and one of hash or text"),
         ("a.csv", "text,label\nwho?,pool\nwhen?,pool,car\n", ":3: more fields than columns"),
         ("a.csv", 'text,label\nwho?,pool\n"when?\n', ":3: not CSV"),
         ("a.csv", "text,sort\nwho?,pool\n", ":1: a header line with label and one of"),
@@ -470,6 +544,75 @@ def test_any_file_is_read_or_refused(tmp_path_factory, data, as_csv):
         assert read_answers(file, queue) == []
 
 
+def test_a_sheet_is_filled_in_and_comes_back(qcat, path, tmp_path):
+    with opened(path) as queue:
+        queue.add("when?", prediction("car"))
+        for _ in range(2):
+            queue.add("=1+1 is what, in the café?", prediction())
+        queue.add("answered", prediction())
+        queue.answer(question_hash("answered"), "pool")
+    with opened(path, keep_text=False) as queue:
+        queue.add("hidden", prediction())
+    sheet = tmp_path / "sheet.csv"
+    done = qcat("review", path, "--csv", sheet)
+    assert done.stdout == f"{sheet}: 3 questions: fill in the column label, and --import it\n"
+    assert "1 questions are kept as hashes only" in done.stderr
+    assert sheet.read_bytes().startswith(b"\xef\xbb\xbfhash,text,seen,suggested,label\r\n")
+    with sheet.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["text"], row["seen"], row["suggested"], row["label"]) for row in rows] == [
+        ("'=1+1 is what, in the café?", "2", "pool", ""), ("when?", "1", "car", ""),
+        ("", "1", "pool", ""),
+    ]  # fmt: skip
+    done = qcat("review", path, "--import", sheet)  # nothing is filled in yet
+    assert done.stdout.startswith(f"{sheet}: 0 answers taken; 2 questions wait")
+    for row, label in zip(rows, ["fence", NONE, "car"], strict=True):
+        row["label"] = label
+    with sheet.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    done = qcat("review", path, "--import", sheet)
+    assert done.stdout.startswith(f"{sheet}: 3 answers taken; 0 questions wait"), done.stderr
+    sheet.write_text('text,label\n"\'=1+1 is what, in the café?",car\n')  # without the hash
+    assert qcat("review", path, "--import", sheet).returncode == 0
+    with ReviewQueue.existing(path) as queue:
+        assert [(one.text, one.label) for one in queue.decided()] == [
+            ("when?", None), ("=1+1 is what, in the café?", "car"), ("answered", "pool"),
+            (None, "car"),
+        ]  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", "=", "+", "-", "@", "'=", "'", "\uff1d"]), QUESTION),
+        max_size=6,
+    ),
+    st.sampled_from(["pool", "=car", "'car"]),
+)
+@settings(max_examples=15)
+def test_any_question_comes_back_from_a_sheet(tmp_path_factory, parts, label):
+    folder = tmp_path_factory.mktemp("sheet")
+    sheet = folder / "sheet.csv"
+    labels = (*LABELS, "=car", "'car")
+    with opened(folder / "queue.db", labels=labels) as queue:
+        for begins, question in parts:
+            queue.add(begins + question, prediction(label))
+        entries = queue.pending()
+        data = questions_csv(entries).decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(data, newline="")))
+        for row in rows:
+            for cell in row.values():
+                assert not cell.startswith(("=", "+", "-", "@", "\uff1d", "\t", "\r"))
+            row["label"] = row["suggested"]
+        with sheet.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["hash", "text", "seen", "suggested", "label"])
+            writer.writeheader()
+            writer.writerows(rows)
+        for answer, one in zip(read_answers(sheet, queue), entries, strict=True):
+            assert answer == Decided(one.hash, one.text, label)
+
+
 def test_an_answer_that_fails_takes_the_others_back(path):
     filled(path, "one", "two")
     with ReviewQueue.existing(path) as queue:
@@ -508,6 +651,24 @@ def test_near_duplicates_share_a_group():
     assert len(set(names)) == 3
     assert names[0] == f"review-{question_hash(NEAR[0])[:16]}"
     assert group_names([]) == []
+
+
+def test_a_question_near_two_families_makes_them_one():
+    middle = "when was the swimming pool pump last replaced"
+    texts = [f"now {middle}", f"{middle} here", middle]
+    apart, joined = group_names(texts[:2]), group_names(texts)
+    assert len(set(apart)) == 2
+    assert joined == [apart[0]] * 3
+
+
+def test_distances_are_measured_once(monkeypatch):
+    measured = []
+    neighbours = near._neighbours
+    monkeypatch.setattr(
+        near, "_neighbours", lambda *given: measured.append(given) or neighbours(*given)
+    )
+    group_names(NEAR)
+    assert len(measured) == 1
 
 
 def test_later_questions_leave_groups_as_they_are():
@@ -656,6 +817,7 @@ def test_without_a_terminal_review_says_what_else_there_is(qcat, path):
 def test_review_says_what_cannot_be(qcat, path, tmp_path):
     assert "no such review queue" in qcat("review", tmp_path / "none.db").stderr
     assert qcat("review", path, "--export", "x.csv").returncode == 2
+    assert qcat("review", path, "--csv", "x.xlsx").returncode == 2
     assert (
         qcat("review", "-m", "ollama:house", env={**os.environ, "QCAT_REVIEW": ""}).returncode == 2
     )
@@ -709,6 +871,24 @@ def test_a_person_walks_through_it_in_a_terminal(path):
     walk.close()
     with ReviewQueue.existing(path) as queue:
         assert queue.counts().pending == 1
+
+
+def test_ctrl_c_between_two_keys_quits_too(path, monkeypatch, capsys):
+    def draw(walk):
+        if walk.answered:
+            raise KeyboardInterrupt
+
+    filled(path, "who?", "when?")
+    monkeypatch.setattr(review, "_draw", draw)
+    monkeypatch.setattr(click, "getchar", lambda: "1")
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    with ReviewQueue.existing(path) as queue:
+        try:
+            review._walk(queue)
+        except KeyboardInterrupt:  # which would end the tests
+            pytest.fail("it came through")
+    assert f"1 answered now.\n{path}: 1 of 2 questions are answered" in capsys.readouterr().out
 
 
 # The page
@@ -776,6 +956,43 @@ def test_a_person_walks_through_the_page(qcat, path, tmp_path):
     assert done.stdout == f"{saved}: 4 answers taken; 1 questions wait\n", done.stderr
     with ReviewQueue.existing(path) as queue:
         assert [one.label for one in queue.decided()] == ["pool", "fence", None, "fence"]
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
+def test_a_page_leaves_alone_what_others_of_its_task_keep(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(review_page("sorts", LABELS, [entry("one"), entry("two")]))
+    one, two, other = map(question_hash, ("one", "two", "of another queue"))
+
+    def keep(*answers):
+        """As another page of the task does in the same browser."""
+        value = json.dumps(json.dumps(answers))
+        browser.run(f"localStorage.setItem('qcat-review:sorts', {value})")
+
+    def kept():
+        return browser.run("JSON.parse(localStorage.getItem('qcat-review:sorts'))")
+
+    def shows(what):
+        browser.wait(f"document.body.innerText.includes({json.dumps(what)})")
+
+    with Page(tmp_path) as browser:
+        browser.open(page)
+        shows("0 of 2 answered")
+        keep([other, "car"])
+        browser.press("1")
+        shows("1 of 2 answered")
+        assert kept() == [[other, "car"], [one, "pool"]]
+        keep([other, None], [one, "fence"])  # the same page in another tab has changed its mind
+        browser.press("1")
+        shows("2 of 2 answered")
+        assert kept() == [[other, None], [one, "fence"], [two, "pool"]]
+        browser.press("u")
+        shows("1 of 2 answered")
+        assert kept() == [[other, None], [one, "fence"]]
+        browser.run("localStorage.setItem('qcat-review:sorts', '7')")  # not of a page like this
+        browser.press("1")
+        shows("2 of 2 answered")
+        assert kept() == [[two, "pool"]]
 
 
 def test_every_label_key_is_free():

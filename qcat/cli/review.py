@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -35,12 +35,20 @@ _CLEAR = "\x1b[H\x1b[2J"
 )
 @click.option("--html", metavar="FILE", type=_FILE, help="Write a web page to review in instead.")
 @click.option(
+    "--csv",
+    "sheet",
+    metavar="FILE",
+    type=_FILE,
+    help="Write the questions that wait for a spreadsheet instead: fill in the column label, with "
+    "`none of these` where none fits, and --import it.",
+)
+@click.option(
     "--import",
     "answers",
     metavar="FILE",
     type=_FILE,
-    help="Take answers back: what the page saved, or a CSV with label and one of hash, id, text. "
-    "All of them or none.",
+    help="Take answers back: what the page saved, or a CSV with label and hash or text. All of "
+    "them or none.",
 )
 @click.option(
     "--export",
@@ -58,6 +66,7 @@ def command(
     queue: Path | None,
     model: Path | None,
     html: Path | None,
+    sheet: Path | None,
     answers: Path | None,
     export: Path | None,
     off_topic: Path | None,
@@ -69,18 +78,22 @@ def command(
 
     A queue made with --review-hash, or by a task with review = "hash", holds no texts: there is
     nothing to read here. Bring its questions back with --import and a CSV that has their text (its
-    hash is looked up, and the queue has the text from then on), or the hash alone.
+    hash is looked up, and the queue has the text from then on), or the hash alone, as --csv
+    writes it.
 
     \b
     Examples:
       qcat review house.db
       qcat review house.db --html review.html
       qcat review house.db --import household.review.json
+      qcat review house.db --csv house.csv
       qcat review house.db --export more.jsonl --off-topic strangers.jsonl
     """
     for path in (export, off_topic):
         if path and path.suffix.lower() in (".csv", ".parquet"):
             raise click.UsageError(f"{path}: JSONL is written: name a file that ends in .jsonl")
+    if sheet and sheet.suffix.lower() != ".csv":
+        raise click.UsageError(f"{sheet}: CSV is written: name a file that ends in .csv")
     with ReviewQueue.existing(queue or _own_queue(model)) as opened:
         if answers:
             _import(opened, answers)
@@ -90,7 +103,9 @@ def command(
             _off_topic(opened, off_topic)
         if html:
             _page(opened, html)
-        if not (answers or export or off_topic or html):
+        if sheet:
+            _sheet(opened, sheet)
+        if not (answers or export or off_topic or html or sheet):
             _walk(opened)
 
 
@@ -146,6 +161,15 @@ def _page(queue: ReviewQueue, path: Path) -> None:
     _tell_unreadable(queue)
 
 
+def _sheet(queue: ReviewQueue, path: Path) -> None:
+    from qcat.trust.review_csv import questions_csv
+
+    entries = queue.pending(unreadable=True)
+    write_whole(path, questions_csv(entries))
+    click.echo(f"{path}: {len(entries)} questions: fill in the column label, and --import it")
+    _tell_unreadable(queue)
+
+
 def _tell_unreadable(queue: ReviewQueue) -> None:
     if unreadable := queue.counts().unreadable:
         click.echo(
@@ -158,11 +182,13 @@ def _tell_unreadable(queue: ReviewQueue) -> None:
 def _walk(queue: ReviewQueue) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ReviewError(
-            "this is no terminal: write a page with --html FILE, or bring answers with --import"
+            "this is no terminal: write a page with --html, or a sheet with --csv, and bring the "
+            "answers with --import"
         )
     walk = Walk(queue.task, queue.labels, queue.pending())
     if walk.entries:
-        with _drawn(walk):
+        # Ctrl-C quits at any moment: outside `getchar` the terminal sends it as a signal.
+        with suppress(KeyboardInterrupt, EOFError), _drawn(walk):
             _answer(queue, walk)
         click.echo(f"{walk.answered} answered now.")
     counts = queue.counts()
@@ -174,13 +200,9 @@ def _walk(queue: ReviewQueue) -> None:
 
 
 def _answer(queue: ReviewQueue, walk: Walk) -> None:
-    """Read keys and write answers until the person quits."""
+    """Read keys and write answers until the person quits; Ctrl-C and Ctrl-D are errors here."""
     while True:
-        try:
-            read = click.getchar()
-        except (KeyboardInterrupt, EOFError):
-            return
-        for key in keys(read):
+        for key in keys(click.getchar()):
             step = walk.press(key)
             if isinstance(step, Answer):
                 queue.answer(step.hash, step.label)

@@ -47,6 +47,20 @@ def near_texts(texts: Sequence[str], others: Sequence[str]) -> list[list[int]]:
     return [near.tolist() for _, near in _neighbours(folded, len(texts))]
 
 
+def near_groups(texts: Sequence[str]) -> list[int]:
+    """For each text the least index in its group, which a chain of texts at least `NEAR` alike
+    holds together. Case and punctuation do not count.
+    """
+    import numpy as np
+
+    groups = np.arange(len(texts))
+    for _, near in _neighbours([text.casefold() for text in texts], len(texts)):
+        joined = np.unique(groups[near])
+        if len(joined) > 1:
+            groups[np.isin(groups, joined)] = joined[0]
+    return [int(first) for first in groups]
+
+
 def _neighbours(texts: Sequence[str], count: int) -> Iterator[tuple[Any, Any]]:
     """Of each of the first `count` texts, the distances and indices of those at least `NEAR`."""
     if not count:

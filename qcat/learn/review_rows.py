@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcat.learn.dataset import jsonl_line
-from qcat.learn.near import near_pairs
+from qcat.learn.near import near_groups
 from qcat.trust.review import Decided, question_hash
 
 
@@ -14,15 +14,16 @@ def training_rows(decided: Sequence[Decided], texts: Sequence[str]) -> bytes:
 
     Near duplicates share a group, so that no split puts one of them into training and the other
     into the test. The group is named after the first question of its family that the queue got,
-    answered or not: later questions and answers leave the name as it is.
+    answered or not. Answers leave the name as it is; so do most later questions, but one that is
+    near two families makes them one, under the name of the older.
 
     Args:
         decided: the answered questions.
         texts: all texts of the queue, answered or not, in the order in which they came.
     """
-    named = dict(zip(map(question_hash, texts), group_names(texts), strict=True))
+    named = dict(zip(texts, group_names(texts), strict=True))
     return b"".join(
-        jsonl_line(one.text, one.label, named[one.hash])
+        jsonl_line(one.text, one.label, named[one.text])
         for one in decided
         if one.text is not None and one.label is not None
     )
@@ -30,11 +31,4 @@ def training_rows(decided: Sequence[Decided], texts: Sequence[str]) -> bytes:
 
 def group_names(texts: Sequence[str]) -> list[str]:
     """The name of each text's group: near duplicates, and chains of them, have the same."""
-    groups = list(range(len(texts)))  # each text's group: the least index in it
-    folded = [text.casefold() for text in texts]  # which near_pairs would mind
-    # It gives each text only its closest one of another group, so until there is none.
-    while pairs := near_pairs(folded, [0] * len(texts), groups):
-        for one, two, _ in pairs:
-            kept, gone = sorted((groups[one], groups[two]))
-            groups = [kept if group == gone else group for group in groups]
-    return [f"review-{question_hash(texts[group])[:16]}" for group in groups]
+    return [f"review-{question_hash(texts[first])[:16]}" for first in near_groups(texts)]

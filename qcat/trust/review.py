@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from qcat.errors import ReviewError
+from qcat.errors import QuestionError, ReviewError
 from qcat.prediction import Prediction
 from qcat.prompt import clean_question
 from qcat.task import Task
@@ -60,7 +61,7 @@ ON CONFLICT (hash) DO UPDATE SET
     label = excluded.label, reason = excluded.reason, confidence = excluded.confidence,
     label_mass = excluded.label_mass, top = excluded.top
 """
-_COLUMNS = "id, hash, text, seen, label, reason, top"
+_COLUMNS = "hash, text, seen, label, reason, top"
 _ADVICE = {
     sqlite3.SQLITE_FULL: "the disk is full: make room",
     sqlite3.SQLITE_IOERR: "reading or writing it failed: make room, or name another file",
@@ -77,7 +78,6 @@ _ADVICE = {
 class Entry:
     """A question of the queue."""
 
-    id: int
     hash: str
     """As `question_hash` gives it."""
     text: str | None
@@ -189,7 +189,7 @@ class ReviewQueue:
         labels: Sequence[str],
         keep_text: bool = True,
     ) -> Self:
-        """Open the queue of a task, or make it where there is no such file.
+        """Open the queue of a task, or make it, for its owner alone, where there is no such file.
 
         Args:
             path: the file.
@@ -269,32 +269,40 @@ class ReviewQueue:
         with self._transaction():
             self._db.execute(_ADD, row)
 
-    def pending(self) -> list[Entry]:
-        """Questions with a text that wait for an answer, those seen most often first."""
-        where = "answered_at IS NULL AND text IS NOT NULL ORDER BY seen DESC, id"
+    def pending(self, *, unreadable: bool = False) -> list[Entry]:
+        """Questions that wait for an answer, those seen most often first.
+
+        Args:
+            unreadable: those too whose text is kept out.
+        """
+        where = "answered_at IS NULL" + ("" if unreadable else " AND text IS NOT NULL")
+        query = f"SELECT {_COLUMNS} FROM questions WHERE {where} ORDER BY seen DESC, id"
         with _explained(self.path):
-            found = self._db.execute(f"SELECT {_COLUMNS} FROM questions WHERE {where}").fetchall()
-            return [_entry(_typed(row)) for row in found]
+            return [_entry(row) for row in self._db.execute(query).fetchall()]
 
     def decided(self) -> list[Decided]:
         """Answered questions, in the order in which they came into the queue."""
         query = "SELECT hash, text, answer FROM questions WHERE answered_at IS NOT NULL ORDER BY id"
         with _explained(self.path):
-            found = [Decided(*_typed(row)) for row in self._db.execute(query).fetchall()]
-            if not {one.label for one in found} <= {None, *self.labels}:
+            found = [Decided(*row) for row in self._db.execute(query).fetchall()]
+            labels = {None, *self.labels}
+            if not all(_fits(one.hash, one.text) and one.label in labels for one in found):
                 raise ValueError
             return found
 
     def texts(self) -> list[str]:
         """All texts, answered or not, in the order in which they came into the queue."""
-        query = "SELECT text FROM questions WHERE text IS NOT NULL ORDER BY id"
+        query = "SELECT hash, text FROM questions WHERE text IS NOT NULL ORDER BY id"
         with _explained(self.path):
-            return [text for (text,) in map(_typed, self._db.execute(query).fetchall())]
+            found = self._db.execute(query).fetchall()
+            if not all(_fits(*row) for row in found):
+                raise ValueError
+            return [text for _, text in found]
 
-    def hashes(self) -> dict[int, str]:
-        """The hash of each question by its id."""
+    def hashes(self) -> set[str]:
+        """The hashes of all questions."""
         with _explained(self.path):
-            return dict(self._db.execute("SELECT id, hash FROM questions").fetchall())
+            return {hash for (hash,) in self._db.execute("SELECT hash FROM questions")}
 
     def counts(self) -> Counts:
         """How many questions there are of each kind."""
@@ -323,10 +331,13 @@ class ReviewQueue:
         """Answer several questions, all or none. A text given fills in where it was kept out.
 
         Raises:
-            ReviewError: as for `answer`; the queue is as it was then.
+            ReviewError: as for `answer`, or a text is not that of its hash; the queue is as it was
+                then.
         """
         with self._transaction():
             for given in answers:
+                if not _fits(given.hash, given.text):
+                    raise ReviewError(f"{self.path}: a text is not that of hash {given.hash[:12]}")
                 if given.label is not None and given.label not in self.labels:
                     raise ReviewError(f"{self.path}: {given.label!r} is none of its labels")
                 self._change(
@@ -381,6 +392,12 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     name = _absolute(path)
     if os.path.isdir(name):
         raise ReviewError(f"{path}: is a folder: name a file")
+    if mode == "rwc":
+        # Made by SQLite it could be read by anyone; its journals take their mode from it. Only if
+        # there is none: closing a file that this process has open already ends SQLite's locks.
+        with suppress(OSError):  # of which SQLite says the same
+            flags = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            os.close(os.open(os.path.realpath(name), flags, 0o600))
     with _explained(path):
         # A classifier may be opened in one thread and asked in another, one at a time.
         connection = sqlite3.connect(
@@ -411,7 +428,7 @@ def _explained(path: Path) -> Iterator[None]:
         if advice is None:
             advice = f"is damaged, or no review queue ({error}): name another file"
         raise ReviewError(f"{path}: {advice}") from None
-    except (TypeError, ValueError):  # a cell that holds something else than we write
+    except (TypeError, ValueError, OverflowError, RecursionError):  # a cell that is not of ours
         raise ReviewError(f"{path}: {_ADVICE[sqlite3.SQLITE_CORRUPT]}") from None
 
 
@@ -460,23 +477,36 @@ def _owner(connection: sqlite3.Connection, path: Path) -> tuple[str, tuple[str, 
     with _explained(path):
         [(task, labels)] = connection.execute("SELECT task, labels FROM queue").fetchall()
         names: Any = json.loads(labels)
-        if not isinstance(task, str) or not all(isinstance(name, str) for name in names):
+        if not (isinstance(task, str) and isinstance(names, list) and names):
+            raise ValueError
+        if not all(isinstance(name, str) for name in names):
             raise ValueError
     return task, tuple(names)
 
 
-def _typed(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A row of texts, numbers and nulls; SQLite would keep bytes under a text's name."""
-    if any(isinstance(value, bytes) for value in row):
-        raise TypeError
-    return row
+def _fits(hash: Any, text: Any) -> bool:
+    """Whether a row's hash is that of its text, where that is kept; SQLite keeps any type."""
+    if text is None:
+        return isinstance(hash, str)
+    try:
+        return bool(question_hash(text) == hash)
+    except QuestionError:
+        return False
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
     """An entry of the `_COLUMNS`."""
-    number, hash, text, seen, label, reason, top = row
-    best = tuple((str(label), float(probability)) for label, probability in json.loads(top))
-    return Entry(number, hash, text, seen, label, reason, best[:TOP])
+    hash, text, seen, label, reason, top = row
+    best = tuple((name, float(share)) for name, share in json.loads(top))
+    if not (
+        _fits(hash, text)
+        and isinstance(seen, int)
+        and isinstance(label, str)
+        and isinstance(reason, str | None)
+        and all(isinstance(name, str) and math.isfinite(share) for name, share in best)
+    ):
+        raise ValueError
+    return Entry(hash, text, seen, label, reason, best[:TOP])
 
 
 def _now() -> str:

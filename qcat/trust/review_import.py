@@ -1,7 +1,8 @@
 """Answers that come back: the JSON that the page of `qcat review --html` saves, or a CSV.
 
-A CSV has a header line, a column `label` and one or more of `hash`, `id` and `text`, of which the
-first that is filled in says which question is meant. A row without a label is not answered yet.
+A CSV has a header line, a column `label` and `hash` or `text` or both, as `questions_csv` writes
+it. The hash says which question is meant, or without one the text; with both they must agree. A
+row without a label is not answered yet.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import csv
 import io
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from qcat.trust.review import NONE, Decided, ReviewQueue, question_hash
 FORMAT = "qcat-review"
 """What the page's JSON says it is, under `format`."""
 
-_KEYS = ("hash", "id", "text")
+GUARD = "'"
+"""Stands in a CSV before what a spreadsheet would take for a formula."""
+
+_KEYS = ("hash", "text")
 _Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """Where a row stands, and its fields; a label of None stands for `NONE`."""
 
@@ -33,8 +37,7 @@ def read_answers(path: Path, queue: ReviewQueue) -> list[Decided]:
         ReviewError: naming the file and place, for a file that is neither, a question or label
             that the queue lacks, or two answers to one question.
     """
-    ids = {str(number): hash for number, hash in queue.hashes().items()}
-    known = set(ids.values())
+    known = queue.hashes()
     places: dict[str, tuple[str, str | None]] = {}
     answers = []
     for where, fields in (_csv if path.suffix.lower() == ".csv" else _json)(path, queue):
@@ -45,31 +48,35 @@ def read_answers(path: Path, queue: ReviewQueue) -> list[Decided]:
             raise ReviewError(
                 f"{where}: label {_shown(label)} is none of the queue's: mend it, or write {NONE!r}"
             )
-        hash = _hash(fields, ids, where)
+        hash, text = _question(fields, known, where)
         if hash not in known:
             raise ReviewError(f"{where}: no such question in {queue.path}: take the row out")
         first, other = places.setdefault(hash, (where, label))
         if other != label:
             raise ReviewError(f"{where}: another label than at {first} for one question: keep one")
-        text = fields.get("text") or None
-        answers.append(Decided(hash, text and clean_question(text), label))
+        answers.append(Decided(hash, text, label))
     return answers
 
 
-def _hash(fields: Mapping[str, Any], ids: Mapping[str, str], where: str) -> str:
-    key = next((key for key in _KEYS if fields.get(key)), None)
-    if key is None:
-        raise ReviewError(f"{where}: names no question: fill in {', '.join(_KEYS[:-1])} or text")
+def _question(
+    fields: Mapping[str, Any], known: Container[str], where: str
+) -> tuple[str, str | None]:
+    """Hash and text of the question that is meant."""
+    hash, text = (fields.get("hash") or "").lower(), fields.get("text")
+    if not hash and not text:
+        raise ReviewError(f"{where}: names no question: fill in hash or text")
+    if not text:
+        return hash, None
     try:
-        hash = question_hash(fields["text"]) if fields.get("text") else None
+        for bare in (text, text.removeprefix(GUARD)):
+            found = question_hash(bare)
+            if found == hash or (not hash and found in known):
+                return found, clean_question(bare)
     except QuestionError as error:
         raise ReviewError(f"{where}: {error}") from None
-    if key == "text" and hash:
-        return hash
-    meant = fields["hash"].lower() if key == "hash" else ids.get(fields["id"], "")
-    if hash not in (None, meant):
-        raise ReviewError(f"{where}: the text is not that of its {key}: mend one of them")
-    return str(meant)
+    if not hash:
+        return question_hash(text), text
+    raise ReviewError(f"{where}: the text is not that of the hash: mend it, or take it out")
 
 
 def _text(path: Path) -> str:
@@ -90,7 +97,7 @@ def _csv(path: Path, queue: ReviewQueue) -> _Rows:
         columns = next(reader, [])
         if "label" not in columns or not set(_KEYS) & set(columns):
             raise ReviewError(
-                f"{path}:1: a header line with label and one of {', '.join(_KEYS)} expected"
+                f"{path}:1: a header line with label and one of {' or '.join(_KEYS)} expected"
             )
         line = reader.line_num + 1
         for cells in reader:
@@ -100,8 +107,9 @@ def _csv(path: Path, queue: ReviewQueue) -> _Rows:
                 column: cell.strip() for column, cell in zip(columns, cells, strict=False)
             }
             row["label"] = label = unicodedata.normalize("NFC", row.get("label") or "")
-            if label.casefold() == NONE and label not in queue.labels:
-                row["label"] = None
+            if label not in queue.labels:
+                bare = label.removeprefix(GUARD)
+                row["label"] = None if label.casefold() == NONE else bare or label
             if any(cells):
                 yield f"{path}:{line}", row
             line = reader.line_num + 1

@@ -14,22 +14,30 @@ function visible(text) {
   });
 }
 
-function load() {
+function stored() {
   try {
-    const known = new Set(data.entries.map((entry) => entry.hash));
-    for (const [hash, label] of JSON.parse(localStorage.getItem(store) || "[]")) {
-      if (known.has(hash) && (label === null || data.labels.includes(label))) {
-        answers.set(hash, label);
-      }
-    }
+    return new Map(JSON.parse(localStorage.getItem(store) || "[]"));
   } catch {
-    // No storage, or another page's: the answers live as long as the page.
+    return new Map(); // No storage, or another program's: the answers live as long as the page.
   }
 }
 
-function keep() {
+function load() {
+  const known = new Set(data.entries.map((entry) => entry.hash));
+  for (const [hash, label] of stored()) {
+    if (known.has(hash) && (label === null || data.labels.includes(label))) {
+      answers.set(hash, label);
+    }
+  }
+}
+
+// One answer: another page of the task, or this one in another tab, keeps its own there too.
+function keep(hash) {
+  const all = stored();
+  if (answers.has(hash)) all.set(hash, answers.get(hash));
+  else all.delete(hash);
   try {
-    localStorage.setItem(store, JSON.stringify([...answers]));
+    localStorage.setItem(store, JSON.stringify([...all]));
   } catch {
     byId("how").textContent = "This browser keeps nothing: save before you close the page.";
   }
@@ -107,7 +115,7 @@ function answer(label) {
   const { hash } = data.entries[at];
   past.push({ at, hash });
   answers.set(hash, label);
-  keep();
+  keep(hash);
   byId("search").blur();
   at = waiting(at + 1);
   show();
@@ -123,8 +131,10 @@ function skip() {
 function undo() {
   const last = past.pop();
   if (!last) return;
-  if (last.hash !== null) answers.delete(last.hash);
-  keep();
+  if (last.hash !== null) {
+    answers.delete(last.hash);
+    keep(last.hash);
+  }
   at = last.at;
   show();
 }
