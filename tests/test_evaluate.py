@@ -204,7 +204,9 @@ def test_compare_counts_flips(qcat, house, bundle_file, household, one_group):
 
     back = evaluate(Request(other, one_group, compare=house)).comparison
     assert (back.fixed, back.broken, back.p_value) == (broken, fixed, compared["p_value"])
-    same = evaluate(Request(house, one_group, compare=house)).comparison
+    timed_once = evaluate(Request(house, one_group, compare=house, timed=1))
+    assert timed_once.latency.questions == 1
+    same = timed_once.comparison
     assert (same.flips, same.p_value) == ((), 1.0)
 
 

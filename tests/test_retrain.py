@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -17,14 +19,25 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from convert.promote import candidate_of, clear, previous_of, promote, reserved
-from qcat.bundle import CALIBRATION_KEY, Bundle, read_header, section, write_sections
+from qcat import cli
+from qcat.bundle import (
+    CALIBRATION_KEY,
+    SOURCE_KEY,
+    Bundle,
+    read_header,
+    section,
+    write_sections,
+)
+from qcat.classifier import Classifier
 from qcat.errors import DataError, ExportError, TrainError
-from qcat.learn.dataset import Example
+from qcat.learn.dataset import Example, read_examples
 from qcat.learn.evaluate import Comparison, Flip
 from qcat.learn.near import near_texts
 from qcat.learn.retrain import Run, add_questions, refusal
-from qcat.learn.split import Split, find_families
-from qcat.trust.calibration import Calibration
+from qcat.learn.split import Split, find_families, split_examples
+from qcat.learn.train import Settings, train
+from qcat.task import Task
+from qcat.trust.calibration import Calibration, Promise
 
 # What to train on
 
@@ -330,6 +343,16 @@ def write(path, rows):
     return path
 
 
+def train_easily(easy_job, target, epochs):
+    """A run on the easy questions; two epochs are too few to learn much."""
+    folder = easy_job[0]
+    task = Task.read(folder / "task.toml")
+    split = split_examples(read_examples(folder / "q.jsonl", task), task, seed=0)
+    settings = Settings(base=str(folder / "base"), epochs=epochs, rate=0.003)
+    train(task, split, settings, target)
+    return target
+
+
 def bundle_of(run, target):
     """The run's bundle, in which some labels may have changed."""
     from convert.pipeline import Request, export
@@ -341,14 +364,58 @@ def bundle_of(run, target):
 
 
 @pytest.fixture(scope="module")
-def exported(easy_run, tmp_path_factory):
-    return bundle_of(easy_run[0], tmp_path_factory.mktemp("exported") / "house")
+def learned(easy_job, tmp_path_factory):
+    """A run that knows all its test questions."""
+    return train_easily(easy_job, tmp_path_factory.mktemp("learned") / "run", 8)
+
+
+@pytest.fixture(scope="module")
+def exported(learned, tmp_path_factory):
+    return bundle_of(learned, tmp_path_factory.mktemp("exported") / "house")
 
 
 @pytest.fixture
 def serving(exported, tmp_path):
-    """The bundle of the easy run, which knows all its test questions."""
+    """The bundle of `learned`."""
     return shutil.copytree(exported, tmp_path / "house")
+
+
+@pytest.fixture
+def call(capsys):
+    """Run the command in this process: a start of its own costs seconds."""
+
+    def call(*args):
+        status = cli.run([str(arg) for arg in args])
+        return subprocess.CompletedProcess(args, status, *capsys.readouterr())
+
+    return call
+
+
+def start(*args):
+    command = [Path(sys.executable).with_name("qcat"), *args]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def meanwhile(begins, do, *args):
+    """Run the command; when it prints a line that begins so, do something."""
+    with start(*args) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(begins):
+                do()
+        status, said = process.wait(), process.stderr.read()
+    return subprocess.CompletedProcess(args, status, "".join(lines), said)
+
+
+def calibrate(bundle, known):
+    write_sections(bundle / "sorts.gguf", {CALIBRATION_KEY: known.to_dict()})
+
+
+def threshold(bundle):
+    return section(*found_in(bundle))["threshold"]
 
 
 def found_in(bundle):
@@ -364,17 +431,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_retrains_after_a_kill_compares_and_promotes(qcat, easy_job, tmp_path):
-    run, out = tmp_path / "run", tmp_path / "run-2"
-    assert qcat(*easy_job[1], "-o", run, "--epochs", "2").returncode == 0  # too few to learn much
+def test_retrains_after_a_kill_compares_and_promotes(call, easy_job, tmp_path):
+    run, out = train_easily(easy_job, tmp_path / "run", 2), tmp_path / "run-2"
     serving = bundle_of(run, tmp_path / "house")
     more = write(tmp_path / "more.jsonl", [*rows(), rows()[0]])
-    known = Calibration().with_threshold(0.5).to_dict()
-    write_sections(serving / "sorts.gguf", {CALIBRATION_KEY: known})
+    calibrate(serving, Calibration().with_threshold(0.25))
     before = contents(serving)
     args = ("retrain", run, "--add", more, "-o", out, "--bundle", serving)
-    program = Path(sys.executable).with_name("qcat")
-    process = subprocess.Popen([str(part) for part in (program, *args)], stdout=subprocess.PIPE)
+    process = start(*args)
     try:
         deadline = time.monotonic() + 120
         while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
@@ -386,7 +450,9 @@ def test_retrains_after_a_kill_compares_and_promotes(qcat, easy_job, tmp_path):
     assert not (out / "run.json").exists()
     assert contents(serving) == before
 
-    done = qcat(*args)
+    # The line is printed before the training and after the bundle was read.
+    set_anew = partial(calibrate, serving, Calibration().with_threshold(0.5))
+    done = meanwhile("training questions: ", set_anew, *args)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1  # its twenty validation questions calibrate nothing
     assert "warning: not calibrated: " in done.stderr
@@ -395,7 +461,9 @@ def test_retrains_after_a_kill_compares_and_promotes(qcat, easy_job, tmp_path):
     asked_after, trained = texts(out / "reviewed.jsonl"), texts(out / "train.jsonl")
     assert len(asked_after) == 4 * len(PLACES) // 5 * 4
     assert trained == texts(run / "train.jsonl") | texts(more) - asked_after
-    assert contents(previous_of(serving)) == before
+    old = previous_of(serving)
+    assert contents(old).keys() == before.keys()
+    assert threshold(old) == 0.5
     assert not candidate_of(serving).exists()
     report = json.loads((serving / "report.json").read_text("utf-8"))
     assert (report["quantization"], report["max_flips"]) == ("q8_0", 1)
@@ -405,43 +473,60 @@ def test_retrains_after_a_kill_compares_and_promotes(qcat, easy_job, tmp_path):
     assert "McNemar" in done.stdout
     assert f"{serving}: now the bundle of {out}" in done.stdout
     assert "threshold 0.5000, as the old bundle's was found or set" in done.stdout
-    assert section(*found_in(serving))["threshold"] == 0.5
-    judged = qcat(
-        "eval",
-        "--json",
-        serving / "sorts.gguf",
-        out / "reviewed.jsonl",
-        "--compare",
-        previous_of(serving) / "sorts.gguf",
-    )
-    found = json.loads(judged.stdout)["comparison"]
-    assert found["fixed"] > found["broken"]
-    assert f"{found['fixed']} for better, {found['broken']} for worse" in done.stdout
+    assert threshold(serving) == 0.5
+    right = {}
+    for bundle in (old, serving):
+        with Classifier.open(bundle / "sorts.gguf", review=False) as classifier:
+            right[bundle] = [
+                classifier.ask(row["text"]).label == row["label"]
+                for row in map(json.loads, (out / "reviewed.jsonl").read_text().splitlines())
+            ]
+    fixed = sum(new > old for old, new in zip(*right.values(), strict=True))
+    broken = sum(new < old for old, new in zip(*right.values(), strict=True))
+    assert fixed > broken
+    assert f"{fixed} for better, {broken} for worse" in done.stdout
 
-    again = qcat(*args)
+    promoted = contents(serving)
+    again = call(*args)
     assert again.returncode == 0
-    assert "is the bundle of" in again.stdout
-    assert contents(previous_of(serving)) == before
-    known = qcat("retrain", out, "--add", more, "-o", tmp_path / "run-3", "--bundle", serving)
+    assert f"{serving}: is the bundle of {out} already" in again.stdout
+    third = ("-o", tmp_path / "run-3", "--bundle", serving)
+    known = call("retrain", out, "--add", more, *third)
     assert known.returncode == 1
     assert f"questions can be trained on ({len(rows()) + 1} known" in known.stderr
+    behind = call("retrain", run, "--add", more, *third)
+    assert behind.returncode == 1
+    assert f"not made of {run} as it is now but of a run named run-2: begin" in behind.stderr
+    assert not (tmp_path / "run-3").exists()
+    assert contents(serving) == promoted
 
 
-def test_a_worse_model_is_not_promoted(qcat, easy_run, serving, tmp_path):
-    run, out = easy_run[0], tmp_path / "run-2"
+def test_a_worse_model_is_not_promoted(call, learned, serving, tmp_path):
+    run, out = shutil.copytree(learned, tmp_path / "run"), tmp_path / "run-2"
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    record["settings"]["epochs"] = 1  # enough to be worse
+    (run / "run.json").write_text(json.dumps(record))
     labels = ["pool", "pool pump", "fence", "car"]
     wrong = [
         {**row, "label": labels[labels.index(row["label"]) - 1]}
         for row in map(json.loads, (run / "train.jsonl").read_text("utf-8").splitlines())
     ]
     more = write(tmp_path / "more.jsonl", wrong)
+    promise = Promise(0.01, 0.95, questions=500, answered=400, errors=0)  # of 20 none is possible
+    calibrate(serving, replace(Calibration(), threshold=0.5, promise=promise))
     before = contents(serving)
     args = ("retrain", run, "--add", more, "-o", out, "--bundle", serving)
-    done = qcat(*args)
+    done = call(*args)
     assert done.returncode == 1
     assert [line.split(":")[1] for line in done.stderr.splitlines()] == [" warning", " error"]
     assert "test questions wrong" in done.stderr
-    assert "--max-loss" in done.stderr
+    assert "no threshold that keeps the old one's promise (an error of at most" in done.stderr
+    gguf = serving / "sorts.gguf"
+    assert done.stderr.endswith(
+        f"or set another promise with `qcat calibrate {gguf} QUESTIONS --max-error SHARE` and give "
+        "the same command with a higher --max-loss\n"
+    )
+    assert "larger --max-error" not in done.stderr
     assert f"training questions that take the added label: {len(wrong)}; they had" in done.stdout
     assert "reviewed: no questions held back yet" in done.stdout
     assert contents(serving) == before
@@ -450,14 +535,23 @@ def test_a_worse_model_is_not_promoted(qcat, easy_run, serving, tmp_path):
     Bundle.read(candidate_of(serving) / "sorts.gguf")
     assert not previous_of(serving).exists()
 
+    calibrate(serving, Calibration().with_threshold(0.5))
     os.rename(serving, previous_of(serving))  # as if killed between the two renames
-    anyway = qcat(*args, "--max-loss", "1")
-    assert anyway.returncode == 0, anyway.stderr
+    # The line is printed after the threshold is carried and before the models are asked.
+    set_anew = partial(calibrate, serving, Calibration())
+    anyway = meanwhile("threshold 0.5000", set_anew, *args, "--max-loss", "1")
+    assert anyway.returncode == 1
+    assert f"{serving}: was changed while it was compared: give the same" in anyway.stderr
     assert f"{serving}: a promotion was cut short" in anyway.stdout
     assert "trained already" in anyway.stdout
     assert "exported already" in anyway.stdout
-    assert contents(serving) == candidate
+    before = contents(serving)
+
+    anyway = call(*args, "--max-loss", "1")
+    assert anyway.returncode == 0, anyway.stderr
+    assert threshold(serving) == 0  # the candidate's was 0.5
     assert contents(previous_of(serving)) == before
+    assert {**contents(serving), "sorts.gguf": None} == {**candidate, "sorts.gguf": None}
 
 
 # Bad input
@@ -478,6 +572,8 @@ def unfinished(tmp_path):
         ({"run": "house"}, "holds no run.json"),
         ({"--bundle": "no-bundle"}, "0 GGUF files there"),
         ({"--bundle": "other"}, "its task is not that of"),
+        ({"--bundle": "later"}, "was not made of run as it is now but of a run named house-2: "),
+        ({"--bundle": "damaged"}, "damaged/sorts.gguf: metadata qcat.calibration is of another"),
         ({"--bundle": "."}, "name the bundle's folder by its own name"),
         ({"--add": "no.jsonl"}, "no.jsonl: cannot be read"),
         ({"--add": "empty.jsonl"}, "empty.jsonl: no questions"),
@@ -487,10 +583,17 @@ def unfinished(tmp_path):
     ],
 )
 def test_bad_input_changes_nothing(
-    qcat, easy_run, serving, house, unfinished, tmp_path, change, message
+    call, learned, serving, house, unfinished, tmp_path, monkeypatch, change, message
 ):
-    (tmp_path / "run").symlink_to(easy_run[0])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(learned)
     (tmp_path / "other").symlink_to(house.parent)
+    sections = {
+        "later": {SOURCE_KEY: {"fingerprint": "0" * 64, "adapter": "house-2"}},
+        "damaged": {CALIBRATION_KEY: {"version": 99}},
+    }
+    for name, data in sections.items():
+        write_sections(shutil.copytree(serving, tmp_path / name) / "sorts.gguf", data)
     write(tmp_path / "more.jsonl", rows())
     write(tmp_path / "empty.jsonl", [])
     write(tmp_path / "unknown.jsonl", [{"text": "a", "label": "boat"}])
@@ -498,28 +601,28 @@ def test_bad_input_changes_nothing(
     before = contents(serving)
     listed = sorted(os.listdir(tmp_path))
     run = wanted.pop("run", "run")
-    done = qcat("retrain", run, *(word for pair in wanted.items() for word in pair), cwd=tmp_path)
+    done = call("retrain", run, *(word for pair in wanted.items() for word in pair))
     assert done.returncode == (2 if "--max-loss" in change else 1)
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "unexpected" not in done.stderr
     assert contents(serving) == before
     assert sorted(os.listdir(tmp_path)) == listed
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"settings": {"base": "b", "what": 1}}'])
-def test_a_damaged_run_is_named(easy_run, tmp_path, text):
-    shutil.copytree(easy_run[0], tmp_path / "run")
+def test_a_damaged_run_is_named(learned, tmp_path, text):
+    shutil.copytree(learned, tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(text)
     with pytest.raises(TrainError, match="not what `qcat train` writes"):
         Run.read(tmp_path / "run")
 
 
-def test_a_run_is_read_as_it_was_trained(easy_run, easy_job, tmp_path):
-    found = Run.read(easy_run[0])
+def test_a_run_is_read_as_it_was_trained(learned, easy_job, tmp_path):
+    found = Run.read(learned)
     assert found.settings.base == str(easy_job[0] / "base")
     assert found.settings.epochs == 8
     found.split.write(tmp_path, found.task)
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl"):
-        assert (tmp_path / name).read_bytes() == (easy_run[0] / name).read_bytes()
-    assert found.is_in(easy_run[0])
+        assert (tmp_path / name).read_bytes() == (learned / name).read_bytes()
+    assert found.is_in(learned)
     assert not found.is_in(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,8 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
     and the old one becomes DIR.previous; if not, it stays as DIR.candidate and the exit status is
     1. If it is killed, the same command goes on.
 
+    DIR has to be the bundle of RUN, so that no question is lost that it was trained on.
+
     \b
     Example:
       qcat retrain runs/house --add more.jsonl -o runs/house-2 --bundle dist/house
@@ -78,11 +80,7 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
         if cut_short:
             click.echo(f"{bundle}: a promotion was cut short: the bundle before it is back")
         old = Run.read(run)
-        serving = Bundle.read(find_gguf(bundle))
-        if serving.task != old.task:
-            raise BundleError(
-                f"{bundle}: its task is not that of {run}: name the bundle exported from there"
-            )
+        serving = _serving(bundle, old, run, output)
         recipe = _recipe(serving)
         added = read_examples(add, old.task)
         addition = add_questions(old.split, added, seed=old.settings.seed, name=str(add))
@@ -99,17 +97,45 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
             click.echo(f"{bundle}: is the bundle of {output} already")
             return
         candidate = _candidate(bundle, output, weights, recipe)
+        # Again, since hours may have passed: its threshold is carried as it is now.
+        serving = _serving(bundle, old, run, output)
         problems = _carry_threshold(serving, candidate, output)
         problems |= _compare(output, candidate, serving.path, bundle, max_loss)
         if problems:
-            way_out = ", or give the same command with a higher --max-loss"
             raise ExportError(
                 f"{bundle}: stays, since the new model gets {' and '.join(problems.values())}; "
-                f"that is kept as {candidate.parent}: add questions like those it got wrong"
-                + (way_out if problems.keys() == {"test"} else "")
+                f"that is kept as {candidate.parent}: {_way_out(problems, serving.path)}"
+            )
+        if Bundle.read(serving.path).header != serving.header:
+            raise ExportError(
+                f"{bundle}: was changed while it was compared: give the same command again"
             )
         promote(bundle)
     click.echo(f"\n{bundle}: now the bundle of {output}; the one before is {previous_of(bundle)}")
+
+
+def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
+    """The bundle that serves, once it is known that it can be replaced by one of `output`."""
+    from convert.merge import fingerprint
+    from qcat.checkpoint import base_folder
+
+    serving = Bundle.read(find_gguf(bundle))
+    if serving.task != old.task:
+        raise BundleError(
+            f"{bundle}: its task is not that of {run}: name the bundle exported from there"
+        )
+    base = base_folder(old.settings.base)
+    # Of `output` if this very command has promoted it before.
+    runs = [run, *([output] if (output / "run.json").is_file() else [])]
+    if _source(serving) not in [fingerprint(base, folder) for folder in runs]:
+        name = section(serving.header, SOURCE_KEY, serving.path).get("adapter")
+        named = f" but of a run named {shown(name)}" if isinstance(name, str) else ""
+        raise BundleError(
+            f"{bundle}: was not made of {run} as it is now{named}: begin from the run that it was "
+            "made of, or that run's questions are lost"
+        )
+    read_calibration(serving)  # damage is told before the training
+    return serving
 
 
 def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, str]:
@@ -129,10 +155,26 @@ def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, s
                 lambda done, total: bars.show("threshold", done, total),
             )
     except DataError as error:
-        return {"promise": f"no threshold that keeps the old one's promise ({error})"}
+        # Less its advice, which names an option of `qcat calibrate`.
+        why = str(error).partition(": ")[0]
+        return {"promise": f"no threshold that keeps the old one's promise ({why})"}
     if known.threshold:
         click.echo(f"threshold {known.threshold:.4f}, as the old bundle's was found or set")
     return {}
+
+
+def _way_out(problems: Container[str], serving: Path) -> str:
+    """What to do about what speaks against a new model."""
+    advice = "add questions like those it got wrong"
+    if "reviewed" in problems:
+        return advice
+    promise = (
+        f"set another promise with `qcat calibrate {serving} QUESTIONS --max-error SHARE` and "
+    )
+    return (
+        f"{advice}, or {promise if 'promise' in problems else ''}give the same command "
+        f"{'with a higher --max-loss' if 'test' in problems else 'again'}"
+    )
 
 
 def _recipe(serving: Bundle) -> dict[str, Any]:
@@ -217,7 +259,7 @@ def _compare(run: Path, new: Path, old: Path, bundle: Path, max_loss: float) -> 
             click.echo(f"\n{what}: no questions held back yet")
             continue
         with Bars() as bars:
-            found = evaluate(Request(new, data, compare=old), bars.show)
+            found = evaluate(Request(new, data, compare=old, timed=1), bars.show)
         compared = found.comparison
         assert compared  # as requested
         click.echo("\n".join(["", *_comparison(what, found, compared, bundle, run)]))

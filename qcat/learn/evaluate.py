@@ -1,7 +1,7 @@
 """Measure a bundle on labelled questions: quality, mistakes, latency, confidence, comparisons.
 
-The model is asked through `Classifier`, in the very path that serves; the figures are
-scikit-learn's. Knows nothing of the command line, of files to write, or of pictures.
+The model is asked through `Classifier`, in the very path that serves; the figures are those
+that scikit-learn gives. Knows nothing of the command line, of files to write, or of pictures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RESAMPLES = 1000
 LEVEL = 0.95
 SEED = 0
 LATENCY_QUESTIONS = 100
-"""At most so many are timed, spread evenly over the file."""
+"""So many are timed by default, or all that there are."""
 WARM_UP = 3
 """Questions asked before the clock starts."""
 MISTAKES = 10
@@ -314,6 +314,8 @@ class Request:
     """Another GGUF with the same labels."""
     train_data: Path | None = None
     """Training questions for the baseline; without them there is none."""
+    timed: int = LATENCY_QUESTIONS
+    """At most so many questions are timed, spread evenly over the file; at least 1."""
 
 
 def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluation:
@@ -340,7 +342,7 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Evaluati
         predictions = _ask(classifier, texts, "questions", progress)
         said = _say(classifier, texts, progress) if request.decode == "free" else None
         off = _ask(classifier, strangers, "off topic", progress)
-        latency = _latency(classifier, texts, request.decode, progress)
+        latency = _latency(classifier, texts, request.decode, request.timed, progress)
     chosen = _chosen(task, predictions, said)
     families, unit = _families(examples)
 
@@ -431,13 +433,15 @@ def quality(
 
 def _figures(truth: npt.NDArray[np.int_], answers: npt.NDArray[np.int_]) -> npt.NDArray[np.float64]:
     """Accuracy, macro-F1 and weighted F1, as `accuracy_score` and `f1_score` give them."""
-    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-
-    occur = np.setdiff1d(np.union1d(truth, answers), [INVALID])
-    _, _, f1, support = precision_recall_fscore_support(
-        truth, answers, labels=occur, zero_division=0.0
+    # By hand, since the bootstrap needs them a thousand times: scikit-learn takes milliseconds.
+    count = max(truth.max(), answers.max()) + 1
+    support, given, right = (
+        np.bincount(labels[labels != INVALID], minlength=count)
+        for labels in (truth, answers, truth[truth == answers])
     )
-    return np.array([accuracy_score(truth, answers), f1.mean(), np.average(f1, weights=support)])
+    occur = support + given > 0
+    f1 = 2 * right[occur] / (support + given)[occur]
+    return np.array([right.sum() / len(truth), f1.mean(), np.average(f1, weights=support[occur])])
 
 
 def label_scores(
@@ -501,10 +505,10 @@ def _free_limit(task: Task) -> int:
 
 
 def _latency(
-    classifier: Classifier, texts: Sequence[str], decode: Decode, progress: Progress
+    classifier: Classifier, texts: Sequence[str], decode: Decode, most: int, progress: Progress
 ) -> Latency:
     limit = _free_limit(classifier.task)
-    count = min(len(texts), LATENCY_QUESTIONS)
+    count = min(len(texts), most)
     timed = [texts[number * len(texts) // count] for number in range(count)]
     taken = []
     for number in range(-WARM_UP, len(timed)):
