@@ -22,14 +22,12 @@ from qcat.trust.calibration import Calibration
 from qcat.trust.decide import recalibrated
 from qcat.trust.drift import Reference
 from qcat.trust.fit import Fitted, fit, label_matrix
+from qcat.trust.groups import one_of_each
 from qcat.trust.log import OWN_RULE
 from qcat.trust.reliability import Reliability, reliability
 from qcat.trust.thresholds import RiskCoverage, promise_threshold, risk_coverage
 
 Progress = Callable[[int, int], None]
-
-
-_SEED = 0
 
 
 class Question(NamedTuple):
@@ -55,14 +53,8 @@ class Asked:
     """As in `Question`."""
 
     def one_of_each(self) -> Asked:
-        """One question of each group, drawn with a fixed seed, and all without a group.
-
-        Paraphrases are right or wrong together, so a bound that counts each says too much.
-        """
-        order = np.random.default_rng(_SEED).permutation(len(self.groups)).tolist()
-        # Of rows with one key the first in `order` is kept.
-        rows = {self.groups[row] or row: row for row in reversed(order)}
-        return self.part(sorted(rows.values()))
+        """One question of each group: a bound that counts paraphrases apart says too much."""
+        return self.part(one_of_each(self.groups))
 
     def part(self, rows: Sequence[int]) -> Asked:
         """Some of the questions."""
@@ -205,12 +197,12 @@ def sections(calibration: Calibration, asked: Asked) -> dict[str, dict[str, Any]
 
     Args:
         calibration: of the model.
-        asked: questions that stand for such a time; of each group one counts, since the tests of
-            drift take questions as independent.
+        asked: questions that stand for such a time.
     """
-    asked = asked.one_of_each()
     truth = [asked.labels[number] for number in asked.truth]
-    reference = Reference.of(asked.answers(calibration), asked.labels, rule=OWN_RULE, truth=truth)
+    reference = Reference.of(
+        asked.answers(calibration), asked.labels, rule=OWN_RULE, truth=truth, groups=asked.groups
+    )
     return {CALIBRATION_KEY: calibration.to_dict(), REFERENCE_KEY: reference.to_dict()}
 
 

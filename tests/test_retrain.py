@@ -472,7 +472,7 @@ def test_retrains_after_a_kill_compares_and_promotes(call, easy_job, tmp_path):
     assert f"reviewed: {len(asked_after)} questions" in done.stdout
     assert "McNemar" in done.stdout
     assert f"{serving}: now the bundle of {out}" in done.stdout
-    assert "threshold 0.5000, as the old bundle's was found or set" in done.stdout
+    assert "threshold 0.5000, as set by hand for the old bundle" in done.stdout
     assert threshold(serving) == 0.5
     right = {}
     for bundle in (old, serving):

@@ -17,7 +17,7 @@ from qcat.errors import BundleError, DataError, ExportError
 from qcat.learn.dataset import Example, read_examples
 
 if TYPE_CHECKING:
-    from qcat.learn.evaluate import Comparison, Evaluation, Flip
+    from qcat.learn.evaluate import Abstaining, Comparison, Evaluation, Flip
     from qcat.learn.retrain import Addition, Run
 
 _FOLDER = click.Path(path_type=Path)
@@ -158,8 +158,14 @@ def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, s
         # Less its advice, which names an option of `qcat calibrate`.
         why = str(error).partition(": ")[0]
         return {"promise": f"no threshold that keeps the old one's promise ({why})"}
-    if known.threshold:
-        click.echo(f"threshold {known.threshold:.4f}, as the old bundle's was found or set")
+    before = read_calibration(serving)
+    if before.promise:
+        click.echo(
+            f"threshold {before.threshold:.4f} before, {known.threshold:.4f} now, for the same "
+            f"promise: at most {before.promise.max_error:.1%} of the answers wrong"
+        )
+    elif known.threshold:
+        click.echo(f"threshold {known.threshold:.4f}, as set by hand for the old bundle")
     return {}
 
 
@@ -275,9 +281,9 @@ def _comparison(
     yield f"{what}: {found.questions} questions kept out of training"
     yield from table(
         [
-            ("", "accuracy", "macro-F1", "left to a person"),
+            ("", "accuracy", "macro-F1", "left to a person", "wrong of the answered"),
             *(
-                (f"{age}, {name}", str(q.accuracy), str(q.macro_f1), str(abstaining.left))
+                (f"{age}, {name}", str(q.accuracy), str(q.macro_f1), *_shares(abstaining))
                 for age, name, q, abstaining in (
                     ("old", bundle, compared.quality, compared.abstaining),
                     ("new", run, found.quality, found.abstaining),
@@ -295,6 +301,10 @@ def _comparison(
     worse = [flip for flip in compared.flips if flip.other == flip.truth]
     for kind, flips in (("for better", better), ("for worse", worse)):
         yield from _flips(kind, flips)
+
+
+def _shares(abstaining: Abstaining) -> tuple[str, str]:
+    return str(abstaining.left), f"{abstaining.errors} of {abstaining.answered}"
 
 
 def _flips(kind: str, flips: Sequence[Flip]) -> Iterator[str]:

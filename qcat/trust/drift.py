@@ -8,19 +8,19 @@ drifted no more often than the level says. A change too small to matter is none 
 
 from __future__ import annotations
 
-import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from qcat.errors import DataError
 from qcat.task import MAX_LABELS
+from qcat.trust.groups import one_of_each
 from qcat.trust.log import Record
 
 FEWEST = 100
@@ -83,7 +83,7 @@ class Reference:
         *,
         rule: str | None,
         truth: Sequence[str] | None = None,
-        groups: Sequence[int] | None = None,
+        groups: Sequence[Hashable | None] | None = None,
     ) -> Reference:
         """Sum up answers.
 
@@ -92,14 +92,16 @@ class Reference:
             labels: that are to be counted even if they never occur, such as all of the task's.
             rule: as above.
             truth: the right label of each answer, in the same order, where that is known.
-            groups: the family of paraphrases of each, as `find_families` numbers them. One of each
-                is drawn, always the same, and the rest left out: the tests take questions as
-                independent. None: each stands for itself.
+            groups: of paraphrases, of each answer, or None where it has none. One of each group
+                counts, since the tests take questions as independent.
         """
         rows = list(answers)
         if groups is not None:
-            rows = _one_of_each(groups, rows)
-            truth = truth and _one_of_each(groups, truth)
+            if len(groups) != len(rows):
+                raise ValueError("a group for each answer expected")
+            kept = one_of_each(groups)
+            rows = [rows[row] for row in kept]
+            truth = truth and [truth[row] for row in kept]
         right = None
         if truth is not None:
             right = sum(row.label == label for row, label in zip(rows, truth, strict=True))
@@ -359,16 +361,6 @@ def _psi_by_tenths(before: Sequence[float], now: Sequence[float]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
-
-
-_T = TypeVar("_T")
-
-
-def _one_of_each(groups: Sequence[int], rows: Sequence[_T]) -> list[_T]:
-    """One row of each group, drawn: the first may be worded with more care than the others."""
-    pairs = list(zip(groups, rows, strict=True))
-    random.Random(0).shuffle(pairs)
-    return list(dict(pairs).values())
 
 
 def _sample(values: Sequence[float | None]) -> tuple[float, ...]:
