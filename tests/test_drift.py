@@ -465,7 +465,7 @@ def test_one_of_each_family_is_kept():
     found = Reference.of(pairs, rule=RULE, groups=families)
     assert 70 < found.labels["0"] < 130
     assert found == Reference.of(pairs, rule=RULE, groups=families)
-    with pytest.raises(ValueError, match="argument"):
+    with pytest.raises(ValueError, match="a group for each answer"):
         Reference.of(pairs, rule=RULE, groups=families[1:])
 
 
