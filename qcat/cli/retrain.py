@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,8 @@ _FOLDER = click.Path(path_type=Path)
     default=0.0,
     show_default=True,
     metavar="SHARE",
-    help="Promote even if so much of the test questions' accuracy is lost.",
+    help="Promote even if so much accuracy is lost, on the test or on the reviewed questions: few "
+    "reviewed ones differ by chance alone.",
 )
 def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -> None:
     """Train the task of RUN anew with more questions; let the result replace a bundle if it is
@@ -169,17 +170,15 @@ def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, s
     return {}
 
 
-def _way_out(problems: Container[str], serving: Path) -> str:
+def _way_out(problems: Iterable[str], serving: Path) -> str:
     """What to do about what speaks against a new model."""
-    advice = "add questions like those it got wrong"
-    if "reviewed" in problems:
-        return advice
     promise = (
         f"set another promise with `qcat calibrate {serving} QUESTIONS --max-error SHARE` and "
     )
+    again = "again" if {*problems} == {"promise"} else "with a higher --max-loss"
     return (
-        f"{advice}, or {promise if 'promise' in problems else ''}give the same command "
-        f"{'with a higher --max-loss' if 'test' in problems else 'again'}"
+        "add questions like those it got wrong, or "
+        f"{promise if 'promise' in problems else ''}give the same command {again}"
     )
 
 
@@ -259,7 +258,7 @@ def _compare(run: Path, new: Path, old: Path, bundle: Path, max_loss: float) -> 
     from qcat.learn.retrain import refusal
 
     problems = {}
-    for what, allowed in (("test", max_loss), ("reviewed", 0.0)):
+    for what in ("test", "reviewed"):
         data = run / f"{what}.jsonl"
         if not data.exists():
             click.echo(f"\n{what}: no questions held back yet")
@@ -269,7 +268,7 @@ def _compare(run: Path, new: Path, old: Path, bundle: Path, max_loss: float) -> 
         compared = found.comparison
         assert compared  # as requested
         click.echo("\n".join(["", *_comparison(what, found, compared, bundle, run)]))
-        problem = refusal(what, compared, found.questions, allowed)
+        problem = refusal(what, compared, found.questions, max_loss)
         if problem:
             problems[what] = problem
     return problems
