@@ -323,10 +323,10 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 def latency(gguf: Path, rounds: int) -> dict[str, Any]:
     """Milliseconds a question in three ways, taking turns, in this process."""
     from qcat import Classifier
-    from qcat.backends.llama import default_threads
     from qcat.bundle import Bundle
     from qcat.classifier import prepare
     from qcat.prompt import encode_segments
+    from qcat.threads import default_threads
 
     questions = [example.text for example in spread(_examples(), ASKED)]
     bundle, threads = Bundle.read(gguf), default_threads()

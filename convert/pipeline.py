@@ -30,7 +30,7 @@ from convert.replay import TorchReplay
 from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_torch, spread
 from convert.vocab import read_vocabulary
 from convert.writer import Precision, write_gguf
-from qcat.backends.llama import LlamaModel, default_threads
+from qcat.backends.llama import LlamaModel
 from qcat.bundle import REPORT_KEY, Bundle, write_sections
 from qcat.classifier import prepare
 from qcat.errors import DataError, ExportError
@@ -44,6 +44,7 @@ from qcat.prompt import (
     with_codes,
 )
 from qcat.task import Task
+from qcat.threads import default_threads
 from qcat.tokenization import HubTokenizer
 from qcat.trie import LabelTrie
 

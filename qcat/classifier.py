@@ -6,7 +6,6 @@ Knows nothing of the command line. llama.cpp is loaded when a model is opened, n
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -136,8 +135,8 @@ class Classifier:
                 threshold.
             calibrated: use what the model says of its calibration; else its own probabilities.
             strict: refuse a question that is too long instead of cutting its end.
-            threads: of computation; by default the physical cores this process may use. Not for
-                a server, which has its own.
+            threads: of computation; by default $QCAT_THREADS, or the physical cores that this
+                process may use (`qcat.threads`). Not for a server, which has its own.
             timeout: seconds that a server may keep silent, 60 by default. Not for a file.
             review: file of the review queue that questions go to which are left to a person
                 (`abstained`). None: as the task says, in the user's data folder; False: none.
@@ -410,7 +409,8 @@ def _open_file(
     path: Path, calibrated: bool, threads: int | None, verbose: bool, stack: ExitStack
 ) -> _Parts:
     bundle = Bundle.read(path)
-    from qcat.backends.llama import LlamaModel, LlamaScorer, default_threads
+    from qcat.backends.llama import LlamaModel, LlamaScorer
+    from qcat.threads import default_threads
 
     model = stack.enter_context(LlamaModel(bundle.path, verbose=verbose))
     prompt, trie = prepare(bundle.task, model, str(path))
@@ -421,6 +421,7 @@ def _open_file(
         grammar=grammar(bundle.task),
         room=QUESTION_ROOM,
         threads=threads or default_threads(),
+        fingerprint=bundle.header.fingerprint,
     )
     stack.callback(scorer.close)
     return _Parts(
@@ -437,6 +438,8 @@ def _open_file(
 def _open_ollama(
     name: str, calibrated: bool, timeout: float | None, verbose: bool, stack: ExitStack
 ) -> _Parts:
+    import tempfile
+
     from qcat.backends.llama import LlamaModel
     from qcat.backends.ollama import TIMEOUT, Server
     from qcat.backends.ollama_scorer import OllamaScorer

@@ -115,8 +115,10 @@ def clean_question(question: str) -> str:
     Raises:
         QuestionError: if nothing is left.
     """
-    text = unicodedata.normalize("NFC", _SURROGATE.sub("\ufffd", question))
-    text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text)
+    text = question
+    if not (text.isascii() and text.isprintable()):  # most questions are, and need none of this
+        text = unicodedata.normalize("NFC", _SURROGATE.sub("\ufffd", question))
+        text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text)
     text = " ".join(text.split())
     if not text:
         raise QuestionError("the question is empty: write one")

@@ -61,11 +61,10 @@ def label_log_probabilities(trie: LabelTrie, logits: Sequence[npt.ArrayLike]) ->
     reached = np.zeros(len(trie.branches), np.float64)
     for number, (branch, values) in enumerate(zip(trie.branches, logits, strict=True)):
         children = reached[number] + log_softmax(values)
-        for target, value in zip(branch.targets, children, strict=True):
-            if target >= 0:
-                labels[target] = value
-            else:
-                reached[-1 - target] = value
+        targets = branch.target_array
+        ends = targets >= 0
+        labels[targets[ends]] = children[ends]
+        reached[-1 - targets[~ends]] = children[~ends]
     return labels
 
 

@@ -27,6 +27,11 @@ class Branch:
     targets: tuple[int, ...]
     """For each child where it leads: to label `i` as `i`, to branch `j` as `-1 - j`."""
 
+    @cached_property
+    def target_array(self) -> npt.NDArray[np.int64]:
+        """`targets`, shape (children,)."""
+        return np.array(self.targets, np.int64)
+
 
 @dataclass(frozen=True)
 class LabelTrie:

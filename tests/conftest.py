@@ -9,7 +9,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,6 +59,15 @@ def corpus() -> list[str]:
     ]
     codes = [f" {first}{second}" for first in "ABCDE" for second in "ABCDEFGHIJ"] * 50
     return [json.loads(line)["text"] for line in lines[::8]] + words * 20 + codes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or writes the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("QCAT_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from qcat import cache
 from qcat.errors import ModelError
 from qcat.scoring import Scores, label_energy, label_mass
 from qcat.trie import Branch, LabelTrie
@@ -60,24 +61,6 @@ def capture_log(*, verbose: bool) -> list[str]:
     llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
     _log_lines.clear()
     return _log_lines
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use: llama.cpp's threads spin, so more cost time."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text())
-        except OSError:
-            cores.add(str(cpu))
-    try:  # a container's share, "max" or microseconds of processor in a period
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(len(cores), int(quota) // int(period)))
-    except (OSError, ValueError):
-        return len(cores)
 
 
 class LlamaModel:
@@ -163,6 +146,43 @@ class LlamaModel:
         self.close()
 
 
+class _Batch:
+    """A `llama_batch` over arrays of ours, made once: each token belongs to one sequence."""
+
+    def __init__(self, room: int) -> None:
+        self.size = 0
+        self._tokens, self._positions, self._sequences = np.zeros((3, room), np.int32)
+        self._outputs = np.zeros(room, np.int8)
+        self._counts = np.ones(room, np.int32)
+        # one pointer a token, to its place in the array of sequences
+        places = self._sequences.ctypes.data + self._sequences.itemsize * np.arange(room)
+        self._pointers = places.astype(np.uintp)
+        int32 = ctypes.POINTER(ctypes.c_int32)
+        self.native = llama_cpp.llama_batch(
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(int32),
+            pos=self._positions.ctypes.data_as(int32),
+            n_seq_id=self._counts.ctypes.data_as(int32),
+            seq_id=self._pointers.ctypes.data_as(ctypes.POINTER(int32)),
+            logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def add(self, tokens: Sequence[int], position: int, sequence: int, *, output: bool) -> int:
+        """Add a sequence's next tokens, from a position on; return the index of the last one.
+
+        Args:
+            output: whether the logits after the last one are wanted.
+        """
+        start, end = self.size, self.size + len(tokens)
+        self._tokens[start:end] = tokens
+        self._positions[start:end] = range(position, position + len(tokens))
+        self._sequences[start:end] = sequence
+        self._outputs[start:end] = False
+        self._outputs[end - 1] = output
+        self.size = end
+        return end - 1
+
+
 class LlamaScorer:
     """A context with a task's prefix evaluated, which scores questions against a label trie.
 
@@ -176,6 +196,8 @@ class LlamaScorer:
         grammar: the same language as GBNF.
         room: the most tokens that one question and the words after it may have.
         threads: threads of computation.
+        fingerprint: of the model's file; with it the evaluated prefix is kept in the user's cache
+            folder for the next time.
 
     Raises:
         ModelError: the context cannot be made, or llama.cpp refuses the grammar.
@@ -190,6 +212,7 @@ class LlamaScorer:
         grammar: str,
         room: int,
         threads: int,
+        fingerprint: str | None = None,
     ) -> None:
         self._model, self._trie, self._room = model, trie, room
         self._n_prefix = len(prefix)
@@ -208,18 +231,15 @@ class LlamaScorer:
         try:
             self._context = self._open_context(cells, 1 + MAX_BATCH + n_deep, threads)
             self._memory = llama_cpp.llama_get_memory(self._context)
-            self._batch = llama_cpp.llama_batch_init(cells, 0, 1)
-            self._stack.callback(llama_cpp.llama_batch_free, self._batch)
+            self._batch = _Batch(cells)
             self._grammar = llama_cpp.llama_sampler_init_grammar(
                 model.vocab, grammar.encode(), b"root"
             )
             if not self._grammar:
                 raise ModelError(f"{model.path}: llama.cpp refuses the labels' grammar")
             self._stack.callback(llama_cpp.llama_sampler_free, self._grammar)
-            self._n_batched = 0
-            for position, token in enumerate(prefix):
-                self._add(token, position, 0)
-            self._decode()
+            self._accepted: dict[int, bool] = {}
+            self._put_prefix(prefix, fingerprint)
         except BaseException:
             self.close()
             raise
@@ -243,6 +263,36 @@ class LlamaScorer:
             )
         self._stack.callback(llama_cpp.llama_free, context)
         return context
+
+    def _put_prefix(self, prefix: Sequence[int], fingerprint: str | None) -> None:
+        """Fill sequence 0: from the cache folder in milliseconds, else by evaluating the tokens."""
+        settings = (
+            llama_cpp.__version__,
+            llama_cpp.llama_print_system_info(),  # how it was compiled changes the last digits
+            llama_cpp.llama_n_ubatch(self._context),
+            list(prefix),
+        )
+        key = f"prefix {fingerprint} {settings}".encode()
+        if fingerprint and self._restore(cache.load(key), len(prefix)):
+            return
+        self._batch.add(prefix, 0, 0, output=False)
+        self._decode()
+        if fingerprint:
+            size = llama_cpp.llama_state_seq_get_size(self._context, 0)
+            state = (ctypes.c_uint8 * size)()
+            if llama_cpp.llama_state_seq_get_data(self._context, state, size, 0) == size:
+                cache.save(key, bytes(state))
+
+    def _restore(self, saved: bytes | None, n_prefix: int) -> bool:
+        if saved is None:
+            return False
+        state = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
+        used = llama_cpp.llama_state_seq_set_data(self._context, state, len(saved), 0)
+        last = llama_cpp.llama_memory_seq_pos_max(self._memory, 0)
+        if used == len(saved) and last == n_prefix - 1:
+            return True
+        llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)
+        return False
 
     def score(self, rests: Sequence[Sequence[int]]) -> Iterator[Scores]:
         """Logits at every branch, for each question in turn.
@@ -325,8 +375,13 @@ class LlamaScorer:
         """Whether llama.cpp's own grammar sampler lets a label through, token by token.
 
         At every step the sampler masks the trie's candidates only: the same verdict as over the
-        whole vocabulary, without its cost.
+        whole vocabulary, without its cost. A label's verdict is found once.
         """
+        if label not in self._accepted:
+            self._accepted[label] = self._ask_grammar(label)
+        return self._accepted[label]
+
+    def _ask_grammar(self, label: int) -> bool:
         with self._lock:
             self._check_open()
             sampler = llama_cpp.llama_sampler_clone(self._grammar)
@@ -372,7 +427,7 @@ class LlamaScorer:
                     if self._model.ends(token):
                         break
                     said.append(token)
-                    at = self._add(token, position, 1, output=True)
+                    at = self._batch.add([token], position, 1, output=True)
                     position += 1
             finally:
                 self._forget()
@@ -381,26 +436,12 @@ class LlamaScorer:
     def _extend(self, source: int, target: int, position: int, tokens: Sequence[int]) -> int:
         """Let sequence `target` share `source`, add tokens to it; return the last one's index."""
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-        last = len(tokens) - 1
-        at = 0
-        for offset, token in enumerate(tokens):
-            at = self._add(token, position + offset, target, output=offset == last)
-        return at
-
-    def _add(self, token: int, position: int, sequence: int, *, output: bool = False) -> int:
-        batch, at = self._batch, self._n_batched
-        batch.token[at] = token
-        batch.pos[at] = position
-        batch.n_seq_id[at] = 1
-        batch.seq_id[at][0] = sequence
-        batch.logits[at] = output
-        self._n_batched += 1
-        return at
+        return self._batch.add(tokens, position, target, output=True)
 
     def _decode(self) -> None:
-        self._batch.n_tokens = self._n_batched
-        self._n_batched = 0
-        status = llama_cpp.llama_decode(self._context, self._batch)
+        self._batch.native.n_tokens = self._batch.size
+        self._batch.size = 0
+        status = llama_cpp.llama_decode(self._context, self._batch.native)
         if status:
             raise ModelError(f"{self._model.path}: llama.cpp could not evaluate it ({status})")
 
@@ -420,7 +461,7 @@ class LlamaScorer:
 
     def _forget(self) -> None:
         """Drop every sequence but the prefix, and whatever waits in the batch."""
-        self._n_batched = 0
+        self._batch.size = 0
         llama_cpp.llama_memory_seq_keep(self._memory, 0)
 
     def _check_open(self) -> None:

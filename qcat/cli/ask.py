@@ -96,7 +96,10 @@ ABSTAINED = 3
     help="`free`: no constraint, show what the model would have said; without probabilities.",
 )
 @click.option(
-    "--threads", type=click.IntRange(1), metavar="N", help="Threads; by default the physical cores."
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Threads; by default $QCAT_THREADS, or the physical cores that this process may use.",
 )
 @click.option(
     "--log",

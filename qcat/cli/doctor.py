@@ -32,7 +32,8 @@ def command() -> None:
 
     import llama_cpp
 
-    from qcat.backends.llama import capture_log, default_threads
+    from qcat import cache
+    from qcat.backends.llama import capture_log
 
     capture_log(verbose=False)
     features = llama_cpp.llama_print_system_info().decode()
@@ -41,13 +42,26 @@ def command() -> None:
     ]
     rows += [
         ("llama.cpp", "compiled with " + ", ".join(on)),
-        ("threads", f"{default_threads()} used of {os.cpu_count()} logical processors"),
+        ("threads", _threads()),
+        ("cache", str(cache.folder())),
         ("hub cache", _hub_cache()),
         ("ollama program", shutil.which("ollama") or "not found"),
         ("ollama server", _ollama()),
     ]
     for name, value in rows:
         click.echo(f"{name:<17} {value}")
+
+
+def _threads() -> str:
+    from qcat.threads import VARIABLE, cores, default_threads
+
+    logical, physical, quota = cores()
+    limit = "" if quota is None else f", control group allows {quota:g}"
+    said = f"; {VARIABLE} is set" if VARIABLE in os.environ else ""
+    return (
+        f"{default_threads()} used: {physical} physical cores free to this process, "
+        f"{logical} logical processors in all{limit}{said}"
+    )
 
 
 def _hub_cache() -> str:

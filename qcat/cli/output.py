@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from qcat.errors import QcatError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 ROWS = 10
 """Of a list, so many are shown."""
@@ -35,6 +36,8 @@ class Bars:
     def show(self, step: str, done: int, total: int, note: str = "") -> None:
         """Draw `done` of `total`; another step than before begins another bar."""
         if self._bar is None or self._step != step:
+            from tqdm import tqdm
+
             self.__exit__()
             self._step = step
             self._bar = tqdm(desc=step, total=total, file=sys.stderr, disable=None)
@@ -61,6 +64,8 @@ def given(name: str) -> bool:
 
 def check_writable(path: Path) -> None:
     """Fail before the work, not after it."""
+    import tempfile
+
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -1,0 +1,90 @@
+"""Files in the user's cache folder that save work the next time. Losing one costs that work only.
+
+Nothing here is an error: what is absent, damaged or another user's is as if it were not there, and
+what cannot be written is not kept. Several processes may use the folder at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+from stat import S_ISREG
+
+from qcat.version import __version__
+
+MAX_ENTRIES = 32
+MAX_BYTES = 256 << 20
+"""Of all entries together: those used longest ago go first."""
+_MAGIC = b"qcat cache 1\n"
+_SUFFIX = ".qcat"
+
+
+def folder() -> Path:
+    """Where entries are kept: $QCAT_CACHE, or the user's cache folder."""
+    if named := os.environ.get("QCAT_CACHE"):
+        return Path(named)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("qcat")
+
+
+def load(key: bytes) -> bytes | None:
+    """What was saved under a key, if it is there, whole, and this user's."""
+    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+        path = _path(key)
+        status = os.lstat(path)
+        mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+        if not (mine and S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES):
+            return None
+        data = path.read_bytes()
+        start = len(_MAGIC) + hashlib.sha256().digest_size
+        content = data[start:]
+        if data[:start] == _MAGIC + hashlib.sha256(content).digest():
+            with suppress(OSError):
+                os.utime(path)  # it was used now
+            return content
+    return None
+
+
+def save(key: bytes, content: bytes) -> None:
+    """Keep bytes under a key, in one step, if that can be done."""
+    import tempfile
+
+    if len(content) > MAX_BYTES:
+        return
+    with suppress(OSError, RuntimeError):
+        path = _path(key)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(suffix=_SUFFIX, dir=path.parent)
+        try:
+            with open(handle, "wb") as file:
+                file.write(_MAGIC + hashlib.sha256(content).digest())
+                file.write(content)
+            os.replace(partial, path)
+        except OSError:
+            os.unlink(partial)
+        _trim(path.parent)
+
+
+def _path(key: bytes) -> Path:
+    # Another version of qcat may keep something else under the same key.
+    name = hashlib.sha256(__version__.encode() + b"\n" + key).hexdigest()
+    return folder() / f"{name}{_SUFFIX}"
+
+
+def _trim(place: Path) -> None:
+    """Remove what was used longest ago, and what killed processes left, until the rest fits."""
+    found = []
+    for path in place.glob(f"*{_SUFFIX}"):
+        with suppress(OSError):  # another process may have removed it
+            status = path.lstat()
+            found.append((status.st_mtime, status.st_size, path))
+    found.sort(reverse=True)
+    size = 0
+    for number, (_, bytes_, path) in enumerate(found):
+        size += bytes_
+        if number >= MAX_ENTRIES or size > MAX_BYTES:
+            with suppress(OSError):
+                path.unlink()

@@ -1,0 +1,97 @@
+"""How many threads to compute with.
+
+llama.cpp's threads spin while they wait: one more than there are free cores costs several times
+what one fewer does. So the default is the physical cores that this process may use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from qcat.errors import QcatError
+
+VARIABLE = "QCAT_THREADS"
+_CPUS = Path("/sys/devices/system/cpu")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+class Cores(NamedTuple):
+    """What there is to compute on."""
+
+    logical: int
+    """Processors of the machine, two a core where it has hyper-threading."""
+    physical: int
+    """Cores among those that the process's affinity allows."""
+    quota: float | None
+    """Processors' worth of time that the control group allows, if it limits that."""
+
+
+def default_threads() -> int:
+    """$QCAT_THREADS, or as many threads as `cores` has room for, at least one.
+
+    Raises:
+        QcatError: the variable is set to something else than a number from 1.
+    """
+    if (named := os.environ.get(VARIABLE)) is not None:
+        if not (named.isascii() and named.isdigit() and int(named)):
+            raise QcatError(f"{VARIABLE}={named!r}: a number from 1 expected: mend or unset it")
+        return int(named)
+    found = cores()
+    return max(1, found.physical if found.quota is None else min(found.physical, int(found.quota)))
+
+
+def cores() -> Cores:
+    """Read affinity, topology and control groups (version 2 and 1); Linux, else `os.cpu_count`."""
+    logical = os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return Cores(logical, logical, None)
+    physical = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            physical.add((_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            physical.add(str(cpu))
+    return Cores(logical, len(physical), min(_quotas(), default=None))
+
+
+def _quotas() -> Iterator[float]:
+    """The limits of the process's control groups and of all that they are in."""
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root = _CGROUPS
+        elif "cpu" in controllers.split(","):
+            root = _CGROUPS / "cpu"
+        else:
+            continue
+        place = root / name.lstrip("/")
+        # In a container the name may be that of the host's tree: then only the root is there.
+        for group in (place, *place.parents):
+            if (quota := _quota(group)) is not None:
+                yield quota
+            if group == root:
+                break
+
+
+def _quota(group: Path) -> float | None:
+    """Microseconds of processor time in a period; "max" or a negative number is no limit."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        except OSError:
+            return None
+    try:
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (ValueError, ZeroDivisionError):
+        return None
