@@ -293,6 +293,14 @@ class Classifier:
         """
         return self._scorer.generate(self._encode(question)[0], limit)
 
+    def count_tokens(self, question: str) -> int:
+        """Tokens that are evaluated for a question: its own and those of the words after it.
+
+        Raises:
+            QuestionError: as `ask`.
+        """
+        return len(self._encode(question)[0])
+
     def close(self) -> None:
         """Free the model, or leave the server. Harmless a second time."""
         self._resources.close()

@@ -87,7 +87,7 @@ def build_prompt(task: Task, encoder: Encoder) -> Prompt:
         return Prompt(
             prefix=(Segment(f"{body}\n\n{task.question}:", False),),
             before=" ",
-            after=Segment(f"\n{task.answer}:", False),
+            after=Segment(f"\n{task.answer}:" if task.answer else "\n", False),
         )
     if not all(_is_token(encoder, token) for token in ("<|im_start|>", "<|im_end|>")):
         raise ModelError(

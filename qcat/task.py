@@ -49,7 +49,7 @@ class Task:
     question: str = "Question"
     """The word before the question."""
     answer: str = "Category"
-    """The word before the answer."""
+    """The word before the answer; empty for a line break alone, which saves two tokens."""
     style: Style = "plain"
     """`plain`, or `chat` for ChatML with an empty think block where the model has one."""
     verbalizer: Verbalizer = "name"
@@ -66,7 +66,7 @@ class Task:
             "labels": _checked_labels(self.labels),
             "instruction": _text(self.instruction, "instruction", lines=True, empty=False),
             "question": _word(self.question, "question"),
-            "answer": _word(self.answer, "answer"),
+            "answer": _word(self.answer, "answer", empty=True),
             "style": _choice(self.style, "style", get_args(Style)),
             "verbalizer": _choice(self.verbalizer, "verbalizer", get_args(Verbalizer)),
         }
@@ -176,8 +176,8 @@ def _text(
     return text
 
 
-def _word(value: object, key: str) -> str:
-    text = _text(value, key, empty=False)
+def _word(value: object, key: str, *, empty: bool = False) -> str:
+    text = _text(value, key, empty=empty)
     if len(text) > MAX_WORD_CHARS:
         raise TaskError(f"{key}: {len(text)} characters, at most {MAX_WORD_CHARS}: a word will do")
     return text

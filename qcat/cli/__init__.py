@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": "Measure a bundle on labelled questions.",
     "review": "Decide what the model left to a person.",
     "drift": "Compare a log of answers with a quiet time.",
+    "bench": "Measure what a bundle costs on this machine.",
     "grammar": "Print a task's GBNF grammar.",
     "modelfile": "Print a bundle's Ollama Modelfile.",
     "inspect": "Show what a GGUF says of itself.",
