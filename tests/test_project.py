@@ -38,7 +38,14 @@ def room(module):
         return "convert"
     if parts[0] != "qcat":
         return None
-    if len(parts) > 1 and parts[1] in ("backends", "trust", "learn", "cli", "classifier", "measure"):
+    if len(parts) > 1 and parts[1] in (
+        "backends",
+        "trust",
+        "learn",
+        "cli",
+        "classifier",
+        "measure",
+    ):
         return parts[1]
     return "core"
 

@@ -25,6 +25,9 @@ from qcat.trie import Branch, LabelTrie
 
 MAX_BATCH = 16
 """Questions in one forward pass."""
+PASS_TOKENS = 128
+"""Tokens in one forward pass, unless one question has more. With more the weights are read less
+often, but each token attends over the cells of all the others: bench/speed.py."""
 _MAX_DEEP = 64  # branches below the root in one forward pass
 _DEEP_CELLS = 256  # KV cells for them
 _FREE_TOKENS = 64  # KV cells for unconstrained generation
@@ -297,23 +300,24 @@ class LlamaScorer:
     def score(self, rests: Sequence[Sequence[int]]) -> Iterator[Scores]:
         """Logits at every branch, for each question in turn.
 
-        Questions share a forward pass, up to `MAX_BATCH` of them and `room` tokens. All are
-        taken when the first result is asked for; an iterator given up early costs nothing more.
+        Questions share a forward pass, up to `MAX_BATCH` of them and `PASS_TOKENS` tokens; a
+        longer one has a pass for itself. All are taken when the first result is asked for; an
+        iterator given up early costs nothing more.
 
         Args:
             rests: for each question the token ids after the prefix, at most `room` of them.
         """
-        queue = iter(rests)
-        waiting = next(queue, None)
-        while waiting is not None:
-            group: list[Sequence[int]] = []
-            room = self._room
-            while waiting is not None and len(group) < MAX_BATCH and len(waiting) <= room:
-                group.append(waiting)
-                room -= len(waiting)
-                waiting = next(queue, None)
-            if not group:
-                raise ModelError(f"a question of {len(waiting or ())} tokens, room for {room}")
+        group: list[Sequence[int]] = []
+        size = 0
+        for rest in rests:
+            if len(rest) > self._room:
+                raise ModelError(f"a question of {len(rest)} tokens, room for {self._room}")
+            if group and (len(group) == MAX_BATCH or size + len(rest) > PASS_TOKENS):
+                yield from self._score_group(group)
+                group, size = [], 0
+            group.append(rest)
+            size += len(rest)
+        if group:
             yield from self._score_group(group)
 
     def _score_group(self, group: list[Sequence[int]]) -> list[Scores]:

@@ -1,0 +1,468 @@
+"""What asking costs beside llama.cpp alone: warm, cold, in batches, with many labels, in memory.
+
+The model has the exact shape of Qwen3-0.6B, random weights and the real vocabulary, from the folder
+`qwen3-tokenizer` under QCAT_SHARED; beside it the small model that comes with qcat. Every part runs
+in a fresh process, and what is compared takes turns within one run. Prints a machine line, a table
+of aims beside what was measured, and one line of JSON. What the large model answers is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import permutations
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import real_size
+from real_size import EXAMPLE, ROOT, TOKENIZER, TOKENIZER_FILES, table
+
+ASKED, WARM_UP = 50, 3
+FEW, MANY = 3, 500  # labels
+BATCH = 16  # questions given at once
+# What a process must do that asks without qcat: import, load, evaluate the question alone.
+BARE = """
+import ctypes, json, sys, llama_cpp as L
+quiet = L.llama_log_callback(lambda *_: None)
+L.llama_log_set(quiet, ctypes.c_void_p(0))
+L.llama_backend_init()
+params = L.llama_model_default_params()
+params.n_gpu_layers = 0
+model = L.llama_model_load_from_file(sys.argv[1].encode(), params)
+tokens = json.loads(sys.argv[2])
+params = L.llama_context_default_params()
+params.n_ctx = params.n_batch = params.n_ubatch = 512
+params.n_threads = params.n_threads_batch = int(sys.argv[3])
+context = L.llama_init_from_model(model, params)
+batch = L.llama_batch_get_one((L.llama_token * len(tokens))(*tokens), len(tokens))
+status = L.llama_decode(context, batch)
+logits = L.llama_get_logits_ith(context, -1)
+print(max(logits[i] for i in range(100)))
+L.llama_free(context)
+L.llama_model_free(model)
+sys.exit(status)
+"""
+
+
+def main() -> None:
+    """Build, measure part by part, print."""
+    options = _options()
+    if not all((TOKENIZER / name).is_file() for name in TOKENIZER_FILES):
+        sys.exit(
+            f"speed: no Qwen3 vocabulary at {TOKENIZER}: "
+            "set QCAT_SHARED to the folder that holds qwen3-tokenizer"
+        )
+    found: dict[str, Any] = {"machine": real_size.machine()}
+    print(real_size.machine_line(found["machine"]), flush=True)
+    with real_size._work_folder(options.work) as work:
+        os.environ["QCAT_CACHE"] = str(work / "cache")
+        gguf = model(work, options.layers, options.quant)
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "warm": lambda: real_size._alone(warm, gguf, options.rounds),
+            "labels": lambda: real_size._alone(labels, gguf, work),
+            "tokens": lambda: real_size._alone(prompts, gguf, work),
+            "batch": lambda: real_size._alone(batches, gguf),
+            "llama-bench": lambda: llama_bench(options.llama_bench, gguf),
+            "small": lambda: real_size._alone(small),
+            "cold": lambda: cold(gguf, options.starts, work),
+        }
+        for name in options.only or parts:
+            print(f"speed: {name} …", file=sys.stderr, flush=True)
+            found[name] = parts[name]()
+            print(json.dumps({name: found[name]}), file=sys.stderr, flush=True)
+    print("\n" + table(rows(found)))
+    if "tokens" in found:
+        print("\n" + table(prompt_rows(found["tokens"])))
+    print("\n" + json.dumps(found))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the model here (3 GB)")
+    parser.add_argument("--layers", type=int, default=28, help="fewer for a quick trial")
+    parser.add_argument("--quant", default="q4_0")
+    parser.add_argument("--rounds", type=int, default=3, help=f"times {ASKED} questions are asked")
+    parser.add_argument("--starts", type=int, default=20, help="of cold processes")
+    parser.add_argument("--only", action="append", metavar="PART")
+    parser.add_argument(
+        "--llama-bench",
+        type=Path,
+        default=shutil.which("llama-bench"),
+        metavar="FILE",
+        help="llama.cpp's own benchmark; not measured without it",
+    )
+    return parser.parse_args()
+
+
+def model(work: Path, layers: int, kind: str) -> Path:
+    """The GGUF, made by an export without proof unless it is there."""
+    target = work / f"speed-{layers}-{kind}"
+    if not target.is_dir():
+        checkpoint = work / f"checkpoint-{layers}"
+        if not checkpoint.is_dir():
+            real_size._alone(real_size.build, checkpoint, layers)
+        real_size._alone(_export, checkpoint, target, kind)
+    return target / "household.gguf"
+
+
+def _export(checkpoint: Path, target: Path, kind: str) -> None:
+    from convert.pipeline import Request, export
+    from qcat.task import Task
+
+    task = Task.read(EXAMPLE / "task.toml")
+    adapter, base = checkpoint / "adapter", str(checkpoint / "base")
+    export(Request(task, target, adapter=adapter, base=base, quantization=kind))
+
+
+def questions(count: int) -> list[str]:
+    """Household questions, spread over the labels."""
+    return [example.text for example in real_size.spread(real_size._examples(), count)]
+
+
+# Taking turns
+
+
+def take_turns(
+    ways: dict[str, Callable[[Any], Any]], items: Sequence[Any], rounds: int = 1
+) -> dict[str, list[float]]:
+    """Milliseconds of every item in every way, in an order that changes from item to item."""
+    orders = list(permutations(ways))
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for item in items[:WARM_UP]:
+        for way in ways.values():
+            way(item)
+    for number in range(rounds):
+        for turn, item in enumerate(items, number):
+            for way in orders[turn % len(orders)]:
+                start = time.perf_counter()
+                ways[way](item)
+                times[way].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    import numpy as np
+
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {"median": middle, "low": low, "high": high, "count": len(values)}
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    """Of two ways that took turns: median and quartiles of the ratio, pair by pair."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+# Parts
+
+
+@contextmanager
+def opened(gguf: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """A classifier, a bare forward pass on its weights, and the tokens of a question."""
+    from qcat import Classifier
+    from qcat.prompt import encode_segments
+
+    with Classifier.open(gguf, review=False) as classifier:
+        prefix = encode_segments(classifier._prompt.prefix, classifier._vocabulary)
+        firsts = classifier._trie.first_tokens
+
+        def rest(question: str) -> list[int]:
+            return encode_segments(classifier._prompt.rest(question), classifier._vocabulary)
+
+        with real_size.bare_llama(classifier, prefix, firsts) as forward:
+            yield classifier, forward, rest
+
+
+def warm(gguf: Path, rounds: int) -> dict[str, Any]:
+    """`ask`, the bare forward pass, and create_completion under a LlamaGrammar."""
+    from qcat.bundle import Bundle
+    from qcat.threads import default_threads
+
+    asked = questions(ASKED)
+    task = Bundle.read(gguf).task
+    with opened(gguf) as (classifier, forward, rest):
+        rests = {question: rest(question) for question in asked}
+        texts = {question: classifier._prompt.text(question) for question in asked}
+        longest = max(len(sequence) for sequence in classifier._trie.sequences)
+        high = real_size.Completion(gguf, task, longest + 1, default_threads())
+        times = take_turns(
+            {
+                "bare": lambda question: forward(rests[question]),
+                "ask": classifier.ask,
+                "completion": lambda question: high.complete(texts[question]),
+            },
+            asked,
+            rounds,
+        )
+    return {
+        "ms": {way: spread(values) for way, values in times.items()},
+        "tokens": median(len(rest) for rest in rests.values()),
+        "ask / bare": ratio(times["ask"], times["bare"]),
+        "completion / ask": ratio(times["completion"], times["ask"]),
+        "completion's passes": sum(high.steps) / len(high.steps),
+    }
+
+
+def labels(gguf: Path, work: Path) -> dict[str, Any]:
+    """`ask` over the bare pass with few and with many labels, whose first tokens all differ."""
+    from qcat import Classifier
+
+    with Classifier.open(gguf, review=False) as classifier:
+        words = single_words(classifier._vocabulary, MANY)
+    found: dict[str, Any] = {}
+    for count in (FEW, MANY):
+        path = with_task(gguf, work, labels=dict.fromkeys(words[:count], ""))
+        with opened(path) as (classifier, forward, rest):
+            assert not classifier._trie.deep_branches
+            rests = {question: rest(question) for question in questions(ASKED)}
+            times = take_turns(
+                {"bare": lambda q, rests=rests: forward(rests[q]), "ask": classifier.ask},
+                list(rests),
+            )
+        found[str(count)] = {
+            "ms": {way: spread(values) for way, values in times.items()},
+            "ask / bare": ratio(times["ask"], times["bare"]),
+        }
+        path.unlink()
+    few, many = (found[str(count)]["ask / bare"]["median"] for count in (FEW, MANY))
+    return {**found, "growth beyond the prompt": many / few - 1}
+
+
+def single_words(vocabulary: Any, count: int) -> list[str]:
+    """Words that are one token each after a space."""
+    pieces = (vocabulary.piece(token) for token in range(vocabulary.n_vocab))
+    words = [p.decode()[1:] for p in pieces if re.fullmatch(rb" [a-z]{4,9}", p)]
+    return words[:: len(words) // count][:count]
+
+
+def with_task(gguf: Path, work: Path, **changes: Any) -> Path:
+    """A copy of a GGUF whose task has other labels, words or style."""
+    from qcat.bundle import TASK_KEY, Bundle, write_sections
+    from qcat.tokenization import HubTokenizer
+    from qcat.prompt import with_codes
+
+    task = Bundle.read(gguf).task.replace(**changes)
+    path = work / "other.gguf"
+    shutil.copyfile(gguf, path)
+    write_sections(path, {TASK_KEY: with_codes(task, HubTokenizer(TOKENIZER)).to_dict()})
+    return path
+
+
+PROMPTS: dict[str, dict[str, str]] = {
+    "plain, name, Category:": {"answer": "Category"},
+    "plain, name, line break": {"answer": ""},
+    "plain, code, Category:": {"answer": "Category", "verbalizer": "code"},
+    "plain, code, line break": {"answer": "", "verbalizer": "code"},
+    "chat, name": {"style": "chat"},
+    "chat, code": {"style": "chat", "verbalizer": "code"},
+}
+
+
+def prompts(gguf: Path, work: Path) -> dict[str, Any]:
+    """Tokens and latency of each way to word the prompt; one context each, taking turns."""
+    from contextlib import ExitStack
+
+    from qcat import Classifier
+
+    asked = questions(ASKED)
+    with ExitStack() as stack:
+        ways, tokens, prefixes = {}, {}, {}
+        for name, changes in PROMPTS.items():
+            path = with_task(gguf, work, **changes)
+            classifier = stack.enter_context(Classifier.open(path, review=False))
+            path.unlink()  # it stays mapped
+            ways[name] = classifier.ask
+            tokens[name] = median(classifier.count_tokens(question) for question in asked)
+            prefixes[name] = classifier._scorer._n_prefix
+        # all orders of six ways would be many: each starts a turn in its turn
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        names = list(ways)
+        for turn, question in enumerate(asked * 2):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                start = time.perf_counter()
+                ways[name](question)
+                times[name].append((time.perf_counter() - start) * 1e3)
+    first = times[names[0]]
+    return {
+        name: {
+            "prefix tokens": prefixes[name],
+            "question tokens": tokens[name],
+            "ms": spread(times[name]),
+            "of the first": ratio(times[name], first),
+        }
+        for name in names
+    }
+
+
+def batches(gguf: Path) -> dict[str, Any]:
+    """The same questions one by one and several at a time, taking turns."""
+    from qcat import Classifier
+
+    groups = [questions(20 * BATCH)[at::20] for at in range(20)]
+    with Classifier.open(gguf, review=False) as classifier:
+        times = take_turns(
+            {
+                "one by one": lambda group: [classifier.ask(question) for question in group],
+                "together": lambda group: list(classifier.ask_many(group)),
+            },
+            groups,
+        )
+        tokens = [sum(classifier.count_tokens(q) for q in group) for group in groups]
+    each = {way: [value / BATCH for value in values] for way, values in times.items()}
+    speeds = [1e3 * n / t for n, t in zip(tokens, times["together"], strict=True)]
+    return {
+        "ms a question": {way: spread(values) for way, values in each.items()},
+        "one by one / together": ratio(times["one by one"], times["together"]),
+        "tokens a second": spread(speeds),
+    }
+
+
+def llama_bench(program: Path | None, gguf: Path) -> dict[str, Any]:
+    """Prompt tokens a second of llama-bench at the sizes of a question and of qcat's batches."""
+    from qcat.backends.llama import PASS_TOKENS
+    from qcat.threads import default_threads
+
+    if program is None:
+        return {"absent": "no llama-bench: build it, and name it with --llama-bench"}
+    command = [str(program), "-m", str(gguf), "-t", str(default_threads()), "-n", "0", "-r", "20"]
+    sizes = ["-p", f"13,{PASS_TOKENS}", "-o", "json"]
+    said = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True).stdout
+    return {
+        str(run["n_prompt"]): {**spread(run["samples_ts"]), "flash": run["flash_attn"]}
+        for run in json.loads(said)
+    }
+
+
+def small() -> dict[str, Any]:
+    """`ask` with the model that comes with qcat, and its forward pass alone."""
+    from qcat.classifier import DEFAULT_MODEL
+
+    asked = questions(200)
+    with opened(DEFAULT_MODEL) as (classifier, forward, rest):
+        rests = {question: rest(question) for question in asked}
+        times = take_turns(
+            {"bare": lambda question: forward(rests[question]), "ask": classifier.ask}, asked, 3
+        )
+        many: dict[str, list[float]] = take_turns(
+            {
+                "one by one": lambda group: [classifier.ask(question) for question in group],
+                "together": lambda group: list(classifier.ask_many(group)),
+            },
+            [asked[at::20] for at in range(20)],
+        )
+    return {
+        "ms": {way: spread(values) for way, values in times.items()},
+        "ask / bare": ratio(times["ask"], times["bare"]),
+        "one by one / together": ratio(many["one by one"], many["together"]),
+    }
+
+
+def cold(gguf: Path, starts: int, work: Path) -> dict[str, Any]:
+    """Fresh processes, taking turns: bare, `qcat ask` with a warm cache folder and without one."""
+    from qcat.backends.llama import LlamaModel
+    from qcat.bundle import Bundle
+    from qcat.prompt import build_prompt, encode_segments
+    from qcat.threads import default_threads
+
+    question = questions(1)[0]
+    with LlamaModel(gguf, vocab_only=True) as vocabulary:
+        prompt = build_prompt(Bundle.read(gguf).task, vocabulary)
+        tokens = encode_segments(prompt.rest(question), vocabulary)
+    ask = [str(Path(sys.executable).with_name("qcat")), "ask", "-m", str(gguf), question]
+    bare = [sys.executable, "-c", BARE, str(gguf), json.dumps(tokens), str(default_threads())]
+    seconds: dict[str, list[float]] = {"bare": [], "ask": [], "ask, no cache": []}
+    peaks: dict[str, list[float]] = {way: [] for way in seconds}
+    for turn in range(1 + starts):
+        for way in list(seconds)[turn % 3 :] + list(seconds)[: turn % 3]:
+            environment = dict(os.environ)
+            if way == "ask, no cache":
+                environment["QCAT_CACHE"] = "/dev/null"
+            start = time.perf_counter()
+            process = subprocess.Popen(
+                bare if way == "bare" else ask, stdout=subprocess.DEVNULL, env=environment
+            )
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            taken = time.perf_counter() - start
+            if process.returncode not in (0, 3):
+                sys.exit(f"speed: {way} failed")
+            if turn:  # the first brings the files into memory
+                seconds[way].append(taken)
+                peaks[way].append(used.ru_maxrss * 1024 / 1e6)
+    return {
+        "seconds": {way: spread(values) for way, values in seconds.items()},
+        "ask / bare": ratio(seconds["ask"], seconds["bare"]),
+        "no cache / bare": ratio(seconds["ask, no cache"], seconds["bare"]),
+        "peak MB": {way: max(values) for way, values in peaks.items()},
+        "file MB": gguf.stat().st_size / 1e6,
+    }
+
+
+# Tables
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """An aim, what was measured, and the quartiles."""
+    made: list[tuple[str, ...]] = [("", "aim", "measured", "quartiles", "")]
+
+    def add(name: str, aim: str, value: float, kept: bool, quartiles: Any = None) -> None:
+        range_ = f"{quartiles['low']:.3f} to {quartiles['high']:.3f}" if quartiles else ""
+        made.append((name, aim, f"{value:.3f}", range_, "" if kept else "missed"))
+
+    def at_most(name: str, limit: float, of: dict[str, float]) -> None:
+        add(name, f"<= {limit}", of["median"], of["median"] <= limit, of)
+
+    def at_least(name: str, limit: float, of: dict[str, float]) -> None:
+        add(name, f">= {limit}", of["median"], of["median"] >= limit, of)
+
+    if one := found.get("warm"):
+        at_most("warm: ask / bare forward pass", 1.03, one["ask / bare"])
+        at_least("warm: create_completion / ask", 4, one["completion / ask"])
+    if one := found.get("labels"):
+        grown = one["growth beyond the prompt"]
+        add(f"{FEW} to {MANY} labels, beyond the prompt", "< 0.1", grown, grown < 0.1)
+    if one := found.get("cold"):
+        at_most("cold: qcat ask / bare process", 1.15, one["ask / bare"])
+        over = one["peak MB"]["ask"] - one["file MB"]
+        add("memory over the file, MB", "<= 150", over, over <= 150)
+    if one := found.get("small"):
+        at_most("small model: ask, ms", 3, one["ms"]["ask"])
+    if one := found.get("batch"):
+        at_least("batch: one by one / together", 1.6, one["one by one / together"])
+        if runs := {k: v for k, v in found.get("llama-bench", {}).items() if k != "absent"}:
+            best = max(run["median"] for size, run in runs.items() if size != "13")
+            share = one["tokens a second"]["median"] / best
+            add("batch: tokens/s over llama-bench", ">= 0.95", share, share >= 0.95)
+    return made
+
+
+def prompt_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What the words of the prompt cost."""
+    head = ("prompt", "prefix tokens", "question tokens", "ms", "of the first")
+    return [
+        head,
+        *(
+            (
+                name,
+                f"{row['prefix tokens']}",
+                f"{row['question tokens']:g}",
+                f"{row['ms']['median']:.1f}",
+                f"{row['of the first']['median']:.3f}",
+            )
+            for name, row in found.items()
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()
