@@ -24,9 +24,10 @@ ALLOWED = {
     "backends": {"core"},
     "trust": {"core"},
     "classifier": {"core", "backends", "trust"},
+    "batch": {"core", "classifier"},
     "learn": {"core", "backends", "trust", "classifier"},
     "convert": {"core", "backends", "trust", "classifier"},
-    "cli": {"core", "backends", "trust", "classifier", "learn", "convert"},
+    "cli": {"core", "backends", "trust", "classifier", "batch", "learn", "convert"},
 }
 
 
@@ -37,7 +38,7 @@ def room(module):
         return "convert"
     if parts[0] != "qcat":
         return None
-    if len(parts) > 1 and parts[1] in ("backends", "trust", "learn", "cli", "classifier"):
+    if len(parts) > 1 and parts[1] in ("backends", "trust", "learn", "cli", "classifier", "batch"):
         return parts[1]
     return "core"
 
