@@ -203,7 +203,9 @@ def _ask(
             done += 1
             show("questions", done, table.count)
     except ServerError as error:
-        raise ServerError(f"{table.path}: row {done + 1}: {error}") from None
+        raise ServerError(
+            f"{table.path}: row {done + 1}: {error}: then give the same command again to go on"
+        ) from None
     journal.sync()
 
 

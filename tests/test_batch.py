@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pexpect
@@ -20,6 +21,7 @@ from qcat import Classifier, DataError
 from qcat.batch import COLUMNS, batch
 from qcat.bundle import TASK_KEY, Bundle, section, write_sections
 from qcat.classifier import DEFAULT_MODEL
+from qcat.errors import ServerError
 from qcat.journal import Answer, Journal
 from qcat.tables import SUFFIXES
 
@@ -277,6 +279,21 @@ def test_half_done_work_is_gone_on_with(folder, house):
     done = batch(house, source, target)
     assert (done.before, done.rows, done.answered + done.abstained) == (50, 100, 100)
     assert [row["id"] for row in read(target)] == [str(number) for number in range(100)]
+
+
+def test_a_server_that_goes_silent(folder, house, monkeypatch):
+    source, target = write(folder / "in.jsonl", MANY[:5]), folder / "out.csv"
+    answer = house.ask_each
+
+    def fall_silent(questions):
+        yield from islice(answer(questions), 2)
+        raise ServerError("house on http://127.0.0.1:11434: does not answer: start it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house, "ask_each", fall_silent)
+        with pytest.raises(ServerError, match=r"in\.jsonl: row 3: .*: start it: then give"):
+            batch(house, source, target)
+    assert batch(house, source, target).before == 2
 
 
 def test_stopped_before_the_first_row_nothing_is_left(folder, house):

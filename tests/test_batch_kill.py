@@ -49,7 +49,7 @@ def test_killed_again_and_again(tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     chance = random.Random(7)
     for _ in range(KILLS):
-        kill(source, target, chance.uniform(0, 0.1))
+        kill(source, target, chance.uniform(0, 0.05))
     kill(source, target, 0, writing=True)
     assert not target.exists()
     done = subprocess.run([QCAT, "batch", source, "-o", target], capture_output=True, text=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import tracemalloc
 from decimal import Decimal
 from itertools import product
 
@@ -184,6 +185,24 @@ def test_types_of_parquet(tmp_path):
     assert second["text"] is second["when"] is second["more"] is None
     copied(source, tmp_path / "out.csv")
     assert read(tmp_path / "out.csv")[1][0]["vector"] == "[0.5, 1.0]"
+
+
+@pytest.mark.parametrize(("first", "second"), [(".csv", ".jsonl"), (".jsonl", ".csv")])
+def test_memory_does_not_grow_with_the_rows(first, second, tmp_path):
+    peaks = []
+    for count in (2000, 20_000):
+        source = tmp_path / f"in{first}"
+        write(source, [{"text": f"question {number}"} for number in range(count)])
+        table = open_table(source, tmp_path / f"out{second}")
+        tracemalloc.start()
+        with (tmp_path / f"out{second}").open("wb") as file:
+            more = (VALUES[0] for _ in range(count))
+            write_table(table, file, second, ADDED, more)
+        for _ in table.values("text"):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_half_a_character_is_written_as_the_format_allows(tmp_path):
