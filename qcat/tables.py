@@ -30,6 +30,7 @@ Values = Sequence[str | bool | float | None]
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 _BATCH = 16_384  # rows of Parquet that are in memory at once
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 _EXACT = 2**53  # up to here a double has every whole number
 
 
@@ -276,7 +277,7 @@ def _cell(value: Any) -> str:
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = _ENCODE(value)
     # A lone surrogate can only be escaped.
     return json.dumps(value) if _SURROGATE.search(text) else text
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qcat import Classifier, DataError
 from qcat.batch import COLUMNS, batch
@@ -60,7 +62,7 @@ def write_jsonl(path, rows):
 
 
 def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def write(path, rows):
@@ -246,6 +248,27 @@ def test_a_text_that_is_none_spoils_its_own_row(folder, house):
         "no text but list: write words",
         None,
     ]
+
+
+@given(st.lists(st.text(st.characters()), min_size=1, max_size=4))
+@settings(max_examples=30)
+def test_any_text_has_an_answer_or_an_error(tmp_path_factory, house, texts):
+    folder = tmp_path_factory.mktemp("any")
+    source = write(folder / "in.jsonl", [{"text": text} for text in texts])
+    done = batch(house, source, folder / "out.jsonl")
+    found = read_jsonl(folder / "out.jsonl")
+    assert [row["text"] for row in found] == texts
+    assert done.rows == len(texts) == done.answered + done.abstained + done.failed
+    for row in found:
+        assert (row["label"] in house.task.labels) != (row["error"] is not None)
+
+
+def test_a_name_that_is_no_utf8(folder, qcat):
+    source = write(folder / "\udcff.jsonl", [{"text": "who fixed the gate latch"}])
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = qcat("batch", source, "-o", folder / "\udcfe.csv", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?.csv: 1 rows: 1 answered" in done.stdout
 
 
 def test_a_link_to_nothing_is_written_through(folder, house):

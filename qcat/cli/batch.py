@@ -109,5 +109,6 @@ def command(
     if done.failed:
         parts.append(f"{done.failed} not asked (see the column {prefix}error)")
     before = f", {done.before} of them asked before" if done.before else ""
-    click.echo(f"{output}: {done.rows} rows{before}: {', '.join(parts)}")
+    said = f"{output}: {done.rows} rows{before}: {', '.join(parts)}"
+    click.echo(said.encode("utf-8", "replace").decode())
     return 0
