@@ -55,7 +55,10 @@ _FILE = click.Path(path_type=Path)
     "[default: what `qcat calibrate` put into the model]",
 )
 @click.option(
-    "--threads", type=click.IntRange(1), metavar="N", help="Threads; by default the physical cores."
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Threads; by default $QCAT_THREADS, or the physical cores that this process may use.",
 )
 def command(
     source: Path,
