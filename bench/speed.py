@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import real_size
-from real_size import EXAMPLE, ROOT, TOKENIZER, TOKENIZER_FILES, table
+from real_size import EXAMPLE, TOKENIZER, TOKENIZER_FILES, table
 
 ASKED, WARM_UP = 50, 3
 FEW, MANY = 3, 500  # labels
@@ -248,8 +247,8 @@ def single_words(vocabulary: Any, count: int) -> list[str]:
 def with_task(gguf: Path, work: Path, **changes: Any) -> Path:
     """A copy of a GGUF whose task has other labels, words or style."""
     from qcat.bundle import TASK_KEY, Bundle, write_sections
-    from qcat.tokenization import HubTokenizer
     from qcat.prompt import with_codes
+    from qcat.tokenization import HubTokenizer
 
     task = Bundle.read(gguf).task.replace(**changes)
     path = work / "other.gguf"

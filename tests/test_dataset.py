@@ -168,7 +168,7 @@ BAD_FILES = {
     "empty.parquet": (b"", "empty.parquet: not a Parquet file"),
     "magic.parquet": (b"PAR1" * 20, "magic.parquet: "),
     "nul\0.jsonl": (None, "no file can have this name"),
-    "nul\0.parquet": (None, "not a Parquet file"),
+    "nul\0.parquet": (None, "no file can have this name"),
 }
 
 

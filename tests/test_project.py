@@ -25,9 +25,10 @@ ALLOWED = {
     "trust": {"core"},
     "classifier": {"core", "backends", "trust"},
     "measure": {"core", "classifier"},
+    "batch": {"core", "classifier"},
     "learn": {"core", "backends", "trust", "classifier"},
     "convert": {"core", "backends", "trust", "classifier"},
-    "cli": {"core", "backends", "trust", "classifier", "measure", "learn", "convert"},
+    "cli": {"core", "backends", "trust", "classifier", "measure", "batch", "learn", "convert"},
 }
 
 
@@ -38,14 +39,7 @@ def room(module):
         return "convert"
     if parts[0] != "qcat":
         return None
-    if len(parts) > 1 and parts[1] in (
-        "backends",
-        "trust",
-        "learn",
-        "cli",
-        "classifier",
-        "measure",
-    ):
+    if len(parts) > 1 and parts[1] in ALLOWED:
         return parts[1]
     return "core"
 

@@ -15,6 +15,7 @@ from qcat.version import __version__
 
 COMMANDS = {
     "ask": "Put questions into categories.",
+    "batch": "Put the questions of a CSV, JSONL or Parquet file into categories.",
     "lint": "Check a task and its questions before training.",
     "train": "Fine-tune a LoRA adapter.",
     "export": "Turn an adapter into a proven 4-bit GGUF bundle.",
@@ -30,6 +31,8 @@ COMMANDS = {
     "inspect": "Show what a GGUF says of itself.",
     "doctor": "Show what this machine offers.",
 }
+_EXTRAS = {"ollama": "ollama", "httpx": "ollama", "pyarrow": "parquet"}
+"""What to install for a library that is absent; `train` for any other."""
 
 
 class _Commands(click.Group):
@@ -97,7 +100,7 @@ def run(args: list[str] | None) -> int:
     except ModuleNotFoundError as error:
         if debug or error.name in (None, "qcat", "convert"):
             raise
-        extra = "ollama" if error.name in ("ollama", "httpx") else "train"
+        extra = _EXTRAS.get(error.name, "train")
         click.echo(
             f"qcat: error: {error.name} is not installed: in qcat's clone give "
             f"pip install -e '.[{extra}]'",

@@ -34,13 +34,16 @@ class Bars:
             self._bar.close()
 
     def show(self, step: str, done: int, total: int, note: str = "") -> None:
-        """Draw `done` of `total`; another step than before begins another bar."""
+        """Draw `done` of `total`; another step than before begins another bar.
+
+        What is done when a step is first drawn does not count for the rate: it may be from before.
+        """
         if self._bar is None or self._step != step:
             from tqdm import tqdm
 
             self.__exit__()
             self._step = step
-            self._bar = tqdm(desc=step, total=total, file=sys.stderr, disable=None)
+            self._bar = tqdm(desc=step, total=total, initial=done, file=sys.stderr, disable=None)
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -7,11 +7,7 @@ are taken too: the input, or the instruction where there is none, is the text; t
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
 import json
-import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,10 +16,10 @@ from typing import Any, NamedTuple
 
 from qcat.errors import DataError, QuestionError
 from qcat.prompt import clean_question
+from qcat.rows import csv_columns, csv_rows, jsonl_rows, parquet_file
 from qcat.task import Task
 
 _COLUMNS = ["text", "label", "group", "instruction", "input", "output"]
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such a byte
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def read_texts(path: Path) -> list[str]:
     """
     shape = '{"text": …}'
     texts = []
-    for line, fields in _jsonl(path, shape):
+    for line, fields in jsonl_rows(path, shape):
         if isinstance(fields, str):
             raise DataError(f"{path}:{line}: {fields}")
         if not isinstance(fields.get("text"), str):
@@ -170,76 +166,23 @@ def _name(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-def _text(path: Path) -> str:
-    """The file's text; bytes that are no UTF-8 are left for `_NOT_UTF8` to find in their row."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:  # a NUL or a lone surrogate in the name
-        raise DataError(f"{str(path)!r}: no file can have this name") from None
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path}: not UTF-8 but UTF-16: save it as UTF-8")
-    return data.decode("utf-8-sig", "surrogateescape")
-
-
 _Found = Iterator[tuple[int, Mapping[str, Any] | str]]
 """Line and fields; or, of a bad row, what is wrong with it."""
 
 
-def _jsonl(path: Path, shape: str = '{"text": …, "label": …}') -> _Found:
-    for line, text in enumerate(_text(path).split("\n"), 1):
-        if not text.strip():
-            continue
-        if _NOT_UTF8.search(text):
-            yield line, "not UTF-8: save the file as UTF-8"
-            continue
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield line, f"not a JSON object: {error}"
-            continue
-        yield line, fields if isinstance(fields, dict) else f"{shape} expected"
+def _jsonl(path: Path) -> _Found:
+    return jsonl_rows(path, '{"text": …, "label": …}')
 
 
 def _csv(path: Path) -> _Found:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        columns = next(reader, [])
-    except csv.Error as error:
-        raise DataError(f"{path}:1: not CSV: {error}") from None
-    _check_columns(f"{path}:1: no header line", columns)
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:  # the reader goes on with the next line
-            yield line, f"not CSV: {error}"
-            continue
-        if cells is None:
-            return
-        if any(_NOT_UTF8.search(cell) for cell in cells):
-            yield line, "not UTF-8: save the file as UTF-8"
-        elif len(cells) > len(columns):
-            yield line, "more fields than columns: quote a text with commas"
-        elif cells:
-            yield line, dict(zip(columns, cells, strict=False))
+    _check_columns(f"{path}:1: no header line", csv_columns(path))
+    return csv_rows(path)
 
 
 def _parquet(path: Path) -> _Found:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with path.open("rb") as file:
-            table = pyarrow.parquet.ParquetFile(file)
-            _check_columns(f"{path}: no table", table.schema_arrow.names)
-            rows = table.read(columns=_COLUMNS).to_pylist()
-    except OSError as error:
-        reason = error.strerror or "it is damaged"
-        raise DataError(f"{path}: cannot be read: {reason}") from None
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise DataError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+    with parquet_file(path) as file:
+        _check_columns(f"{path}: no table", file.schema_arrow.names)
+        rows = file.read(columns=_COLUMNS).to_pylist()
     yield from enumerate(rows, 1)
 
 

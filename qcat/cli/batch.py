@@ -1,0 +1,117 @@
+"""`qcat batch`: a file of questions in, the same file with their answers out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qcat.batch import batch, check_paths
+from qcat.classifier import OLLAMA, Classifier
+from qcat.cli.output import Bars
+from qcat.prompt import QUESTION_ROOM
+
+STOPPED = 130
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("source", metavar="IN", type=_FILE)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="OUT",
+    type=_FILE,
+    help="File to make, CSV, JSONL or Parquet by its suffix; it must not exist.",
+)
+@click.option(
+    "-m",
+    "--model",
+    envvar="QCAT_MODEL",
+    metavar="MODEL",
+    help="GGUF made by `qcat export`; by default the household model that comes with qcat. As "
+    "ollama:NAME, a model that `qcat deploy` made.  [env: QCAT_MODEL]",
+)
+@click.option(
+    "--column",
+    default="text",
+    show_default=True,
+    metavar="NAME",
+    help="The column of IN that holds the questions.",
+)
+@click.option(
+    "--prefix",
+    default="",
+    metavar="PREFIX",
+    help="Before the names of the columns added, where IN has a column of such a name.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="Under this confidence mark the row as left to a person. 0 answers every question.  "
+    "[default: what `qcat calibrate` put into the model]",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Threads; by default $QCAT_THREADS, or the physical cores that this process may use.",
+)
+def command(
+    source: Path,
+    output: Path,
+    model: str | None,
+    column: str,
+    prefix: str,
+    threshold: float | None,
+    threads: int | None,
+) -> int:
+    """Put the question in each row of IN into one of the model's categories; write OUT.
+
+    IN is CSV with a header line, JSONL or Parquet, by its suffix; Parquet needs pyarrow. OUT has
+    all its columns and after them label, confidence, abstained, reason and error. Where abstained
+    is true the row is left to a person: the label is then a guess, and reason says why. A row
+    without a question spoils only itself: it has no label, and error says why. A question of more
+    than 256 tokens is cut. No review queue is filled, whatever the model's task says: the rows are
+    in OUT.
+
+    OUT appears when it is whole. Until then OUT.part holds the answers: if the command is stopped
+    or killed, give it again to go on. Delete OUT.part to begin anew.
+
+    \b
+    Exit status: 0 OUT is written, 1 error, 2 usage, 130 stopped with Ctrl-C.
+
+    \b
+    Examples:
+      qcat batch questions.csv -o answers.csv
+      qcat batch -m house.gguf --column question mails.parquet -o mails.jsonl
+      qcat batch -m house.gguf labelled.jsonl -o compared.jsonl --prefix qcat_
+    """
+    if threads and model is not None and model.startswith(OLLAMA):
+        raise click.UsageError("--threads is for llama.cpp here: the Ollama server has its own")
+    check_paths(source, output)
+    try:
+        with (
+            Classifier.open(model, threshold=threshold, threads=threads, review=False) as asked,
+            Bars() as bars,
+        ):
+            done = batch(asked, source, output, column=column, prefix=prefix, show=bars.show)
+    except KeyboardInterrupt:
+        click.echo("qcat: stopped: give the same command again to go on", err=True)
+        return STOPPED
+    if done.truncated:
+        click.echo(
+            f"qcat: warning: {done.truncated} questions of more than {QUESTION_ROOM} tokens were "
+            "cut",
+            err=True,
+        )
+    parts = [f"{done.answered} answered", f"{done.abstained} left to a person"]
+    if done.failed:
+        parts.append(f"{done.failed} not asked (see the column {prefix}error)")
+    before = f", {done.before} of them asked before" if done.before else ""
+    said = f"{output}: {done.rows} rows{before}: {', '.join(parts)}"
+    click.echo(said.encode("utf-8", "replace").decode())
+    return 0
