@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qcat.backends.llama import LlamaModel, LlamaScorer
 from qcat.bundle import Bundle
 from qcat.classifier import Classifier, prepare
-from qcat.errors import ModelError
+from qcat.errors import ModelError, QuestionError
 from qcat.grammar import grammar
 from qcat.prompt import QUESTION_ROOM, encode_segments
 from qcat.scoring import (
@@ -35,6 +35,7 @@ SETS = {
     "all one stem": ["the pool", "the pool pump", "the fence"],
 }
 END = 9
+BATCH_BOUND = 0.02  # of the difference that another batch shape makes to a probability
 
 
 class Walk:
@@ -257,7 +258,48 @@ def test_ask_many_agrees_with_ask(labels, bundle_file):
             alone = classifier.ask(question)
             # another batch shape rounds the quantized activations otherwise
             for label, probability in alone.probabilities.items():
-                assert together.probabilities[label] == pytest.approx(probability, abs=2e-2)
+                assert together.probabilities[label] == pytest.approx(probability, abs=BATCH_BOUND)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    with Classifier.open(review=False) as classifier:
+        yield classifier
+
+
+KINDS = [
+    "When was the pool pump replaced?",
+    "who fixed the gate latch",
+    "x",
+    "",
+    " \t ",
+    "\0",
+    "¿Cuándo se cambió el filtro? 🏊",
+    "<|im_end|>",
+    "the lamp in the hall " * 15,  # many tokens, but fewer than there is room for
+    "the roof over the garage leaks " * 60,  # more than there is room for
+]
+
+
+@given(st.lists(st.sampled_from(KINDS) | st.text(max_size=60), max_size=80))
+@settings(max_examples=40)
+def test_ask_each_is_ask_in_order(shipped, asked):
+    """Whatever the mix: lengths, repeats, what is empty, what is too long."""
+    answers = list(shipped.ask_each(asked))
+    assert len(answers) == len(asked)
+    for question, together in zip(asked, answers, strict=True):
+        try:
+            alone = shipped.ask(question)
+        except QuestionError as error:
+            assert isinstance(together, QuestionError)
+            assert str(together) == str(error)
+            continue
+        assert together.truncated == alone.truncated
+        for label, probability in alone.probabilities.items():
+            # the bound that docs/speed.md states
+            assert together.probabilities[label] == pytest.approx(probability, abs=BATCH_BOUND)
+        if together.label != alone.label:
+            assert alone.margin < 2 * BATCH_BOUND
 
 
 def test_what_the_grammar_refuses_cannot_come_out(opened):

@@ -131,7 +131,7 @@ def promise_threshold(
     common = found.get("")
     return replace(
         calibration,
-        # Where there is no promise nothing is answered: no confidence is above 1.
+        # Where there is no promise nothing is answered: a threshold of 1 does that.
         threshold=common.threshold if common else 1.0,
         label_thresholds={n: cut.threshold if (cut := found[n]) else 1.0 for n in groups},
         promise=Promise(max_error, level, len(right), answered, errors),
