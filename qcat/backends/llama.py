@@ -31,7 +31,7 @@ often, but each token attends over the cells of all the others: bench/speed.py."
 _MAX_DEEP = 64  # branches below the root in one forward pass
 _DEEP_CELLS = 256  # KV cells for them
 _FREE_TOKENS = 64  # KV cells for unconstrained generation
-_UBATCH = 512  # tokens that llama.cpp computes at once: more costs memory and gains nothing here
+_UBATCH = 128  # tokens that llama.cpp computes at once: more costs memory and gains nothing here
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -71,11 +71,26 @@ class LlamaModel:
 
     The file must have been through `qcat.bundle.read_header`: llama.cpp can abort on damaged ones.
 
+    Args:
+        path: of the file.
+        vocab_only: leave the weights out.
+        repack: lay the weights out anew for the processor's widest instructions. Without it the
+            file's own pages are used as they lie: the model is there sooner, and each question
+            takes longer.
+        verbose: let llama.cpp write its log to stderr.
+
     Raises:
         ModelError: if llama.cpp refuses the file.
     """
 
-    def __init__(self, path: Path, *, vocab_only: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        vocab_only: bool = False,
+        repack: bool = True,
+        verbose: bool = False,
+    ) -> None:
         log = capture_log(verbose=verbose)
         self.path = path
         self.lock = threading.RLock()  # of everything that a `close` in another thread would break
@@ -84,6 +99,10 @@ class LlamaModel:
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0
+        params.use_extra_bufts = repack
+        # What is laid out anew is read whole anyway: mapped too, it would be in memory twice.
+        none, mapped = llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MMAP
+        params.load_mode = none if repack else mapped
         self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             reason = next((line for line in log if ":" in line), "no reason given")
