@@ -7,7 +7,6 @@ is cleared away by the next one.
 from __future__ import annotations
 
 import errno
-import gc
 import glob
 import json
 import os
@@ -20,16 +19,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from convert.apart import apart
 from convert.calibrate import Asked, Question, ask_all, sections, summary
 from convert.card import model_card
-from convert.imatrix import ImportanceMatrix, importance_matrix
-from convert.merge import Merged, merge
+from convert.merge import Source, locate
 from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import quantize
-from convert.replay import TorchReplay
-from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_torch, spread
+from convert.stream import Job, Measured, convert
+from convert.verify import Floats, check_tokens, quality, replay_gguf, spread
 from convert.vocab import read_vocabulary
-from convert.writer import Precision, write_gguf
+from convert.writer import Precision
 from qcat.backends.llama import LlamaModel, default_threads
 from qcat.bundle import REPORT_KEY, Bundle, write_sections
 from qcat.classifier import prepare
@@ -49,6 +48,8 @@ from qcat.trie import LabelTrie
 
 Progress = Callable[[str, int, int], None]
 """Called with a step's name, and how much of it is done of how much."""
+
+Run = Callable[[Job, Callable[[int, int], None]], Measured]
 
 _IMATRIX_QUESTIONS = 512  # more change the matrix by less than the quantizer's own noise
 
@@ -79,8 +80,18 @@ class Request:
     """The largest share of held-out questions that may change their label."""
 
 
-def export(request: Request, progress: Progress = lambda step, done, total: None) -> dict[str, Any]:
+def export(
+    request: Request,
+    progress: Progress = lambda step, done, total: None,
+    run: Run = convert,
+) -> dict[str, Any]:
     """Merge, convert, quantize, prove; leave a folder with GGUF, Modelfile, grammar and card.
+
+    Args:
+        request: what to export.
+        progress: called as the work goes on.
+        run: does the part that needs torch: `convert` itself here, `convert_apart` in a process
+            of its own, so that torch's memory is given back before the rest.
 
     Returns:
         The report, as in `report.json`.
@@ -93,7 +104,7 @@ def export(request: Request, progress: Progress = lambda step, done, total: None
     if target.exists():
         raise ExportError(f"{target}: exists already: remove it or choose another folder")
     with _working_folder(target) as folder:
-        report = _export_into(folder, request, progress)
+        report = _export_into(folder, request, progress, run)
         if _flip_share(report) > request.max_flips:
             kept = target.with_name(f"{target.name}.report.json")
             os.replace(folder / "report.json", kept)
@@ -107,6 +118,11 @@ def export(request: Request, progress: Progress = lambda step, done, total: None
         except OSError as error:
             raise ExportError(f"{target}: cannot be put in place: {error.strerror}") from None
     return report
+
+
+def convert_apart(job: Job, progress: Callable[[int, int], None]) -> Measured:
+    """`convert` in a process of its own."""
+    return apart(convert, job, progress)
 
 
 def _way_out(request: Request) -> str:
@@ -183,22 +199,10 @@ class _Setup:
         return ids
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What the merged model in torch was needed for, so that it can go before quantizing."""
-
-    setup: _Setup
-    source: dict[str, Any]
-    imatrix: ImportanceMatrix | None
-    reference: Floats | None
-    """Label log-probabilities of the held-out questions, shape (questions, labels)."""
-
-
-def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str, Any]:
+def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -> dict[str, Any]:
     full = folder / f"full.{request.precision}.gguf"
-    measured = _convert_and_measure(full, request, progress)
-    gc.collect()  # the torch model is gone: the quantizer is the next to need memory
-    setup = measured.setup
+    job, setup = _job(full, request)
+    measured = run(job, lambda done, total: progress("merge and convert", done, total))
     gguf = folder / f"{setup.task.name}.gguf"
     text, special = _modelfile(full, gguf.name, setup, request)
 
@@ -213,7 +217,7 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
         "quantization": request.quantization,
         "precision": request.precision,
         "max_flips": request.max_flips,
-        "source": measured.source,
+        "source": job.made_from,
         "imatrix_questions": min(len(request.training), _IMATRIX_QUESTIONS),
         "tensors": made.types,
         "fallbacks": made.fallbacks,
@@ -238,14 +242,11 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
     return report
 
 
-def _convert_and_measure(full: Path, request: Request, progress: Progress) -> _Measured:
-    """Everything that needs the model in torch: merge, write the GGUF, matrix, reference."""
-    progress("merge", 0, 1)
-    merged = merge(request.adapter, request.base)
-    progress("merge", 1, 1)
-
-    tokenizer = HubTokenizer(merged.tokenizer_folder)
-    vocabulary = read_vocabulary(tokenizer, merged.vocabulary_rows)
+def _job(full: Path, request: Request) -> tuple[Job, _Setup]:
+    """All that is needed to merge and write the model; nothing of it takes torch."""
+    source = locate(request.adapter, request.base)
+    tokenizer = HubTokenizer(source.tokenizer_folder)
+    vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
     task = with_codes(request.task, tokenizer)
     prompt = build_prompt(task, tokenizer)
     setup = _Setup(
@@ -255,34 +256,20 @@ def _convert_and_measure(full: Path, request: Request, progress: Progress) -> _M
         prefix=encode_segments(prompt.prefix, tokenizer),
         trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
     )
-    training = [setup.rest(question) for question in spread(request.training, _IMATRIX_QUESTIONS)]
-    held_out = [setup.rest(question) for question, _ in request.held_out]
-    source = _source(request, merged)
-    write_gguf(
-        full,
-        merged.model,
-        vocabulary,
-        task=task,
-        chat_template=chat_template(prompt),
+    job = Job(
         source=source,
+        target=full,
         precision=request.precision,
-        progress=lambda done, total: progress("convert", done, total),
+        task=task,
+        vocabulary=vocabulary,
+        chat_template=chat_template(prompt),
+        made_from=_made_from(source),
+        prefix=setup.prefix,
+        trie=setup.trie,
+        training=[setup.rest(text) for text in spread(request.training, _IMATRIX_QUESTIONS)],
+        held_out=[setup.rest(text) for text, _ in request.held_out],
     )
-    imatrix = reference = None
-    if training or held_out:
-        replay = TorchReplay(merged.model, setup.prefix, setup.trie)
-        if training:
-            imatrix = importance_matrix(
-                replay, training, lambda done, total: progress("importance matrix", done, total)
-            )
-        if held_out:
-            reference = replay_torch(
-                replay,
-                setup.trie,
-                held_out,
-                lambda done, total: progress("prove merged", done, total),
-            )
-    return _Measured(setup, source, imatrix, reference)
+    return job, setup
 
 
 def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[str, int]:
@@ -357,11 +344,11 @@ def _calibrate(
     return summary(fitted, asked, held_out), sections(fitted.calibration, asked)
 
 
-def _source(request: Request, merged: Merged) -> dict[str, Any]:
+def _made_from(source: Source) -> dict[str, Any]:
     packages = ("qcat", "llama-cpp-python", "gguf", "torch", "transformers", "peft")
     return {
-        "base": Path(merged.base).resolve().name if Path(merged.base).is_dir() else merged.base,
-        "adapter": request.adapter.resolve().name if request.adapter else None,
-        "fingerprint": merged.fingerprint,
+        "base": Path(source.base).resolve().name if Path(source.base).is_dir() else source.base,
+        "adapter": source.adapter.resolve().name if source.adapter else None,
+        "fingerprint": source.fingerprint,
         "versions": {package: metadata.version(package) for package in packages},
     }

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.modelfile import render
-from convert.replay import TorchReplay
 from qcat.backends.llama import LlamaModel, LlamaScorer
 from qcat.errors import ExportError
 from qcat.grammar import grammar
@@ -43,17 +42,6 @@ class Quality:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the report."""
         return asdict(self)
-
-
-def replay_torch(
-    replay: TorchReplay, trie: LabelTrie, rests: Sequence[Sequence[int]], progress: Progress
-) -> Floats:
-    """Label log-probabilities of the merged model, shape (questions, labels)."""
-    rows = []
-    for done, rest in enumerate(rests, 1):
-        rows.append(label_log_probabilities(trie, replay.score(rest).logits))
-        progress(done, len(rests))
-    return np.stack(rows)
 
 
 def replay_gguf(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,8 +175,6 @@ def read_request(
     held_out = _examples(data, run / "test.jsonl", task)
     training = _examples(train_data, run / "train.jsonl", task)
     validation = _examples(validation_data, run / "validation.jsonl", task)
-    if sys.stderr.isatty():
-        click.echo("loading torch and transformers …", err=True)
     from convert.calibrate import Question
     from convert.pipeline import Request
 
@@ -198,10 +195,10 @@ def read_request(
 def export_and_tell(request: Request) -> dict[str, Any]:
     """Export with progress bars, print the proof and what is known of the confidence."""
     from convert.card import calibration_line, quality_rows
-    from convert.pipeline import export
+    from convert.pipeline import convert_apart, export
 
     with Bars() as bars:
-        report = export(request, bars.show)
+        report = export(request, bars.show, convert_apart)
     for kind, count in report["fallbacks"].items():
         click.echo(
             f"qcat: warning: {count} tensors have row lengths that {request.quantization} does not "
