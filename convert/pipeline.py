@@ -22,11 +22,12 @@ from typing import Any
 from convert.apart import apart
 from convert.calibrate import Asked, Question, ask_all, sections, summary
 from convert.card import model_card
+from convert.choose import Trial, choose, try_all
 from convert.merge import Source, locate
 from convert.modelfile import chat_template, modelfile, parameters
-from convert.quantize import quantize
+from convert.quantize import AUTO, CANDIDATES, quantize
 from convert.stream import Job, Measured, convert
-from convert.verify import Floats, check_tokens, quality, replay_gguf, spread
+from convert.verify import Floats, Replayed, check_tokens, quality, replay_gguf, spread
 from convert.vocab import read_vocabulary
 from convert.writer import Precision
 from qcat.backends.llama import LlamaModel, default_threads
@@ -68,6 +69,8 @@ class Request:
     base: str | None = None
     """Local folder or hub name; None takes the one that the adapter names."""
     quantization: str = "q4_k_m"
+    """One of `QUANTIZATIONS`, or `AUTO` (see `convert.quantize`): the fastest here of `CANDIDATES`
+    that changes no more labels than `max_flips`."""
     precision: Precision = "f16"
     """Of the GGUF that is quantized."""
     held_out: tuple[tuple[str, int], ...] = ()
@@ -103,15 +106,21 @@ def export(
     target = request.target
     if target.exists():
         raise ExportError(f"{target}: exists already: remove it or choose another folder")
+    if request.quantization == AUTO and not request.held_out:
+        raise ExportError(
+            f"--quant {AUTO} compares on held-out questions: give them with --data, or name one "
+            "quantization"
+        )
     with _working_folder(target) as folder:
         report = _export_into(folder, request, progress, run)
         if _flip_share(report) > request.max_flips:
             kept = target.with_name(f"{target.name}.report.json")
             os.replace(folder / "report.json", kept)
             raise ExportError(
-                f"{report['proof']['quantized']['flips']} of {report['proof']['questions']} "
-                f"labels changed, more than {request.max_flips:.1%}: export with "
-                f"{_way_out(request)}; the report, with the accuracies, is {kept}"
+                f"{_tried(report)}{report['proof']['quantized']['flips']} of "
+                f"{report['proof']['questions']} labels changed, more than "
+                f"{request.max_flips:.1%}: export with {_way_out(request)}; the report, with the "
+                f"accuracies, is {kept}"
             )
         try:
             os.rename(folder, target)
@@ -127,13 +136,20 @@ def convert_apart(job: Job, progress: Callable[[int, int], None]) -> Measured:
 
 def _way_out(request: Request) -> str:
     """What may change fewer labels: what is larger, or has a matrix, and was not tried."""
-    larger = ["q5_k_m", "q8_0"]
+    larger = [] if request.quantization == AUTO else ["q5_k_m", "q8_0"]
     if request.quantization in larger:
         del larger[: larger.index(request.quantization) + 1]
     ways = [f"--quant {' or '.join(larger)}"] if larger else []
     if not request.training:
         ways.append("questions for the importance matrix")
     return ", or with ".join([*ways, "a higher --max-flips"])
+
+
+def _tried(report: Mapping[str, Any]) -> str:
+    if "choice" not in report:
+        return ""
+    kinds = ", ".join(trial["kind"] for trial in report["choice"])
+    return f"none of {kinds} changes few enough labels; with {report['quantization']} "
 
 
 def _flip_share(report: Mapping[str, Any]) -> float:
@@ -206,28 +222,36 @@ def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -
     gguf = folder / f"{setup.task.name}.gguf"
     text, special = _modelfile(full, gguf.name, setup, request)
 
-    progress("quantize", 0, 1)
-    made = quantize(
-        full, gguf, request.quantization, imatrix=measured.imatrix, threads=default_threads()
-    )
-    progress("quantize", 1, 1)
+    kinds = CANDIDATES if request.quantization == AUTO else (request.quantization,)
+    files = {kind: folder / f"{kind}.gguf" for kind in kinds}
+    progress("quantize", 0, len(files))
+    made = {}
+    for kind, path in files.items():
+        made[kind] = quantize(full, path, kind, imatrix=measured.imatrix, threads=default_threads())
+        progress("quantize", len(made), len(files))
+    proof, trials = None, None
+    kind = kinds[0]
+    if measured.reference is not None:
+        proof, trials, kind = _prove(full, files, setup, measured.reference, request, progress)
+        proof["special_in_ollama"] = special
+    os.replace(files.pop(kind), gguf)
+    for path in (full, *files.values()):
+        path.unlink()
 
     report: dict[str, Any] = {
         "task": setup.task.name,
-        "quantization": request.quantization,
+        "quantization": kind,
         "precision": request.precision,
         "max_flips": request.max_flips,
         "source": job.made_from,
         "imatrix_questions": min(len(request.training), _IMATRIX_QUESTIONS),
-        "tensors": made.types,
-        "fallbacks": made.fallbacks,
+        "tensors": made[kind].types,
+        "fallbacks": made[kind].fallbacks,
     }
-    if measured.reference is not None:
-        report["proof"] = {
-            **_prove(full, gguf, setup, measured.reference, request, progress),
-            "special_in_ollama": special,
-        }
-    full.unlink()
+    if trials:
+        report["choice"] = [trial.to_dict() for trial in trials]
+    if proof:
+        report["proof"] = proof
     learned: dict[str, dict[str, Any]] = {}
     if request.validation:
         report["calibration"], learned = _calibrate(gguf, request, progress)
@@ -297,33 +321,50 @@ def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[
 
 def _prove(
     full: Path,
-    gguf: Path,
+    files: Mapping[str, Path],
     setup: _Setup,
     reference: Floats,
     request: Request,
     progress: Progress,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Trial] | None, str]:
+    """The proof; if there are several quantized files, how each did; and the one to keep."""
     truth = [label for _, label in request.held_out]
     rests = [setup.rest(question) for question, _ in request.held_out]
 
-    def of_file(path: Path, step: str) -> dict[str, Any]:
-        found = replay_gguf(
+    def ask(path: Path, rows: Sequence[int], step: str | None = None) -> Replayed:
+        def told(done: int, total: int) -> None:
+            if step:
+                progress(f"prove {step}", done, total)
+
+        return replay_gguf(
             path,
             task=setup.task,
             prefix=setup.prefix,
             trie=setup.trie,
-            rests=rests,
+            rests=[rests[row] for row in rows],
             threads=default_threads(),
-            progress=lambda done, total: progress(f"prove {step}", done, total),
+            progress=told,
         )
-        return quality(found, reference, truth).to_dict()
 
-    return {
+    everything = range(len(rests))
+    f16 = ask(full, everything, request.precision).log_probabilities
+    trials = None
+    if len(files) > 1:
+        trials, found = try_all(
+            files, ask, reference, truth, lambda done, total: progress("choose", done, total)
+        )
+        kind = choose(trials, len(rests), request.max_flips).kind
+        quantized = found[kind]
+    else:
+        [(kind, path)] = files.items()
+        quantized = ask(path, everything, kind).log_probabilities
+    proof = {
         "questions": len(rests),
         "merged": quality(reference, reference, truth).to_dict(),
-        "f16": of_file(full, request.precision),
-        "quantized": of_file(gguf, request.quantization),
+        "f16": quality(f16, reference, truth).to_dict(),
+        "quantized": quality(quantized, reference, truth).to_dict(),
     }
+    return proof, trials, kind
 
 
 def _calibrate(
