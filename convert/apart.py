@@ -9,10 +9,11 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
-from qcat.errors import ExportError
+from qcat.errors import ExportError, QcatError
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -31,7 +32,8 @@ def apart(
 
     Raises:
         ExportError: the process ended without a word, as one that the system killed for memory.
-        Exception: whatever the function raises.
+        QcatError, OSError: whatever the function raises of these.
+        RuntimeError: for any other error of it, which it names.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -62,12 +64,19 @@ def apart(
 def _work(sender: Any, function: Callable[..., Any], argument: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits takes care of it
     warnings.simplefilter("ignore")  # of libraries: nothing that a user could act on
+    with suppress(BrokenPipeError):  # nobody waits any more
+        sender.send(_outcome(function, argument, lambda *done: sender.send(("progress", done))))
+
+
+def _outcome(
+    function: Callable[[Argument, Progress], Result], argument: Argument, progress: Progress
+) -> tuple[str, Result | Exception]:
     try:
-        result = function(argument, lambda done, total: sender.send(("progress", (done, total))))
+        return "result", function(argument, progress)
     except BrokenPipeError:
-        return  # nobody waits any more
+        raise
     except Exception as error:
-        error.add_note(traceback.format_exc())
-        sender.send(("error", error))
-    else:
-        sender.send(("result", result))
+        known = isinstance(error, QcatError | OSError)  # others may not survive the way
+        found = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+        found.add_note(traceback.format_exc())
+        return "error", found

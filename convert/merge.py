@@ -41,8 +41,6 @@ class Source:
     """The adapter's folder if it has a tokenizer of its own, else the base's."""
     vocabulary_rows: int
     """Rows of the merged embedding."""
-    fingerprint: str
-    """As `fingerprint` gives it."""
 
 
 def locate(adapter: Path | None, base: str | None) -> Source:
@@ -71,7 +69,7 @@ def locate(adapter: Path | None, base: str | None) -> Source:
         rows = _embedding_rows(adapter) or rows
         if (adapter / "tokenizer.json").is_file():
             tokenizer_folder = adapter
-    return Source(base, folder, adapter, tokenizer_folder, rows, fingerprint(folder, adapter))
+    return Source(base, folder, adapter, tokenizer_folder, rows)
 
 
 class Merger:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,7 +24,7 @@ from convert.apart import apart
 from convert.calibrate import Asked, Question, ask_all, sections, summary
 from convert.card import model_card
 from convert.choose import Trial, choose, try_all
-from convert.merge import Source, locate
+from convert.merge import Source, fingerprint, locate
 from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import AUTO, CANDIDATES, quantize
 from convert.stream import Job, Measured, convert
@@ -269,17 +270,21 @@ def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -
 def _job(full: Path, request: Request) -> tuple[Job, _Setup]:
     """All that is needed to merge and write the model; nothing of it takes torch."""
     source = locate(request.adapter, request.base)
-    tokenizer = HubTokenizer(source.tokenizer_folder)
-    vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
-    task = with_codes(request.task, tokenizer)
-    prompt = build_prompt(task, tokenizer)
-    setup = _Setup(
-        task=task,
-        tokenizer=tokenizer,
-        prompt=prompt,
-        prefix=encode_segments(prompt.prefix, tokenizer),
-        trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
-    )
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(fingerprint, source.folder, source.adapter)  # seconds of work
+        tokenizer = HubTokenizer(source.tokenizer_folder)
+        vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
+        task = with_codes(request.task, tokenizer)
+        prompt = build_prompt(task, tokenizer)
+        setup = _Setup(
+            task=task,
+            tokenizer=tokenizer,
+            prompt=prompt,
+            prefix=encode_segments(prompt.prefix, tokenizer),
+            trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
+        )
+        training = [setup.rest(text) for text in spread(request.training, _IMATRIX_QUESTIONS)]
+        held_out = [setup.rest(text) for text, _ in request.held_out]
     job = Job(
         source=source,
         target=full,
@@ -287,11 +292,11 @@ def _job(full: Path, request: Request) -> tuple[Job, _Setup]:
         task=task,
         vocabulary=vocabulary,
         chat_template=chat_template(prompt),
-        made_from=_made_from(source),
+        made_from=_made_from(source, hashed.result()),
         prefix=setup.prefix,
         trie=setup.trie,
-        training=[setup.rest(text) for text in spread(request.training, _IMATRIX_QUESTIONS)],
-        held_out=[setup.rest(text) for text, _ in request.held_out],
+        training=training,
+        held_out=held_out,
     )
     return job, setup
 
@@ -385,11 +390,11 @@ def _calibrate(
     return summary(fitted, asked, held_out), sections(fitted.calibration, asked)
 
 
-def _made_from(source: Source) -> dict[str, Any]:
+def _made_from(source: Source, digest: str) -> dict[str, Any]:
     packages = ("qcat", "llama-cpp-python", "gguf", "torch", "transformers", "peft")
     return {
         "base": Path(source.base).resolve().name if Path(source.base).is_dir() else source.base,
         "adapter": source.adapter.resolve().name if source.adapter else None,
-        "fingerprint": source.fingerprint,
+        "fingerprint": digest,
         "versions": {package: metadata.version(package) for package in packages},
     }

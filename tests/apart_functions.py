@@ -16,5 +16,16 @@ def refused(text, progress):
     raise DataError(text)
 
 
+class OddError(Exception):
+    """Does not survive pickling."""
+
+    def __init__(self, one, two):
+        super().__init__(one + two)
+
+
+def broken(text, progress):
+    raise OddError(text, "!")
+
+
 def killed(_, progress):
     os.kill(os.getpid(), 9)

@@ -95,6 +95,18 @@ def test_lora_on_ends_that_are_not_tied(module, make_checkpoint, tmp_path):
     assert not assert_same_as_whole(adapter).tied
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("more", [8, -8])
+def test_an_adapter_with_another_number_of_tokens(more, tied, make_checkpoint, tmp_path):
+    """PEFT then saves embedding and head of its own accord."""
+    checkpoint = make_checkpoint("qwen3", hidden=64, tied=tied)
+    model = type(checkpoint.model).from_pretrained(checkpoint.base)
+    model.resize_token_embeddings(model.config.vocab_size + more)
+    tiny_model.make_adapter(tmp_path / "adapter", model, str(checkpoint.base))
+    assert assert_same_as_whole(tmp_path / "adapter").tied == tied
+
+
 def test_a_base_in_bfloat16_and_in_several_files(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint("qwen3", hidden=64)
     base = tmp_path / "base"
@@ -244,5 +256,7 @@ def test_a_process_apart_reports_returns_raises_and_dies():
     assert told == [(1, 2)]
     with pytest.raises(DataError, match="no such row"):
         apart(apart_functions.refused, "no such row", print)
+    with pytest.raises(RuntimeError, match="OddError: oh!"):
+        apart(apart_functions.broken, "oh", print)
     with pytest.raises(ExportError, match="was there enough memory"):
         apart(apart_functions.killed, None, print)
