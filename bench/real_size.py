@@ -9,7 +9,6 @@ What the model answers is noise: this says nothing of accuracy.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -29,6 +28,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from memory import Watch
 
 if TYPE_CHECKING:
     from qcat import Classifier
@@ -227,7 +228,10 @@ class Step:
 
     seconds: float = 0.0
     peak_mb: float = 0.0
-    """Most resident memory at any moment of the step, in 10^6 bytes, mapped files included."""
+    """Most resident memory at any moment of the step, of the process and its children together, in
+    10^6 bytes, mapped files included."""
+    anonymous_mb: float = 0.0
+    """The same without mapped files."""
 
 
 @dataclass
@@ -237,6 +241,7 @@ class Steps:
     What happens between two steps counts to the later one, so the seconds add up to the whole.
     """
 
+    watch: Watch
     steps: dict[str, Step] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
 
@@ -250,7 +255,9 @@ class Steps:
         now = time.perf_counter()
         step = self.steps.setdefault(name, Step())
         step.seconds += now - self._since
-        step.peak_mb = max(step.peak_mb, _peak_mb())
+        peak = self.watch.take()
+        step.peak_mb = max(step.peak_mb, peak.resident_mb)
+        step.anonymous_mb = max(step.anonymous_mb, peak.anonymous_mb)
         self._since = now
 
 
@@ -269,34 +276,31 @@ def _peak_mb() -> float:
 
 def export(checkpoint: Path, target: Path, kind: str, questions: int) -> dict[str, Any]:
     """Export once, as `qcat export` does, and say what every step took."""
-    steps = Steps()
-    for name in ("torch", "transformers", "peft", "convert.pipeline"):
-        importlib.import_module(name)  # export would import them within its first step
-    from convert.pipeline import Request
+    from convert.pipeline import Request, convert_apart
     from convert.pipeline import export as run_export
     from qcat.task import Task
 
     task = Task.read(EXAMPLE / "task.toml")
     held_out = spread(_examples()[::2], questions)
     training = spread(_examples()[1::2], questions)
-    steps.end("imports")
-    report = run_export(
-        Request(
-            task=task,
-            target=target,
-            adapter=checkpoint / "adapter",
-            base=str(checkpoint / "base"),
-            quantization=kind,
-            held_out=tuple((example.text, example.label) for example in held_out),
-            training=tuple(example.text for example in training),
-            max_flips=1,  # random weights: nearly any label is as probable as the next
-        ),
-        steps.progress,
+    request = Request(
+        task=task,
+        target=target,
+        adapter=checkpoint / "adapter",
+        base=str(checkpoint / "base"),
+        quantization=kind,
+        held_out=tuple((example.text, example.label) for example in held_out),
+        training=tuple(example.text for example in training),
+        max_flips=1,  # random weights: nearly any label is as probable as the next
     )
-    steps.end("finish")
+    with Watch() as watch:
+        steps = Steps(watch)
+        report = run_export(request, steps.progress, convert_apart)
+        steps.end("finish")
     return {
         "seconds": sum(step.seconds for step in steps.steps.values()),
         "peak_mb": max(step.peak_mb for step in steps.steps.values()),
+        "anonymous_mb": max(step.anonymous_mb for step in steps.steps.values()),
         "file_mb": report["bytes"] / 1e6,
         "steps": {
             name.replace(kind, "quantized"): asdict(step) for name, step in steps.steps.items()

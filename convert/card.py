@@ -33,6 +33,26 @@ def quality_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def choice_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table of `--quant auto`, heading first, as text cells."""
+    rows: list[tuple[str, ...]] = [
+        ("quantization", "MB", "ms a question", "flips", "accuracy", "mean KL", "")
+    ]
+    for trial in report["choice"]:
+        rows.append(
+            (
+                trial["kind"],
+                f"{trial['bytes'] / 1e6:.1f}",
+                f"{trial['median_ms']:.1f}",
+                f"{trial['flips']} of {report['proof']['questions']}",
+                f"{trial['accuracy']:.3f}",
+                f"{trial['kl_mean']:.2g}",
+                "kept" if trial["kind"] == report["quantization"] else "",
+            )
+        )
+    return rows
+
+
 def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
     """`MODEL_CARD.md` for an exported bundle."""
     source = report["source"]
@@ -83,6 +103,15 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
         f"prompt and Modelfile gave the same tokens for all {report['proof']['questions']} "
         "questions.",
     ]
+    if "choice" in report:
+        lines += [
+            "",
+            "The quantization was chosen as the fastest on the machine of the export that changes "
+            f"at most {report['max_flips']:.1%} of the labels (median time, files taking turns):",
+            "",
+            *_markdown(choice_rows(report)),
+            "",
+        ]
     if report["proof"]["special_in_ollama"]:
         lines.append(
             f"{report['proof']['special_in_ollama']} of them spell a special token, which Ollama "

@@ -1,68 +1,73 @@
 """The importance matrix: how much each input of each weight matters on the task's own questions.
 
 For each linear layer the mean of its squared inputs over tokens, what llama.cpp's `imatrix` tool
-collects; the quantizer then rounds with those weights. Computed on the merged model in torch.
+collects; the quantizer then rounds with those weights. Collected from the merged model in torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from convert.replay import TorchReplay
-from convert.tensors import EMBEDDING, HEAD, architecture, gguf_name, is_tied
+from convert.tensors import Architecture, gguf_name
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 ImportanceMatrix = dict[str, npt.NDArray[np.float32]]
 
 
-def importance_matrix(
-    replay: TorchReplay,
-    rests: Sequence[Sequence[int]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ImportanceMatrix:
-    """Mean squared input of every linear layer, by GGUF tensor name, each of shape (inputs,).
-
-    The prefix counts once, each question's own tokens once: what the runtime evaluates.
+class Importance:
+    """Sums of squared inputs, by GGUF tensor name.
 
     Args:
-        replay: the merged model with the task's prefix.
-        rests: token ids after the prefix, one sequence a question.
-        progress: called with questions done and in all.
+        arch: how the model's tensors are named.
     """
-    from torch import nn
 
-    arch = architecture(replay.model.config)
-    head = EMBEDDING if is_tied(replay.model.state_dict()) else HEAD
-    sums: dict[str, Any] = {}
-    counts: dict[str, int] = {}
+    def __init__(self, arch: Architecture) -> None:
+        self._arch = arch
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def collect(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            rows = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
-            sums[name] = sums.get(name, 0) + (rows * rows).sum(0)
-            counts[name] = counts.get(name, 0) + rows.shape[0]
+    @contextmanager
+    def watching(self, module: Any, name: str) -> Iterator[None]:
+        """Add the inputs of all linear layers in a module while it is run.
 
-        return collect
+        Args:
+            module: a part of the model.
+            name: of it, in Hugging Face's tensor names.
+        """
+        from torch import nn
 
-    handles = [
-        module.register_forward_pre_hook(
-            hook(gguf_name(head if name == "lm_head" else f"{name}.weight", arch))
-        )
-        for name, module in replay.model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        replay.evaluate_prefix()
-        for done, rest in enumerate(rests, 1):
-            replay.logits(rest)
-            progress(done, len(rests))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: (sums[name] / counts[name]).numpy().astype(np.float32) for name in sums}
+        def hook(tensor: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            return lambda _, inputs: self.add(tensor, inputs[0])
+
+        handles = [
+            part.register_forward_pre_hook(hook(f"{name}.{inner}.weight"))
+            for inner, part in module.named_modules()
+            if isinstance(part, nn.Linear)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, tensor: str, inputs: torch.Tensor) -> None:
+        """Add inputs of a tensor, given by its Hugging Face name; shape (…, inputs)."""
+        name = gguf_name(tensor, self._arch)
+        rows = inputs.reshape(-1, inputs.shape[-1]).double()
+        self._sums[name] = self._sums.get(name, 0) + (rows * rows).sum(0)
+        self._counts[name] = self._counts.get(name, 0) + rows.shape[0]
+
+    def matrix(self) -> ImportanceMatrix:
+        """Mean squared input of every linear layer seen, each of shape (inputs,)."""
+        return {
+            name: (total / self._counts[name]).numpy().astype(np.float32)
+            for name, total in self._sums.items()
+        }

@@ -1,71 +1,313 @@
-"""Base model and PEFT LoRA adapter to one merged model, in float32.
+"""Base model and PEFT LoRA adapter to merged weights, in float32, one layer at a time.
 
-Merging into a quantized base loses the fine-tune, so such a base is refused.
+The model is built without weights; PEFT's own code merges each module when its weights have been
+read, and they are let go when the next layer is asked for. Merging into a quantized base loses the
+fine-tune, so such a base is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcat.checkpoint import base_folder, first_line, load_base
-from qcat.errors import ExportError
+from convert.decoder import OneLayer
+from convert.tensors import EMBEDDING, HEAD, architecture
+from convert.weights import Checkpoint, Rows, Shape
+from qcat.checkpoint import base_folder, first_line, load_config
+from qcat.errors import ExportError, ModelError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 _SAVED_MODULES = frozenset({"lm_head", "embed_tokens"})
+_PROBE_TOKENS = range(3, 19)
 
 
 @dataclass(frozen=True)
-class Merged:
-    """A merged model and where it came from."""
+class Source:
+    """A base and an adapter, found and looked into as far as needs no torch."""
 
-    model: PreTrainedModel
-    """Float32, on the CPU, in evaluation mode."""
-    tokenizer_folder: Path
-    """The adapter's folder if it has a tokenizer of its own, else the base's."""
     base: str
     """As the user or the adapter named it."""
-    fingerprint: str
-    """As `fingerprint` gives it."""
+    folder: Path
+    """Of the base."""
+    adapter: Path | None
+    tokenizer_folder: Path
+    """The adapter's folder if it has a tokenizer of its own, else the base's."""
+    vocabulary_rows: int
+    """Rows of the merged embedding."""
 
-    @property
-    def vocabulary_rows(self) -> int:
-        """Rows of the embedding."""
-        weight: Any = self.model.get_input_embeddings().weight
-        return int(weight.shape[0])
 
-
-def merge(adapter: Path | None, base: str | None) -> Merged:
-    """Load a base, apply an adapter and fold it into the weights.
+def locate(adapter: Path | None, base: str | None) -> Source:
+    """Find a base and an adapter.
 
     Args:
         adapter: folder that PEFT's `save_pretrained` wrote; None exports the base as it is.
         base: local folder or hub name; None takes the one that the adapter names.
 
     Raises:
-        ExportError, ModelError: what is absent, unsupported or does not fit, by name.
+        ExportError, ModelError: what is absent, unsupported or damaged, by name.
     """
-    import torch
-
     config = _adapter_config(adapter) if adapter else {}
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise ExportError(f"{adapter}: names no base model: give one with --base")
     folder = base_folder(base)
-    model = load_base(folder, torch.float32)
+    shapes = Checkpoint(folder).shapes
+    stored = shapes.get(EMBEDDING) or shapes.get(HEAD)
+    if not stored:
+        raise _absent(folder, [EMBEDDING])
+    rows = stored[0]
     tokenizer_folder = folder
     if adapter:
+        # An adapter that was trained with tokens added brings their rows itself.
+        rows = _embedding_rows(adapter) or rows
         if (adapter / "tokenizer.json").is_file():
             tokenizer_folder = adapter
-        model = _apply(model, adapter)
-    _check_finite(model)
-    return Merged(model.eval(), tokenizer_folder, base, fingerprint(folder, adapter))
+    return Source(base, folder, adapter, tokenizer_folder, rows)
+
+
+class Merger:
+    """Gives a merged model's weights part by part: embedding, layers, norm, head.
+
+    Args:
+        source: as `locate` gives it.
+
+    Raises:
+        ExportError, ModelError: what is absent, unsupported or does not fit, by name.
+    """
+
+    def __init__(self, source: Source) -> None:
+        import torch
+
+        self._source = source
+        self._checkpoint = Checkpoint(source.folder)
+        self.config = load_config(source.folder)
+        """The base's transformers configuration, with as many rows as the merged embedding has."""
+        self.architecture = architecture(self.config)
+        """How its tensors are named in a GGUF."""
+        self._origins = self._find_origins()
+        model = self._skeleton()
+        self.shapes: dict[str, Shape] = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        """Of the merged tensors by name; a head that is tied is not among them."""
+        self._one = OneLayer(self.config)
+        tied = self._origins[HEAD] == self._origins[EMBEDDING]
+        with torch.no_grad():
+            if source.adapter:
+                model = self._adapted(model, source.adapter, tied)
+            self._model = model
+        embedding, head = model.model.embed_tokens, model.lm_head
+        self.tied = embedding.weight is head.weight or self.embedding().equals(self.head())
+        """Whether head and embedding hold the same numbers: then the GGUF keeps them once. The
+        numbers decide, not the config: an adapter that saved one of the two unties them."""
+        self.shapes.pop(HEAD, None)
+        if not self.tied:
+            self.shapes[HEAD] = tuple(head.weight.shape)
+
+    def embedding(self) -> Rows:
+        """The token embeddings."""
+        return self._rows(self._model.model.embed_tokens)
+
+    def layers(self) -> Iterator[Any]:
+        """The decoder layers, merged; each is without weights again when the next one is taken.
+
+        Raises:
+            ExportError: the adapter cannot be merged.
+        """
+        import torch
+
+        adapter, layers = self._source.adapter, self._model.model.layers
+        states = self.embedding().take(_PROBE_TOKENS)[None]
+        for layer in layers:
+            self._read(layer)
+            if adapter:
+                before = self._one.run(layer, states)
+                with self._fits(adapter), torch.no_grad():
+                    _merge_below(layer)
+                states = self._one.run(layer, states)
+                _check_same(adapter, before, states)
+            yield layer
+            layer.to("meta")
+
+    def norm(self) -> Any:
+        """The norm before the head."""
+        self._read(self._model.model.norm)
+        return self._model.model.norm
+
+    def head(self) -> Rows:
+        """The head's rows, also where they are the embedding's."""
+        return self._rows(self._model.lm_head)
+
+    def _find_origins(self) -> dict[str, str]:
+        """Which of the checkpoint's tensors embedding and head are.
+
+        Tied ones are one, whichever of the two the checkpoint has; but not where it has both and
+        they differ, as transformers has it too.
+        """
+        stored, count = self._checkpoint.shapes, self.config.vocab_size
+        apart = {EMBEDDING: EMBEDDING, HEAD: HEAD}
+        if not self.config.tie_word_embeddings:
+            return apart
+        if EMBEDDING in stored and HEAD in stored:
+            embedding, head = (self._checkpoint.rows(name, count) for name in apart)
+            if not embedding.equals(head):
+                return apart
+        return dict.fromkeys(apart, EMBEDDING if EMBEDDING in stored else HEAD)
+
+    def _skeleton(self) -> Any:
+        """The base's model with zeros that take no memory for weights."""
+        import torch
+        from accelerate import init_empty_weights
+        from torch import nn
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        stored_rows, self.config.vocab_size = self.config.vocab_size, self._source.vocabulary_rows
+        with init_empty_weights():
+            made = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                self.config, dtype=torch.float32
+            )
+        model: Any = made.eval()
+        parameters: dict[str, nn.Parameter] = {}
+        absent = set()
+        for prefix, module in model.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                origin = self._origins.setdefault(f"{prefix}.{key}", f"{prefix}.{key}")
+                shape = tuple(parameter.shape)
+                wanted = (stored_rows, shape[1]) if origin in (EMBEDDING, HEAD) else shape
+                if self._checkpoint.shapes.get(origin) != wanted:
+                    absent.add(origin)
+                if origin not in parameters:
+                    zeros = torch.zeros(()).expand(shape)
+                    parameters[origin] = nn.Parameter(zeros, requires_grad=False)
+                setattr(module, key, parameters[origin])
+        if absent:
+            raise _absent(self._source.folder, sorted(absent))
+        self._unread = {parameter: origin for origin, parameter in parameters.items()}
+        """Parameters whose numbers are in the checkpoint still, and where."""
+        return model
+
+    def _adapted(self, model: Any, adapter: Path, tied: bool) -> Any:
+        """The model with the adapter on its layers, and merged into embedding and head."""
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+        with self._fits(adapter):
+            tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
+        model = tuned.eval().get_base_model()
+        for parent, name in ((model.model, "embed_tokens"), (model, "lm_head")):
+            module = getattr(parent, name)
+            if isinstance(module, BaseTunerLayer):
+                if tied:
+                    raise _changed(adapter)
+                self._read(module)
+                probe = _probe(module, self.config.hidden_size)
+                before = getattr(parent, name)(probe)
+                with self._fits(adapter):
+                    _merge_child(parent, name)
+                _check_same(adapter, before, getattr(parent, name)(probe))
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                if not isinstance(module, ModulesToSaveWrapper):  # which replaces the base's
+                    self._read(module)
+                with self._fits(adapter):
+                    _merge_child(parent, name)
+        return model
+
+    def _read(self, module: Any) -> None:
+        """Fill a module's parameters, if they are in the checkpoint still."""
+        from torch import nn
+
+        for part in module.modules():
+            for key, parameter in part.named_parameters(recurse=False):
+                if parameter in self._unread:
+                    numbers = self._numbers(self._unread[parameter])
+                    setattr(part, key, nn.Parameter(numbers, requires_grad=False))
+
+    def _numbers(self, origin: str) -> torch.Tensor:
+        import torch
+
+        if origin not in (EMBEDDING, HEAD):
+            return self._checkpoint.read(origin)
+        rows = self._checkpoint.rows(origin, self._source.vocabulary_rows)
+        return torch.cat([chunk.float() for chunk in rows.chunks()])
+
+    def _rows(self, module: Any) -> Rows:
+        """The matrix of an embedding or a head."""
+        count = self._source.vocabulary_rows
+        origin = self._unread.get(module.weight)
+        return self._checkpoint.rows(origin, count) if origin else Rows(module.weight.data, count)
+
+    @contextmanager
+    def _fits(self, adapter: Path) -> Iterator[None]:
+        """Errors of PEFT as one line."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ExportError(
+                f"adapter {adapter}: does not fit the base: {first_line(error)}"
+            ) from None
+
+
+def _merge_child(parent: Any, name: str) -> None:
+    """Put a module that PEFT has wrapped in its wrapper's place, merged, as merge_and_unload does.
+
+    That method itself goes through a whole model at once.
+    """
+    module = getattr(parent, name)
+    if hasattr(module, "unload_and_optionally_merge_module"):
+        merged = module.unload_and_optionally_merge_module(True, False, None)
+    else:
+        module.merge()
+        merged = module.get_base_layer()
+    setattr(parent, name, merged)
+
+
+def _merge_below(module: Any) -> None:
+    """Merge everything that PEFT has wrapped in a module."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, child in module.named_children():
+        if isinstance(child, BaseTunerLayer):
+            _merge_child(module, name)
+        else:
+            _merge_below(child)
+
+
+def _probe(module: Any, hidden: int) -> torch.Tensor:
+    """Something to put into an embedding or a head: to compare before and after."""
+    import torch
+
+    if hasattr(module.get_base_layer(), "num_embeddings"):
+        return torch.tensor(list(_PROBE_TOKENS))
+    return torch.randn(len(_PROBE_TOKENS), hidden, generator=torch.Generator().manual_seed(0))
+
+
+def _check_same(adapter: Path, before: torch.Tensor, after: torch.Tensor) -> None:
+    if float((after - before).abs().max()) > 1e-2 * float(before.abs().max()):
+        raise _changed(adapter)
+
+
+def _changed(adapter: Path) -> ExportError:
+    return ExportError(
+        f"adapter {adapter}: merging changes what the model computes, as LoRA on a tied head "
+        "or embedding does: train without lm_head and embed_tokens in target_modules"
+    )
+
+
+def _absent(folder: Path, names: Sequence[str]) -> ModelError:
+    return ModelError(
+        f"base {folder}: has no weights that fit {names[0]} ({len(names)} such tensors): "
+        "download it again, or save it with save_pretrained"
+    )
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
@@ -89,38 +331,6 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def _apply(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    rows = _embedding_rows(adapter)
-    if rows and rows != model.get_input_embeddings().weight.shape[0]:
-        # The adapter was trained with tokens added; it brings their rows itself.
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    try:
-        tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
-        before = _probe(tuned)
-        merged = tuned.merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ExportError(
-            f"adapter {adapter}: does not fit the base: {first_line(error)}"
-        ) from None
-    if float((_probe(merged) - before).abs().max()) > 1e-2 * float(before.abs().max()):
-        raise ExportError(
-            f"adapter {adapter}: merging changes what the model computes, as LoRA on a tied head "
-            "or embedding does: train without lm_head and embed_tokens in target_modules"
-        )
-    return merged
-
-
-def _probe(model: Any) -> torch.Tensor:
-    """Logits after a few arbitrary tokens, shape (n_vocab,): to compare before and after."""
-    import torch
-
-    with torch.inference_mode():
-        return torch.as_tensor(model(input_ids=torch.arange(3, 19)[None]).logits[0, -1]).clone()
-
-
 def _embedding_rows(adapter: Path) -> int | None:
     """Rows of an embedding or head that the adapter saved whole, if it saved one."""
     from safetensors import SafetensorError, safe_open
@@ -136,13 +346,6 @@ def _embedding_rows(adapter: Path) -> int | None:
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{path}: damaged: {first_line(error)}") from None
     return None
-
-
-def _check_finite(model: torch.nn.Module) -> None:
-    for name, tensor in model.named_parameters():
-        # aminmax hands on a NaN and, unlike isfinite, makes no copy
-        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
-            raise ExportError(f"merged tensor {name} holds infinite or undefined numbers")
 
 
 def fingerprint(base: Path, adapter: Path | None) -> str:

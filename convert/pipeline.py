@@ -7,29 +7,30 @@ is cleared away by the next one.
 from __future__ import annotations
 
 import errno
-import gc
 import glob
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from convert.apart import apart
 from convert.calibrate import Asked, Question, ask_all, sections, summary
 from convert.card import model_card
-from convert.imatrix import ImportanceMatrix, importance_matrix
-from convert.merge import Merged, merge
+from convert.choose import Trial, choose, try_all
+from convert.merge import Source, fingerprint, locate
 from convert.modelfile import chat_template, modelfile, parameters
-from convert.quantize import quantize
-from convert.replay import TorchReplay
-from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_torch, spread
+from convert.quantize import AUTO, CANDIDATES, quantize
+from convert.stream import Job, Measured, convert
+from convert.verify import Floats, Replayed, check_tokens, quality, replay_gguf, spread
 from convert.vocab import read_vocabulary
-from convert.writer import Precision, write_gguf
+from convert.writer import Precision
 from qcat.backends.llama import LlamaModel
 from qcat.bundle import REPORT_KEY, Bundle, write_sections
 from qcat.classifier import prepare
@@ -51,6 +52,8 @@ from qcat.trie import LabelTrie
 Progress = Callable[[str, int, int], None]
 """Called with a step's name, and how much of it is done of how much."""
 
+Run = Callable[[Job, Callable[[int, int], None]], Measured]
+
 _IMATRIX_QUESTIONS = 512  # more change the matrix by less than the quantizer's own noise
 
 _PROBES = ("When was it replaced?", "12 'é'…", "ok")  # so that tokens are compared without data too
@@ -68,6 +71,8 @@ class Request:
     base: str | None = None
     """Local folder or hub name; None takes the one that the adapter names."""
     quantization: str = "q4_k_m"
+    """One of `QUANTIZATIONS`, or `AUTO` (see `convert.quantize`): the fastest here of `CANDIDATES`
+    that changes no more labels than `max_flips`."""
     precision: Precision = "f16"
     """Of the GGUF that is quantized."""
     held_out: tuple[tuple[str, int], ...] = ()
@@ -80,8 +85,18 @@ class Request:
     """The largest share of held-out questions that may change their label."""
 
 
-def export(request: Request, progress: Progress = lambda step, done, total: None) -> dict[str, Any]:
+def export(
+    request: Request,
+    progress: Progress = lambda step, done, total: None,
+    run: Run = convert,
+) -> dict[str, Any]:
     """Merge, convert, quantize, prove; leave a folder with GGUF, Modelfile, grammar and card.
+
+    Args:
+        request: what to export.
+        progress: called as the work goes on.
+        run: does the part that needs torch: `convert` itself here, `convert_apart` in a process
+            of its own, so that torch's memory is given back before the rest.
 
     Returns:
         The report, as in `report.json`.
@@ -93,15 +108,21 @@ def export(request: Request, progress: Progress = lambda step, done, total: None
     target = request.target
     if target.exists():
         raise ExportError(f"{target}: exists already: remove it or choose another folder")
+    if request.quantization == AUTO and not request.held_out:
+        raise ExportError(
+            f"--quant {AUTO} compares on held-out questions: give them with --data, or name one "
+            "quantization"
+        )
     with _working_folder(target) as folder:
-        report = _export_into(folder, request, progress)
+        report = _export_into(folder, request, progress, run)
         if _flip_share(report) > request.max_flips:
             kept = target.with_name(f"{target.name}.report.json")
             os.replace(folder / "report.json", kept)
             raise ExportError(
-                f"{report['proof']['quantized']['flips']} of {report['proof']['questions']} "
-                f"labels changed, more than {request.max_flips:.1%}: export with "
-                f"{_way_out(request)}; the report, with the accuracies, is {kept}"
+                f"{_tried(report)}{report['proof']['quantized']['flips']} of "
+                f"{report['proof']['questions']} labels changed, more than "
+                f"{request.max_flips:.1%}: export with {_way_out(request)}; the report, with the "
+                f"accuracies, is {kept}"
             )
         try:
             os.rename(folder, target)
@@ -110,15 +131,27 @@ def export(request: Request, progress: Progress = lambda step, done, total: None
     return report
 
 
+def convert_apart(job: Job, progress: Callable[[int, int], None]) -> Measured:
+    """`convert` in a process of its own."""
+    return apart(convert, job, progress)
+
+
 def _way_out(request: Request) -> str:
     """What may change fewer labels: what is larger, or has a matrix, and was not tried."""
-    larger = ["q5_k_m", "q8_0"]
+    larger = [] if request.quantization == AUTO else ["q5_k_m", "q8_0"]
     if request.quantization in larger:
         del larger[: larger.index(request.quantization) + 1]
     ways = [f"--quant {' or '.join(larger)}"] if larger else []
     if not request.training:
         ways.append("questions for the importance matrix")
     return ", or with ".join([*ways, "a higher --max-flips"])
+
+
+def _tried(report: Mapping[str, Any]) -> str:
+    if "choice" not in report:
+        return ""
+    kinds = ", ".join(trial["kind"] for trial in report["choice"])
+    return f"none of {kinds} changes few enough labels; with {report['quantization']} "
 
 
 def _flip_share(report: Mapping[str, Any]) -> float:
@@ -184,47 +217,43 @@ class _Setup:
         return ids
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What the merged model in torch was needed for, so that it can go before quantizing."""
-
-    setup: _Setup
-    source: dict[str, Any]
-    imatrix: ImportanceMatrix | None
-    reference: Floats | None
-    """Label log-probabilities of the held-out questions, shape (questions, labels)."""
-
-
-def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str, Any]:
+def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -> dict[str, Any]:
     full = folder / f"full.{request.precision}.gguf"
-    measured = _convert_and_measure(full, request, progress)
-    gc.collect()  # the torch model is gone: the quantizer is the next to need memory
-    setup = measured.setup
+    job, setup = _job(full, request)
+    measured = run(job, lambda done, total: progress("merge and convert", done, total))
     gguf = folder / f"{setup.task.name}.gguf"
     text, special = _modelfile(full, gguf.name, setup, request)
 
-    progress("quantize", 0, 1)
-    made = quantize(
-        full, gguf, request.quantization, imatrix=measured.imatrix, threads=default_threads()
-    )
-    progress("quantize", 1, 1)
+    kinds = CANDIDATES if request.quantization == AUTO else (request.quantization,)
+    files = {kind: folder / f"{kind}.gguf" for kind in kinds}
+    progress("quantize", 0, len(files))
+    made = {}
+    for kind, path in files.items():
+        made[kind] = quantize(full, path, kind, imatrix=measured.imatrix, threads=default_threads())
+        progress("quantize", len(made), len(files))
+    proof, trials = None, None
+    kind = kinds[0]
+    if measured.reference is not None:
+        proof, trials, kind = _prove(full, files, setup, measured.reference, request, progress)
+        proof["special_in_ollama"] = special
+    os.replace(files.pop(kind), gguf)
+    for path in (full, *files.values()):
+        path.unlink()
 
     report: dict[str, Any] = {
         "task": setup.task.name,
-        "quantization": request.quantization,
+        "quantization": kind,
         "precision": request.precision,
         "max_flips": request.max_flips,
-        "source": measured.source,
+        "source": job.made_from,
         "imatrix_questions": min(len(request.training), _IMATRIX_QUESTIONS),
-        "tensors": made.types,
-        "fallbacks": made.fallbacks,
+        "tensors": made[kind].types,
+        "fallbacks": made[kind].fallbacks,
     }
-    if measured.reference is not None:
-        report["proof"] = {
-            **_prove(full, gguf, setup, measured.reference, request, progress),
-            "special_in_ollama": special,
-        }
-    full.unlink()
+    if trials:
+        report["choice"] = [trial.to_dict() for trial in trials]
+    if proof:
+        report["proof"] = proof
     learned: dict[str, dict[str, Any]] = {}
     if request.validation:
         report["calibration"], learned = _calibrate(gguf, request, progress)
@@ -239,51 +268,38 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
     return report
 
 
-def _convert_and_measure(full: Path, request: Request, progress: Progress) -> _Measured:
-    """Everything that needs the model in torch: merge, write the GGUF, matrix, reference."""
-    progress("merge", 0, 1)
-    merged = merge(request.adapter, request.base)
-    progress("merge", 1, 1)
-
-    tokenizer = HubTokenizer(merged.tokenizer_folder)
-    vocabulary = read_vocabulary(tokenizer, merged.vocabulary_rows)
-    task = with_codes(request.task, tokenizer)
-    prompt = build_prompt(task, tokenizer)
-    setup = _Setup(
-        task=task,
-        tokenizer=tokenizer,
-        prompt=prompt,
-        prefix=encode_segments(prompt.prefix, tokenizer),
-        trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
-    )
-    training = [setup.rest(question) for question in spread(request.training, _IMATRIX_QUESTIONS)]
-    held_out = [setup.rest(question) for question, _ in request.held_out]
-    source = _source(request, merged)
-    write_gguf(
-        full,
-        merged.model,
-        vocabulary,
-        task=task,
-        chat_template=chat_template(prompt),
+def _job(full: Path, request: Request) -> tuple[Job, _Setup]:
+    """All that is needed to merge and write the model; nothing of it takes torch."""
+    source = locate(request.adapter, request.base)
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(fingerprint, source.folder, source.adapter)  # seconds of work
+        tokenizer = HubTokenizer(source.tokenizer_folder)
+        vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
+        task = with_codes(request.task, tokenizer)
+        prompt = build_prompt(task, tokenizer)
+        setup = _Setup(
+            task=task,
+            tokenizer=tokenizer,
+            prompt=prompt,
+            prefix=encode_segments(prompt.prefix, tokenizer),
+            trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
+        )
+        training = [setup.rest(text) for text in spread(request.training, _IMATRIX_QUESTIONS)]
+        held_out = [setup.rest(text) for text, _ in request.held_out]
+    job = Job(
         source=source,
+        target=full,
         precision=request.precision,
-        progress=lambda done, total: progress("convert", done, total),
+        task=task,
+        vocabulary=vocabulary,
+        chat_template=chat_template(prompt),
+        made_from=_made_from(source, hashed.result()),
+        prefix=setup.prefix,
+        trie=setup.trie,
+        training=training,
+        held_out=held_out,
     )
-    imatrix = reference = None
-    if training or held_out:
-        replay = TorchReplay(merged.model, setup.prefix, setup.trie)
-        if training:
-            imatrix = importance_matrix(
-                replay, training, lambda done, total: progress("importance matrix", done, total)
-            )
-        if held_out:
-            reference = replay_torch(
-                replay,
-                setup.trie,
-                held_out,
-                lambda done, total: progress("prove merged", done, total),
-            )
-    return _Measured(setup, source, imatrix, reference)
+    return job, setup
 
 
 def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[str, int]:
@@ -311,33 +327,50 @@ def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[
 
 def _prove(
     full: Path,
-    gguf: Path,
+    files: Mapping[str, Path],
     setup: _Setup,
     reference: Floats,
     request: Request,
     progress: Progress,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Trial] | None, str]:
+    """The proof; if there are several quantized files, how each did; and the one to keep."""
     truth = [label for _, label in request.held_out]
     rests = [setup.rest(question) for question, _ in request.held_out]
 
-    def of_file(path: Path, step: str) -> dict[str, Any]:
-        found = replay_gguf(
+    def ask(path: Path, rows: Sequence[int], step: str | None = None) -> Replayed:
+        def told(done: int, total: int) -> None:
+            if step:
+                progress(f"prove {step}", done, total)
+
+        return replay_gguf(
             path,
             task=setup.task,
             prefix=setup.prefix,
             trie=setup.trie,
-            rests=rests,
+            rests=[rests[row] for row in rows],
             threads=default_threads(),
-            progress=lambda done, total: progress(f"prove {step}", done, total),
+            progress=told,
         )
-        return quality(found, reference, truth).to_dict()
 
-    return {
+    everything = range(len(rests))
+    f16 = ask(full, everything, request.precision).log_probabilities
+    trials = None
+    if len(files) > 1:
+        trials, found = try_all(
+            files, ask, reference, truth, lambda done, total: progress("choose", done, total)
+        )
+        kind = choose(trials, len(rests), request.max_flips).kind
+        quantized = found[kind]
+    else:
+        [(kind, path)] = files.items()
+        quantized = ask(path, everything, kind).log_probabilities
+    proof = {
         "questions": len(rests),
         "merged": quality(reference, reference, truth).to_dict(),
-        "f16": of_file(full, request.precision),
-        "quantized": of_file(gguf, request.quantization),
+        "f16": quality(f16, reference, truth).to_dict(),
+        "quantized": quality(quantized, reference, truth).to_dict(),
     }
+    return proof, trials, kind
 
 
 def _calibrate(
@@ -358,11 +391,11 @@ def _calibrate(
     return summary(fitted, asked, held_out), sections(fitted.calibration, asked)
 
 
-def _source(request: Request, merged: Merged) -> dict[str, Any]:
+def _made_from(source: Source, digest: str) -> dict[str, Any]:
     packages = ("qcat", "llama-cpp-python", "gguf", "torch", "transformers", "peft")
     return {
-        "base": Path(merged.base).resolve().name if Path(merged.base).is_dir() else merged.base,
-        "adapter": request.adapter.resolve().name if request.adapter else None,
-        "fingerprint": merged.fingerprint,
+        "base": Path(source.base).resolve().name if Path(source.base).is_dir() else source.base,
+        "adapter": source.adapter.resolve().name if source.adapter else None,
+        "fingerprint": digest,
         "versions": {package: metadata.version(package) for package in packages},
     }

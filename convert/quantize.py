@@ -17,6 +17,9 @@ from qcat.bundle import read_header
 from qcat.errors import ExportError
 
 QUANTIZATIONS = ("q4_k_m", "q4_0", "q5_k_m", "q8_0", "q3_k_m", "iq4_nl")
+CANDIDATES = ("q4_0", "q4_k_m", "iq4_nl", "q8_0")
+AUTO = "auto"
+"""In the place of one of them: try the candidates, keep the fastest that passes the proof."""
 _FALLBACK = re.compile(r"falling back to\s+(\S+)")
 
 

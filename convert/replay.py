@@ -1,68 +1,160 @@
 """The merged model in torch, asked as the runtime asks: the reference that the proof compares with.
 
-The prefix is evaluated once and kept in the key-value cache, which is cut back after each question.
+All questions go through one layer before the next is needed. In each the prefix comes first; its
+keys and values serve all questions, and a question's serve the labels' tokens after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcat.scoring import Scores, label_energy, label_mass
+from convert.decoder import OneLayer
+from convert.weights import Rows
+from qcat.scoring import Floats, label_log_probabilities
 from qcat.trie import LabelTrie
 
+if TYPE_CHECKING:
+    import torch
 
-class TorchReplay:
-    """A causal language model in torch with a task's prefix.
+_BATCH_TOKENS = 512  # in one forward pass: more takes memory and gains nothing on a CPU
+
+
+@dataclass
+class _Batch:
+    """Questions of one length."""
+
+    rows: list[int]
+    """Which they are."""
+    states: torch.Tensor
+    """(rows, tokens, hidden)."""
+    after: list[torch.Tensor]
+    """For each of the paths, likewise."""
+
+
+class Replay:
+    """Hidden states of questions after one prefix, carried from layer to layer.
 
     Args:
-        model: a transformers model in evaluation mode.
-        prefix: token ids of the prompt up to the question.
-        trie: the label language.
+        prefix: token ids that all questions share.
+        rests: token ids after it, one sequence a question.
+        paths: token sequences to be tried after every question.
     """
 
-    def __init__(self, model: Any, prefix: Sequence[int], trie: LabelTrie) -> None:
-        self.model, self._prefix, self._trie = model, list(prefix), trie
-        self.evaluate_prefix()
+    def __init__(
+        self,
+        prefix: Sequence[int],
+        rests: Sequence[Sequence[int]],
+        paths: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self._given, self._rests = list(prefix), [list(rest) for rest in rests]
+        wanted = sorted({tuple(path) for path in paths}, key=len, reverse=True)
+        # What begins a longer path is evaluated with it.
+        self._paths: list[tuple[int, ...]] = []
+        for path in wanted:
+            if not any(longer[: len(path)] == path for longer in self._paths):
+                self._paths.append(path)
 
-    def evaluate_prefix(self) -> None:
-        """Fill the cache with the prefix, anew."""
+    def start(self, embedding: Rows) -> None:
+        """Look all tokens up."""
+        import torch
+
+        sequences = (self._given, *self._rests, *self._paths)
+        ids = sorted({token for tokens in sequences for token in tokens})
+        place = {token: number for number, token in enumerate(ids)}
+        table = embedding.take(ids)
+
+        def look_up(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+            return table[torch.tensor([[place[token] for token in tokens] for tokens in rows])]
+
+        self._prefix = look_up([self._given])
+        self._batches = [
+            _Batch(
+                rows,
+                look_up([self._rests[row] for row in rows]),
+                [look_up([path] * len(rows)) for path in self._paths],
+            )
+            for rows in self._of_one_length()
+        ]
+
+    def step(self, one: OneLayer, layer: Any) -> None:
+        """Take everything through the next layer."""
         from transformers import DynamicCache
 
-        self._cache = DynamicCache()
-        self._forward(self._prefix)
+        cache: Any = DynamicCache()
+        self._prefix = one.run(layer, self._prefix, cache)
+        keys, values = cache.layers[0].keys, cache.layers[0].values
+        for batch in self._batches:
+            shape = (len(batch.rows), -1, -1, -1)
+            shared = DynamicCache()
+            shared.update(keys.expand(shape), values.expand(shape), 0)
+            batch.states = one.run(layer, batch.states, shared)
+            for number, path in enumerate(self._paths):
+                batch.after[number] = one.run(layer, batch.after[number], shared)
+                shared.crop(-len(path))
 
-    def logits(self, rest: Sequence[int]) -> Any:
-        """Logits after the last of `rest`, shape (n_vocab,), float32."""
-        row = self._forward(rest)
-        self._cache.crop(-len(rest))
-        return row
+    def prefix_end(self, norm: Any) -> torch.Tensor:
+        """What the head sees at the prefix's last token, (1, hidden)."""
+        return self._normed(norm, self._prefix[:, -1])
 
-    def score(self, rest: Sequence[int]) -> Scores:
-        """Logits at every branch of the trie, and the label mass."""
-        row = self._forward(rest)
-        first = self._trie.first_tokens
-        found = []
-        for branch in self._trie.branches:
-            if branch.path:
-                at = self._forward(branch.path)
-                self._cache.crop(-len(branch.path))
+    def ends(self, norm: Any, path: Sequence[int] = ()) -> torch.Tensor:
+        """What the head sees at the last token of a path, or of the question: (questions, hidden).
+
+        Args:
+            norm: the model's last norm.
+            path: one of those given, or empty.
+        """
+        import torch
+
+        found = torch.empty(len(self._rests), self._prefix.shape[-1])
+        for batch in self._batches:
+            if path:
+                number = next(
+                    number
+                    for number, carried in enumerate(self._paths)
+                    if carried[: len(path)] == tuple(path)
+                )
+                found[batch.rows] = batch.after[number][:, len(path) - 1]
             else:
-                at = row
-            found.append(at[branch.tokens])
-        self._cache.crop(-len(rest))
-        return Scores(found, label_mass(row, first), label_energy(row, first))
+                found[batch.rows] = batch.states[:, -1]
+        return self._normed(norm, found)
 
-    def _forward(self, tokens: Sequence[int]) -> Any:
+    def _of_one_length(self) -> Iterator[list[int]]:
+        order = sorted(range(len(self._rests)), key=lambda row: len(self._rests[row]))
+        batch: list[int] = []
+        for row in order:
+            length = len(self._rests[row])
+            same = not batch or len(self._rests[batch[0]]) == length
+            if batch and (not same or (len(batch) + 1) * length > _BATCH_TOKENS):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    @staticmethod
+    def _normed(norm: Any, states: torch.Tensor) -> torch.Tensor:
         import torch
 
         with torch.inference_mode():
-            output = self.model(
-                input_ids=torch.tensor([list(tokens)]),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[0, -1].float().numpy().astype(np.float32)
+            return torch.as_tensor(norm(states))
+
+
+def label_distributions(replay: Replay, trie: LabelTrie, norm: Any, head: Rows) -> Floats:
+    """Label log-probabilities at the end of the last layer, shape (questions, labels).
+
+    Args:
+        replay: with the paths of the trie's branches.
+        trie: the label language.
+        norm: the model's last norm.
+        head: its rows; those of the trie's tokens alone are read.
+    """
+    logits = [
+        (replay.ends(norm, branch.path) @ head.take(branch.tokens.tolist()).T).numpy()
+        for branch in trie.branches
+    ]
+    rows = zip(*logits, strict=True)
+    return np.stack([label_log_probabilities(trie, row) for row in rows])

@@ -142,13 +142,3 @@ def gguf_tensor(
         return tensor
     halves = tensor.reshape(count, 2, tensor.shape[0] // count // 2, tensor.shape[1])
     return halves.swapaxes(1, 2).reshape(tensor.shape)
-
-
-def is_tied(state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether head and embedding hold the same numbers: then the GGUF keeps them once.
-
-    The numbers decide, not the config: an adapter that saved one of the two unties them.
-    """
-    import torch
-
-    return HEAD not in state or torch.equal(state[HEAD], state[EMBEDDING])

@@ -6,16 +6,16 @@ and, for every question, that training prompt, runtime prompt and Modelfile give
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from convert.modelfile import render
-from convert.replay import TorchReplay
 from qcat.backends.llama import LlamaModel, LlamaScorer
 from qcat.errors import ExportError
 from qcat.grammar import grammar
@@ -45,15 +45,13 @@ class Quality:
         return asdict(self)
 
 
-def replay_torch(
-    replay: TorchReplay, trie: LabelTrie, rests: Sequence[Sequence[int]], progress: Progress
-) -> Floats:
-    """Label log-probabilities of the merged model, shape (questions, labels)."""
-    rows = []
-    for done, rest in enumerate(rests, 1):
-        rows.append(label_log_probabilities(trie, replay.score(rest).logits))
-        progress(done, len(rests))
-    return np.stack(rows)
+class Replayed(NamedTuple):
+    """What a GGUF says of questions."""
+
+    log_probabilities: Floats
+    """Of the labels, shape (questions, labels)."""
+    seconds: list[float]
+    """That each question took."""
 
 
 def replay_gguf(
@@ -64,13 +62,9 @@ def replay_gguf(
     trie: LabelTrie,
     rests: Sequence[Sequence[int]],
     threads: int,
-    progress: Progress,
-) -> Floats:
-    """Label log-probabilities of a GGUF, one question a forward pass as `qcat ask` does it.
-
-    Returns:
-        Shape (questions, labels).
-    """
+    progress: Progress = lambda done, total: None,
+) -> Replayed:
+    """Load a GGUF and ask it, one question a forward pass as `qcat ask` does it."""
     with LlamaModel(path) as model:
         scorer = LlamaScorer(
             model,
@@ -81,12 +75,14 @@ def replay_gguf(
             threads=threads,
         )
         try:
-            rows = []
+            rows, seconds = [], []
             for done, rest in enumerate(rests, 1):
+                start = time.perf_counter()
                 scores = next(scorer.score([rest]))
+                seconds.append(time.perf_counter() - start)
                 rows.append(label_log_probabilities(trie, scores.logits))
                 progress(done, len(rests))
-            return np.stack(rows)
+            return Replayed(np.stack(rows), seconds)
         finally:
             scorer.close()
 

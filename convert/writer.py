@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
 from convert.tensors import (
-    HEAD,
     Architecture,
     HyperParameters,
     architecture,
     gguf_name,
     gguf_tensor,
     hyper_parameters,
-    is_tied,
 )
 from convert.vocab import Vocabulary
+from convert.weights import Rows, Shape
 from qcat.bundle import SOURCE_KEY, TASK_KEY
 from qcat.errors import ExportError
 from qcat.task import Task
@@ -27,54 +27,127 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 Precision = Literal["f16", "bf16"]
-_F16_MAX = 65504.0
+_SIZES = {"f32": 4, "f16": 2, "bf16": 2}  # bytes a number
 
 
-def write_gguf(
-    path: Path,
-    model: Any,
-    vocabulary: Vocabulary,
-    *,
-    task: Task,
-    chat_template: str,
-    source: Mapping[str, Any],
-    precision: Precision = "f16",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Write a merged transformers model with its tokenizer and its task.
+class GGUFFile:
+    """A GGUF of a merged model, begun with its metadata; then tensors are added one by one.
 
     Args:
         path: the file to write.
-        model: a causal language model of a known architecture, float32.
+        config: the model's transformers configuration.
+        shapes: of all tensors by their Hugging Face names, in the order they will be added.
         vocabulary: its tokenizer; as many tokens as the embedding has rows.
         task: goes into the metadata whole, so that the file needs no other.
         chat_template: Jinja, for `tokenizer.chat_template`.
         source: versions and fingerprint of what the file was made from.
         precision: of matrices; vectors (norms, biases) stay float32.
-        progress: called with tensors done and in all.
 
     Raises:
         ExportError: what cannot be converted, by name.
     """
-    from gguf import GGUFWriter
 
-    arch = architecture(model.config)
-    params = hyper_parameters(model.config, len(vocabulary.tokens))
-    state: dict[str, torch.Tensor] = dict(model.state_dict())
-    if is_tied(state):
-        state.pop(HEAD, None)
-    writer = GGUFWriter(path, arch.name, use_temp_file=False)
-    try:
-        _add_hyper_parameters(writer, arch, params)
-        _add_vocabulary(writer, vocabulary)
-        writer.add_name(task.name)
-        writer.add_file_type(1 if precision == "f16" else 32)
-        writer.add_chat_template(chat_template)
-        writer.add_string(TASK_KEY, json.dumps(task.to_dict(), ensure_ascii=False))
-        writer.add_string(SOURCE_KEY, json.dumps(dict(source), ensure_ascii=False))
-        _add_tensors(writer, state, arch, params, precision, progress)
-    finally:
-        writer.close()
+    def __init__(
+        self,
+        path: Path,
+        config: Any,
+        shapes: Mapping[str, Shape],
+        vocabulary: Vocabulary,
+        *,
+        task: Task,
+        chat_template: str,
+        source: Mapping[str, Any],
+        precision: Precision = "f16",
+    ) -> None:
+        from gguf import GGUFWriter
+
+        self._arch = architecture(config)
+        self._params = hyper_parameters(config, len(vocabulary.tokens))
+        self._precision = precision
+        self._shapes = shapes
+        self._writer = GGUFWriter(path, self._arch.name, use_temp_file=False)
+        try:
+            _add_hyper_parameters(self._writer, self._arch, self._params)
+            _add_vocabulary(self._writer, vocabulary)
+            self._writer.add_name(task.name)
+            self._writer.add_file_type(1 if precision == "f16" else 32)
+            self._writer.add_chat_template(chat_template)
+            self._writer.add_string(TASK_KEY, json.dumps(task.to_dict(), ensure_ascii=False))
+            self._writer.add_string(SOURCE_KEY, json.dumps(dict(source), ensure_ascii=False))
+            for name, shape in shapes.items():
+                self._announce(name, shape)
+            self._writer.write_header_to_file()
+            self._writer.write_kv_data_to_file()
+            self._writer.write_ti_data_to_file()
+        except BaseException:
+            self._writer.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def add(self, name: str, values: torch.Tensor | Rows) -> None:
+        """Write the next tensor.
+
+        Args:
+            name: its Hugging Face name.
+            values: its numbers, in any floating type.
+
+        Raises:
+            ExportError: they are not all finite, or do not fit the precision.
+        """
+        if isinstance(values, Rows):
+            chunks = values.chunks()
+        else:
+            chunks = iter((gguf_tensor(name, values, self._arch, self._params),))
+        size = math.prod(self._shapes[name]) * _SIZES[self._kind(self._shapes[name])]
+        # The writer asks of a tensor no more than its size and that it can write itself.
+        stored: Any = _Stored(size, (self._converted(name, chunk) for chunk in chunks))
+        self._writer.write_tensor_data(stored)
+
+    def _announce(self, name: str, shape: Shape) -> None:
+        import numpy as np
+        from gguf import GGMLQuantizationType
+
+        kind = self._kind(shape)
+        size = math.prod(shape) * _SIZES[kind]
+        if kind == "bf16":
+            shape = (*shape[:-1], shape[-1] * 2)  # counted in bytes
+        dtype = np.dtype({"f32": np.float32, "f16": np.float16, "bf16": np.uint8}[kind])
+        raw_type = GGMLQuantizationType[kind.upper()]
+        self._writer.add_tensor_info(
+            gguf_name(name, self._arch), shape, dtype, size, raw_dtype=raw_type
+        )
+
+    def _kind(self, shape: Shape) -> str:
+        return self._precision if len(shape) > 1 else "f32"
+
+    def _converted(self, name: str, values: torch.Tensor) -> memoryview:
+        import torch
+
+        kinds = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+        found = values.to(kinds[self._kind(self._shapes[name])]).contiguous()
+        # aminmax hands on a NaN and, unlike isfinite, makes no copy
+        if not all(bool(extreme.isfinite()) for extreme in found.aminmax()):
+            if all(bool(extreme.isfinite()) for extreme in values.aminmax()):
+                raise ExportError(f"tensor {name} does not fit float16: export with bf16")
+            raise ExportError(f"merged tensor {name} holds infinite or undefined numbers")
+        return found.view(torch.uint8).numpy().data
+
+
+class _Stored:
+    """Numbers as they will be in the file, made while they are written."""
+
+    def __init__(self, nbytes: int, chunks: Iterator[memoryview]) -> None:
+        self.nbytes = nbytes
+        self._chunks = chunks
+
+    def tofile(self, file: BinaryIO) -> None:
+        for chunk in self._chunks:
+            file.write(chunk)
 
 
 def _add_hyper_parameters(writer: GGUFWriter, arch: Architecture, params: HyperParameters) -> None:
@@ -107,45 +180,3 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     # qcat never trains with them, so no runtime may add them.
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-
-
-def _add_tensors(
-    writer: GGUFWriter,
-    state: Mapping[str, torch.Tensor],
-    arch: Architecture,
-    params: HyperParameters,
-    precision: Precision,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Announce all tensors, then write them one by one, so that one copy at a time is held."""
-    import numpy as np
-    import torch
-    from gguf import GGMLQuantizationType as Kind
-
-    matrix = (
-        (torch.float16, np.float16, Kind.F16)
-        if precision == "f16"
-        else (torch.bfloat16, np.uint8, Kind.BF16)
-    )
-    for name, tensor in state.items():
-        _, numpy_type, kind = matrix if tensor.ndim > 1 else (None, np.float32, Kind.F32)
-        shape = tuple(tensor.shape)
-        if kind == Kind.BF16:
-            shape = (*shape[:-1], shape[-1] * 2)  # counted in bytes
-        count = tensor.numel() * (4 if tensor.ndim == 1 else 2)
-        writer.add_tensor_info(
-            gguf_name(name, arch), shape, np.dtype(numpy_type), count, raw_dtype=kind
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for done, (name, tensor) in enumerate(state.items(), 1):
-        values = gguf_tensor(name, tensor, arch, params)
-        if tensor.ndim > 1:
-            low, high = (float(extreme) for extreme in values.aminmax())
-            if precision == "f16" and max(-low, high) > _F16_MAX:
-                raise ExportError(f"tensor {name} does not fit float16: export with bf16")
-            values = values.to(matrix[0])
-        raw = values.contiguous().view(torch.uint8) if values.dtype == torch.bfloat16 else values
-        writer.write_tensor_data(raw.contiguous().numpy())
-        progress(done, len(state))

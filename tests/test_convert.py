@@ -10,24 +10,34 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
+from whole_model import whole
 
 from convert import tensors, writer
-from convert.merge import merge
+from convert.merge import Merger, locate
+from convert.stream import Job, convert
 from convert.vocab import read_vocabulary
-from convert.writer import write_gguf
 from qcat.backends.llama import LlamaModel
 from qcat.errors import ExportError, ModelError
+from qcat.prompt import encode_answers
 from qcat.tokenization import HubTokenizer
+from qcat.trie import LabelTrie
 
 PROMPT = "When was the pool pump replaced?\nCategory: water heater, fence and 12 gutters"
 KINDS = ("qwen3", "qwen2", "llama")
 
 
-def convert(merged, path, task, **more):
-    tokenizer = HubTokenizer(merged.tokenizer_folder)
-    vocabulary = read_vocabulary(tokenizer, merged.vocabulary_rows)
-    write_gguf(path, merged.model, vocabulary, task=task, chat_template="", source={}, **more)
+def written(path, task, adapter, base=None, precision="f16"):
+    """Write a GGUF; return the tokenizer."""
+    source = locate(adapter, base)
+    tokenizer = HubTokenizer(source.tokenizer_folder)
+    vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
+    trie = LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end)
+    convert(Job(source, path, precision, task, vocabulary, "", {}, [], trie, [], []))
     return tokenizer
+
+
+def merged(adapter, base):
+    return Merger(locate(adapter, base))
 
 
 def gguf_log_probabilities(path, ids):
@@ -63,10 +73,10 @@ def torch_log_probabilities(model, ids):
         return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1).numpy()
 
 
-def difference(merged, path, tokenizer):
+def difference(model, path, tokenizer):
     ids = tokenizer.encode(PROMPT, special=False)
     theirs = gguf_log_probabilities(path, ids)
-    ours = torch_log_probabilities(merged.model, ids)
+    ours = torch_log_probabilities(model, ids)
     same = bool((theirs.argmax(-1) == ours.argmax(-1)).all())
     return float(np.abs(theirs - ours).max()), same
 
@@ -75,16 +85,17 @@ def difference(merged, path, tokenizer):
 @pytest.mark.parametrize("precision", ["f16", "bf16"])
 def test_gguf_agrees_with_torch(kind, precision, make_checkpoint, household, tmp_path):
     checkpoint = make_checkpoint(kind)
-    merged = merge(checkpoint.adapter, None)
-    tokenizer = convert(merged, tmp_path / "m.gguf", household, precision=precision)
-    largest, same = difference(merged, tmp_path / "m.gguf", tokenizer)
+    model = whole(checkpoint.adapter)
+    path = tmp_path / "m.gguf"
+    tokenizer = written(path, household, checkpoint.adapter, precision=precision)
+    largest, same = difference(model, path, tokenizer)
     assert largest < (2e-2 if precision == "f16" else 2e-1)
     if precision == "f16":
         assert same
     # and the adapter is not lost on the way
     ids = tokenizer.encode(PROMPT, special=False)
     base = torch_log_probabilities(checkpoint.model.eval(), ids)
-    assert np.abs(base - torch_log_probabilities(merged.model, ids)).max() > 0.1
+    assert np.abs(base - torch_log_probabilities(model, ids)).max() > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,9 +108,8 @@ def test_old_rope_notation_gives_the_same_model(kind, make_checkpoint, household
     assert theta == 500000.0  # no version's default, so a lost one shows
     config |= {"rope_theta": theta, "rope_scaling": None, "torch_dtype": config.pop("dtype")}
     (old / "config.json").write_text(json.dumps(config))
-    new, before = merge(checkpoint.adapter, None), merge(checkpoint.adapter, str(old))
-    tokenizer = convert(before, tmp_path / "old.gguf", household)
-    largest, same = difference(new, tmp_path / "old.gguf", tokenizer)
+    tokenizer = written(tmp_path / "old.gguf", household, checkpoint.adapter, str(old))
+    largest, same = difference(whole(checkpoint.adapter), tmp_path / "old.gguf", tokenizer)
     assert largest < 2e-2
     assert same
 
@@ -107,9 +117,8 @@ def test_old_rope_notation_gives_the_same_model(kind, make_checkpoint, household
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_untied_head(kind, make_checkpoint, household, tmp_path):
     checkpoint = make_checkpoint(kind, tied=False, hidden=64)
-    merged = merge(checkpoint.adapter, None)
-    tokenizer = convert(merged, tmp_path / "m.gguf", household)
-    largest, same = difference(merged, tmp_path / "m.gguf", tokenizer)
+    tokenizer = written(tmp_path / "m.gguf", household, checkpoint.adapter)
+    largest, same = difference(whole(checkpoint.adapter), tmp_path / "m.gguf", tokenizer)
     assert largest < 2e-2
     assert same
 
@@ -125,22 +134,22 @@ def test_untied_head(kind, make_checkpoint, household, tmp_path):
 def test_a_swapped_mapping_is_noticed(
     kind, left, right, make_checkpoint, household, tmp_path, monkeypatch
 ):
-    merged = merge(make_checkpoint(kind).adapter, None)
-    name = type(merged.model).__name__
+    model = whole(make_checkpoint(kind).adapter)
+    name = type(model).__name__
     arch = tensors.ARCHITECTURES[name]
     block = dict(arch.block)
     block[left], block[right] = block[right], block[left]
     broken = {**tensors.ARCHITECTURES, name: replace(arch, block=block)}
     monkeypatch.setattr(tensors, "ARCHITECTURES", broken)
-    tokenizer = convert(merged, tmp_path / "m.gguf", household)
-    assert difference(merged, tmp_path / "m.gguf", tokenizer)[0] > 2e-2
+    tokenizer = written(tmp_path / "m.gguf", household, make_checkpoint(kind).adapter)
+    assert difference(model, tmp_path / "m.gguf", tokenizer)[0] > 2e-2
 
 
 def test_unpermuted_llama_attention_is_noticed(make_checkpoint, household, tmp_path, monkeypatch):
-    merged = merge(make_checkpoint("llama").adapter, None)
+    adapter = make_checkpoint("llama").adapter
     monkeypatch.setattr(writer, "gguf_tensor", lambda name, tensor, arch, params: tensor)
-    tokenizer = convert(merged, tmp_path / "m.gguf", household)
-    assert difference(merged, tmp_path / "m.gguf", tokenizer)[0] > 2e-2
+    tokenizer = written(tmp_path / "m.gguf", household, adapter)
+    assert difference(whole(adapter), tmp_path / "m.gguf", tokenizer)[0] > 2e-2
 
 
 def adapter_case(checkpoint, folder, **settings):
@@ -174,8 +183,7 @@ def test_adapters_of_many_kinds(settings, make_checkpoint, household, tmp_path):
     ids = tokenizer.encode(PROMPT, special=False)
     base = type(checkpoint.model).from_pretrained(checkpoint.base)
     unmerged = torch_log_probabilities(PeftModel.from_pretrained(base, folder).eval(), ids)
-    merged = merge(folder, None)
-    convert(merged, tmp_path / "m.gguf", household)
+    written(tmp_path / "m.gguf", household, folder)
     assert np.abs(gguf_log_probabilities(tmp_path / "m.gguf", ids) - unmerged).max() < 2e-2
 
 
@@ -196,11 +204,10 @@ def test_an_adapter_trained_with_added_tokens(make_checkpoint, household, tmp_pa
     tokenizer.add_tokens([AddedToken("poolpumpX1", normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     shutil.copy(checkpoint.base / "tokenizer_config.json", folder)
-    merged = merge(folder, None)
-    assert merged.vocabulary_rows == rows
-    found = convert(merged, tmp_path / "m.gguf", household)
+    assert locate(folder, None).vocabulary_rows == rows
+    found = written(tmp_path / "m.gguf", household, folder)
     assert len(found.encode("poolpumpX1", special=False)) == 1
-    largest, same = difference(merged, tmp_path / "m.gguf", found)
+    largest, same = difference(whole(folder), tmp_path / "m.gguf", found)
     assert largest < 2e-2
     assert same
 
@@ -214,14 +221,14 @@ def test_lora_on_a_tied_head_is_refused(module, make_checkpoint, tmp_path):
     checkpoint = make_checkpoint("qwen3", hidden=64)
     folder = adapter_case(checkpoint, tmp_path / "adapter", target_modules=["q_proj", module])
     with pytest.raises(ExportError, match="merging changes what the model computes"):
-        merge(folder, None)
+        merged(folder, None)
 
 
 def test_saved_modules_of_other_kinds_are_refused_by_name(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint("qwen3", hidden=64)
     folder = adapter_case(checkpoint, tmp_path / "adapter", modules_to_save=["norm"])
     with pytest.raises(ExportError, match="modules_to_save holds 'norm'"):
-        merge(folder, None)
+        merged(folder, None)
 
 
 def test_a_quantized_base_is_refused(make_checkpoint, tmp_path):
@@ -231,7 +238,7 @@ def test_a_quantized_base_is_refused(make_checkpoint, tmp_path):
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="start from the unquantized base"):
-        merge(checkpoint.adapter, str(tmp_path / "base"))
+        merged(checkpoint.adapter, str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize(
@@ -249,12 +256,13 @@ def test_a_quantized_base_is_refused(make_checkpoint, tmp_path):
 )
 def test_what_gguf_would_lack_is_refused(change, message, make_checkpoint, household, tmp_path):
     checkpoint = make_checkpoint("qwen3", hidden=64)
-    merged = merge(checkpoint.adapter, None)
-    config = json.loads((checkpoint.base / "config.json").read_text())
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint.base, base)
+    config = json.loads((base / "config.json").read_text())
     config.pop("layer_types", None)
-    merged.model.config = type(merged.model.config)(**config | change)
+    (base / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ExportError, match=message):
-        convert(merged, tmp_path / "m.gguf", household)
+        written(tmp_path / "m.gguf", household, checkpoint.adapter, str(base))
 
 
 def test_an_unknown_tensor_is_refused_by_name():
@@ -266,18 +274,18 @@ def test_an_unknown_tensor_is_refused_by_name():
 def test_no_base_anywhere(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint("qwen3", hidden=64)
     with pytest.raises(ModelError, match="no such folder, and not to be had from the hub"):
-        merge(checkpoint.adapter, str(tmp_path / "gone" / "base" / "model"))
+        merged(checkpoint.adapter, str(tmp_path / "gone" / "base" / "model"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no \.safetensors file"):
-        merge(checkpoint.adapter, str(tmp_path / "empty"))
+        merged(checkpoint.adapter, str(tmp_path / "empty"))
     with pytest.raises(ExportError, match=r"adapter_config\.json"):
-        merge(tmp_path / "empty", str(checkpoint.base))
+        merged(tmp_path / "empty", str(checkpoint.base))
 
 
 def test_an_adapter_for_another_base(make_checkpoint):
     small, large = make_checkpoint("qwen3", hidden=64), make_checkpoint("qwen3", hidden=256)
     with pytest.raises(ExportError, match="does not fit the base"):
-        merge(small.adapter, str(large.base))
+        merged(small.adapter, str(large.base))
 
 
 def test_a_truncated_adapter_or_base(make_checkpoint, tmp_path):
@@ -286,9 +294,9 @@ def test_a_truncated_adapter_or_base(make_checkpoint, tmp_path):
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ExportError, match="damaged"):
-        merge(tmp_path / "adapter", None)
+        merged(tmp_path / "adapter", None)
     shutil.copytree(checkpoint.base, tmp_path / "base")
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be loaded"):
-        merge(checkpoint.adapter, str(tmp_path / "base"))
+        merged(checkpoint.adapter, str(tmp_path / "base"))

@@ -11,13 +11,14 @@ import time
 
 import pytest
 from conftest import EXAMPLE
+from whole_model import whole
 
-from convert.imatrix import importance_matrix
-from convert.merge import merge
+from convert.merge import locate
 from convert.modelfile import go_template, render
 from convert.pipeline import Request, export
 from convert.quantize import QUANTIZATIONS, quantize
-from convert.replay import TorchReplay
+from convert.stream import Job, convert
+from convert.vocab import read_vocabulary
 from qcat.bundle import Bundle, read_header, section
 from qcat.classifier import Classifier
 from qcat.prompt import Prompt, Segment, build_prompt, encode_answers, encode_segments
@@ -176,21 +177,26 @@ def test_importance_matrix_is_the_mean_square_of_inputs(make_checkpoint, househo
     import numpy as np
     import torch
 
-    merged = merge(make_checkpoint().adapter, None)
-    tokenizer = HubTokenizer(merged.tokenizer_folder)
+    adapter = make_checkpoint().adapter
+    source = locate(adapter, None)
+    tokenizer = HubTokenizer(source.tokenizer_folder)
     prompt = build_prompt(household, tokenizer)
     prefix = encode_segments(prompt.prefix, tokenizer)
     trie = LabelTrie.build(encode_answers(household, tokenizer), tokenizer.end)
     rest = encode_segments(prompt.rest("When was the pool pump replaced?"), tokenizer)
-    matrix = importance_matrix(TorchReplay(merged.model, prefix, trie), [rest])
-    linear = [n for n, m in merged.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
+    full = tmp_path / "full.gguf"
+    job = Job(source, full, "f16", household, vocabulary, "", {}, prefix, trie, [rest], [])
+    matrix = convert(job).imatrix
+    merged = whole(adapter)
+    linear = [n for n, m in merged.named_modules() if isinstance(m, torch.nn.Linear)]
     assert len(matrix) == len(linear)
 
     seen = []
-    layer = merged.model.model.layers[1].mlp.down_proj
+    layer = merged.model.layers[1].mlp.down_proj
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     with torch.inference_mode():
-        merged.model(torch.tensor([prefix + rest]))
+        merged(torch.tensor([prefix + rest]))
     hook.remove()
     np.testing.assert_allclose(
         matrix["blk.1.ffn_down.weight"], (seen[0] ** 2).mean(0).numpy(), rtol=1e-3

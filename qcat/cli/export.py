@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from convert.quantize import QUANTIZATIONS
+from convert.quantize import AUTO, QUANTIZATIONS
 from qcat.cli.output import Bars, given, table, timeout_option
 from qcat.errors import ExportError
 from qcat.learn.dataset import read_examples
@@ -64,7 +63,14 @@ _FILE = click.Path(path_type=Path)
     help="Labelled questions for the calibration, likewise.  "
     "[default: RUN/validation.jsonl, if there]",
 )
-@click.option("--quant", type=click.Choice(QUANTIZATIONS), default="q4_k_m", show_default=True)
+@click.option(
+    "--quant",
+    type=click.Choice((*QUANTIZATIONS, AUTO)),
+    default="q4_k_m",
+    show_default=True,
+    help="auto tries q4_0, q4_k_m, iq4_nl and q8_0 on the held-out questions and keeps the one "
+    "that is fastest here within --max-flips.",
+)
 @click.option(
     "--precision",
     type=click.Choice(["f16", "bf16"]),
@@ -176,8 +182,6 @@ def read_request(
     held_out = _examples(data, run / "test.jsonl", task)
     training = _examples(train_data, run / "train.jsonl", task)
     validation = _examples(validation_data, run / "validation.jsonl", task)
-    if sys.stderr.isatty():
-        click.echo("loading torch and transformers …", err=True)
     from convert.calibrate import Question
     from convert.pipeline import Request
 
@@ -197,17 +201,19 @@ def read_request(
 
 def export_and_tell(request: Request) -> dict[str, Any]:
     """Export with progress bars, print the proof and what is known of the confidence."""
-    from convert.card import calibration_line, quality_rows
-    from convert.pipeline import export
+    from convert.card import calibration_line, choice_rows, quality_rows
+    from convert.pipeline import convert_apart, export
 
     with Bars() as bars:
-        report = export(request, bars.show)
+        report = export(request, bars.show, convert_apart)
     for kind, count in report["fallbacks"].items():
         click.echo(
-            f"qcat: warning: {count} tensors have row lengths that {request.quantization} does not "
-            f"fit: stored as {kind}",
+            f"qcat: warning: {count} tensors have row lengths that {report['quantization']} does "
+            f"not fit: stored as {kind}",
             err=True,
         )
+    if "choice" in report:
+        click.echo("\n".join([*table(choice_rows(report)), ""]))
     if "proof" in report:
         click.echo("\n".join(table(quality_rows(report))))
     else:

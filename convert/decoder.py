@@ -1,0 +1,53 @@
+"""One decoder layer at a time, run by transformers' own code.
+
+Positions, masks and rotary embeddings are its business; only one layer's weights need to be there.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class OneLayer:
+    """A decoder that consists of whichever layer it is given.
+
+    Args:
+        config: of the whole model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        from accelerate import init_empty_weights
+        from torch import nn
+        from transformers import AutoModel
+
+        config = deepcopy(config)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1]
+        config.num_hidden_layers = 1
+        with init_empty_weights():
+            made = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        self._decoder: Any = made.eval()
+        self._decoder.norm = nn.Identity()
+
+    def run(self, layer: Any, states: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        """Hidden states after a layer.
+
+        Args:
+            layer: of the whole model, or any module in its place.
+            states: before it, (rows, tokens, hidden).
+            cache: a `DynamicCache` of one layer, with what stands before these tokens; theirs are
+                added to it.
+        """
+        import torch
+
+        layer.self_attn.layer_idx = 0  # the cache knows this layer alone
+        self._decoder.layers[0] = layer
+        with torch.inference_mode():
+            output = self._decoder(
+                inputs_embeds=states, past_key_values=cache, use_cache=cache is not None
+            )
+        return torch.as_tensor(output.last_hidden_state)

@@ -1,0 +1,130 @@
+"""One pass over a model's weights: merge, write the GGUF, and carry questions through in torch.
+
+Each layer is read once, merged, written, used and let go, so that no more than one is in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.decoder import OneLayer
+from convert.imatrix import Importance, ImportanceMatrix
+from convert.merge import Merger, Source
+from convert.replay import Replay, label_distributions
+from convert.tensors import EMBEDDING, HEAD
+from convert.vocab import Vocabulary
+from convert.writer import GGUFFile, Precision
+from qcat.scoring import Floats
+from qcat.task import Task
+from qcat.trie import LabelTrie
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make of a model, in plain data, so that another process can do it."""
+
+    source: Source
+    target: Path
+    """The GGUF to write."""
+    precision: Precision
+    task: Task
+    vocabulary: Vocabulary
+    chat_template: str
+    made_from: dict[str, Any]
+    """As `GGUFFile` takes it for its source."""
+    prefix: list[int]
+    """Token ids of the prompt up to the question."""
+    trie: LabelTrie
+    training: list[list[int]]
+    """Token ids after the prefix of the questions for the importance matrix."""
+    held_out: list[list[int]]
+    """Likewise of those for the proof."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the merged model in torch gave."""
+
+    imatrix: ImportanceMatrix | None
+    """None without training questions."""
+    reference: Floats | None
+    """Label log-probabilities of the held-out questions, shape (questions, labels); None without
+    such questions."""
+
+
+def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured:
+    """Merge and write a model, and measure on the way.
+
+    The importance matrix counts the prefix once and each question's own tokens once: what the
+    runtime evaluates.
+
+    Args:
+        job: what to do.
+        progress: called with layers done and in all.
+
+    Raises:
+        ExportError, ModelError: what cannot be merged or converted, by name.
+    """
+    merger = Merger(job.source)
+    importance = Importance(merger.architecture)
+    training = Replay(job.prefix, job.training)
+    held_out = Replay(job.prefix, job.held_out, [b.path for b in job.trie.deep_branches])
+    replays = []
+    if job.training:
+        replays.append(training)
+    if job.held_out:
+        replays.append(held_out)
+    one = OneLayer(merger.config)
+    count = merger.config.num_hidden_layers
+    progress(0, count)
+    with GGUFFile(
+        job.target,
+        merger.config,
+        merger.shapes,
+        job.vocabulary,
+        task=job.task,
+        chat_template=job.chat_template,
+        source=job.made_from,
+        precision=job.precision,
+    ) as gguf:
+        gguf.add(EMBEDDING, merger.embedding())
+        for replay in replays:
+            replay.start(merger.embedding())
+        for number, layer in enumerate(merger.layers()):
+            name = f"model.layers.{number}"
+            for inner, tensor in layer.state_dict().items():
+                gguf.add(f"{name}.{inner}", tensor)
+            for replay in replays:
+                if replay is training:
+                    with importance.watching(layer, name):
+                        replay.step(one, layer)
+                else:
+                    replay.step(one, layer)
+            _give_back()
+            progress(number + 1, count)
+        norm = merger.norm()
+        gguf.add("model.norm.weight", norm.weight)
+        if not merger.tied:
+            gguf.add(HEAD, merger.head())
+    imatrix = reference = None
+    if job.training:
+        head = EMBEDDING if merger.tied else HEAD
+        importance.add(head, training.prefix_end(norm))
+        importance.add(head, training.ends(norm))
+        imatrix = importance.matrix()
+    if job.held_out:
+        reference = label_distributions(held_out, job.trie, norm, merger.head())
+    return Measured(imatrix, reference)
+
+
+def _give_back() -> None:
+    """Freed memory to the system: glibc's allocator would keep most of what the layers took."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
