@@ -114,6 +114,7 @@ class Classifier:
         calibrated: bool = True,
         strict: bool = False,
         threads: int | None = None,
+        quick_start: bool = False,
         timeout: float | None = None,
         review: str | os.PathLike[str] | Literal[False] | None = None,
         review_hash: bool = False,
@@ -137,6 +138,8 @@ class Classifier:
             strict: refuse a question that is too long instead of cutting its end.
             threads: of computation; by default $QCAT_THREADS, or the physical cores that this
                 process may use (`qcat.threads`). Not for a server, which has its own.
+            quick_start: leave the weights as they lie in the file: the model is there sooner, and
+                each question takes somewhat longer. For a handful of questions.
             timeout: seconds that a server may keep silent, 60 by default. Not for a file.
             review: file of the review queue that questions go to which are left to a person
                 (`abstained`). None: as the task says, in the user's data folder; False: none.
@@ -169,7 +172,7 @@ class Classifier:
             if served:
                 parts = _open_ollama(name.removeprefix(OLLAMA), calibrated, timeout, verbose, stack)
             else:
-                parts = _open_file(Path(name), calibrated, threads, verbose, stack)
+                parts = _open_file(Path(name), calibrated, threads, quick_start, verbose, stack)
             calibration = parts.calibration
             rule = OWN_RULE if calibrated else "uncalibrated"
             if threshold is not None:
@@ -415,13 +418,18 @@ class _Parts(NamedTuple):
 
 
 def _open_file(
-    path: Path, calibrated: bool, threads: int | None, verbose: bool, stack: ExitStack
+    path: Path,
+    calibrated: bool,
+    threads: int | None,
+    quick_start: bool,
+    verbose: bool,
+    stack: ExitStack,
 ) -> _Parts:
     bundle = Bundle.read(path)
     from qcat.backends.llama import LlamaModel, LlamaScorer
     from qcat.threads import default_threads
 
-    model = stack.enter_context(LlamaModel(bundle.path, verbose=verbose))
+    model = stack.enter_context(LlamaModel(bundle.path, repack=not quick_start, verbose=verbose))
     prompt, trie = prepare(bundle.task, model, str(path))
     scorer = LlamaScorer(
         model,

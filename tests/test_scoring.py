@@ -307,6 +307,14 @@ def test_ask_each_is_ask_in_order(shipped, asked):
             assert alone.margin < 2 * BATCH_BOUND
 
 
+def test_a_quick_start_answers_the_same_within_the_bound(shipped):
+    with Classifier.open(review=False, quick_start=True) as quick:
+        for question in random_questions(60):
+            usual, other = shipped.ask(question), quick.ask(question)
+            for label, probability in usual.probabilities.items():
+                assert other.probabilities[label] == pytest.approx(probability, abs=BATCH_BOUND)
+
+
 def test_what_the_grammar_refuses_cannot_come_out(opened):
     """The grammar is the authority: with one that knows a single label, only that is accepted."""
     bundle, model, prompt, trie = opened

@@ -92,7 +92,7 @@ class LlamaModel:
         verbose: bool = False,
     ) -> None:
         log = capture_log(verbose=verbose)
-        self.path = path
+        self.path, self.repacked = path, repack
         self.lock = threading.RLock()  # of everything that a `close` in another thread would break
         self._stack = ExitStack()
         llama_cpp.llama_backend_init()
@@ -292,6 +292,7 @@ class LlamaScorer:
             llama_cpp.__version__,
             llama_cpp.llama_print_system_info(),  # how it was compiled changes the last digits
             llama_cpp.llama_n_ubatch(self._context),
+            self._model.repacked,  # other instructions, other last digits
             list(prefix),
         )
         key = f"prefix {fingerprint} {settings}".encode()
