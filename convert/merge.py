@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcat.checkpoint import base_folder, first_line, load_base
+from convert.tensors import architecture
+from qcat.checkpoint import base_folder, first_line, load_base, load_config
 from qcat.errors import ExportError
 
 if TYPE_CHECKING:
@@ -31,8 +33,15 @@ class Merged:
     """The adapter's folder if it has a tokenizer of its own, else the base's."""
     base: str
     """As the user or the adapter named it."""
+    base_layers: int
+    """How many the base has; the model has fewer if the adapter was trained on fewer."""
     fingerprint: str
     """As `fingerprint` gives it."""
+
+    @property
+    def layers(self) -> int:
+        """How many the model has."""
+        return int(self.model.config.num_hidden_layers)
 
     @property
     def vocabulary_rows(self) -> int:
@@ -42,7 +51,7 @@ class Merged:
 
 
 def merge(adapter: Path | None, base: str | None) -> Merged:
-    """Load a base, apply an adapter and fold it into the weights.
+    """Load a base, as much of it as the adapter is for, and fold the adapter into the weights.
 
     Args:
         adapter: folder that PEFT's `save_pretrained` wrote; None exports the base as it is.
@@ -58,14 +67,28 @@ def merge(adapter: Path | None, base: str | None) -> Merged:
     if not base:
         raise ExportError(f"{adapter}: names no base model: give one with --base")
     folder = base_folder(base)
-    model = load_base(folder, torch.float32)
+    whole = load_config(folder)
+    architecture(whole)  # what cannot be converted need not be loaded
+    model = load_base(folder, torch.float32, _kept_layers(config))
     tokenizer_folder = folder
     if adapter:
         if (adapter / "tokenizer.json").is_file():
             tokenizer_folder = adapter
         model = _apply(model, adapter)
     _check_finite(model)
-    return Merged(model.eval(), tokenizer_folder, base, fingerprint(folder, adapter))
+    return Merged(
+        model.eval(), tokenizer_folder, base, whole.num_hidden_layers, fingerprint(folder, adapter)
+    )
+
+
+def _kept_layers(config: Mapping[str, Any]) -> int | None:
+    """How many layers of its base an adapter is for, from the bottom; None for all.
+
+    PEFT's `layer_replication` names the layers of the base that make up the model: `[[0, 14]]` is
+    the first 14, as `qcat train --layers 14` writes it.
+    """
+    stack = config.get("layer_replication")
+    return int(stack[0][1]) if stack else None
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
@@ -86,11 +109,18 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
                 f"{path}: modules_to_save holds {module!r}: only lm_head and embed_tokens "
                 "can be exported"
             )
-    return config
+    match config.get("layer_replication"):
+        case None | [] | [[0, int()]]:
+            return config
+        case stack:
+            raise ExportError(
+                f"{path}: layer_replication is {stack}: only a base's first layers, as [[0, 14]], "
+                "can be exported"
+            )
 
 
 def _apply(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
 
     rows = _embedding_rows(adapter)
@@ -98,7 +128,9 @@ def _apply(model: Any, adapter: Path) -> Any:
         # The adapter was trained with tokens added; it brings their rows itself.
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
-        tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
+        config = PeftConfig.from_pretrained(str(adapter))
+        config.layer_replication = None  # the layers are picked already, and PEFT merges no others
+        tuned = PeftModel.from_pretrained(model, str(adapter), config=config).eval()
         before = _probe(tuned)
         merged = tuned.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

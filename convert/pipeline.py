@@ -362,6 +362,8 @@ def _source(request: Request, merged: Merged) -> dict[str, Any]:
     return {
         "base": Path(merged.base).resolve().name if Path(merged.base).is_dir() else merged.base,
         "adapter": request.adapter.resolve().name if request.adapter else None,
+        "layers": merged.layers,
+        "base_layers": merged.base_layers,
         "fingerprint": merged.fingerprint,
         "versions": {package: metadata.version(package) for package in packages},
     }
