@@ -245,7 +245,11 @@ def test_a_walk_stopped_anywhere_ends_where_the_depth_alone_does(
 
     monkeypatch.setattr("qcat.learn.train._SAVE_SECONDS", 0)  # a checkpoint after every step
     target = tmp_path / "run"
-    for stop in (("2 layers: train", 5), ("1 layers: train", 2), ("1 layers: test", 1)):
+    for stop in (
+        ("2 of 2 layers: train", 5),
+        ("1 of 2 layers: train", 2),
+        ("1 of 2 layers: test", 1),
+    ):
 
         def progress(step, done, total, note, stop=stop):
             if step == stop[0] and done >= stop[1]:

@@ -65,7 +65,7 @@ def train_shallowest(
             if (folder / "run.json").exists():
                 found = json.loads((folder / "run.json").read_text("utf-8"))
             else:
-                step = partial(_named, progress, f"{layers} layers")
+                step = partial(_named, progress, f"{layers} of {whole} layers")
                 found = train(task, split, replace(settings, layers=layers), folder, step)
             best = found["history"][found["best_epoch"] - 1]
             score = best["validation_macro_f1"]
