@@ -75,6 +75,7 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
         "",
         f"- base: {source['base']}",
         f"- adapter: {source['adapter'] or 'none'}",
+        f"- layers: {layers_text(source)}",
         f"- SHA-256 of the source weights: `{source['fingerprint']}`",
         "- made with " + ", ".join(f"{name} {v}" for name, v in source["versions"].items()),
         "- importance matrix: "
@@ -118,6 +119,14 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
             "reads as one; qcat reads it as text."
         )
     return "\n".join([*lines, ""])
+
+
+def layers_text(source: Mapping[str, Any]) -> str:
+    """How many layers of its base a model has."""
+    kept, whole = source["layers"], source["base_layers"]
+    if kept == whole:
+        return f"all {whole} of the base"
+    return f"the first {kept} of the base's {whole}"
 
 
 def calibration_line(found: Mapping[str, Any]) -> str:

@@ -396,6 +396,8 @@ def _made_from(source: Source, digest: str) -> dict[str, Any]:
     return {
         "base": Path(source.base).resolve().name if Path(source.base).is_dir() else source.base,
         "adapter": source.adapter.resolve().name if source.adapter else None,
+        "layers": source.layers,
+        "base_layers": source.base_layers,
         "fingerprint": digest,
         "versions": {package: metadata.version(package) for package in packages},
     }

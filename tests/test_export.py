@@ -82,6 +82,7 @@ def test_makes_a_whole_bundle_with_proof(qcat, make_checkpoint, tmp_path):
     card = (tmp_path / "out" / "MODEL_CARD.md").read_text("utf-8")
     assert report["source"]["fingerprint"] in card
     assert "| q4_k_m GGUF |" in card
+    assert "- layers: all 2 of the base\n" in card
     assert str(tmp_path) not in card + json.dumps(report)
 
     again = qcat("export", checkpoint.adapter, "-t", EXAMPLE / "task.toml", "-o", tmp_path / "out")
@@ -90,6 +91,7 @@ def test_makes_a_whole_bundle_with_proof(qcat, make_checkpoint, tmp_path):
     assert qcat("ask", "-m", tmp_path / "out" / "household.gguf", "gutters?").returncode == 0
     shown = qcat("inspect", tmp_path / "out" / "household.gguf")
     assert "20 held-out questions" in shown.stdout
+    assert "layers       all 2 of the base\n" in shown.stdout
     everything = json.loads(qcat("inspect", "--json", bundle.path).stdout)
     assert everything["task"] == bundle.task.to_dict()
     assert everything["report"]["proof"] == proof

@@ -11,7 +11,7 @@ import pytest
 import tiny_model
 import torch
 from conftest import EXAMPLE
-from whole_model import whole
+from whole_model import parts, whole
 
 from convert.apart import apart
 from convert.merge import Merger, locate
@@ -27,18 +27,6 @@ from qcat.trie import LabelTrie
 
 KINDS = ("qwen3", "qwen2", "llama")
 PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.mlp.up_proj": 40}}
-
-
-def parts(adapter, base=None):
-    """All merged tensors by name, and the merger."""
-    merger = Merger(locate(adapter, base))
-    found = {"model.embed_tokens.weight": torch.cat(list(merger.embedding().chunks())).float()}
-    for number, layer in enumerate(merger.layers()):
-        for name, tensor in layer.state_dict().items():
-            found[f"model.layers.{number}.{name}"] = tensor.clone()
-    found["model.norm.weight"] = merger.norm().weight
-    found["lm_head.weight"] = torch.cat(list(merger.head().chunks())).float()
-    return found, merger
 
 
 def assert_same_as_whole(adapter, base=None):

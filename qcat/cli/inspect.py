@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from convert.card import layers_text
 from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, section
 from qcat.classifier import read_calibration
 from qcat.errors import BundleError
@@ -75,6 +76,7 @@ def _rows(
             f"{task.name}: {len(task.labels)} labels, {task.style} style, by {task.verbalizer}",
         ),
         ("source", f"{source.get('base')} with adapter {source.get('adapter')}"),
+        *([("layers", layers_text(source))] if "layers" in source else []),
         ("fingerprint", str(source.get("fingerprint"))),
         ("made with", ", ".join(f"{k} {v}" for k, v in source.get("versions", {}).items())),
     ]
