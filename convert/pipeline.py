@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from convert.merge import Merged, merge
 from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import quantize
 from convert.replay import TorchReplay
+from convert.trim import trim, whole_words
 from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_torch, spread
-from convert.vocab import read_vocabulary
+from convert.vocab import Vocabulary, read_vocabulary
 from convert.writer import Precision, write_gguf
 from qcat.backends.llama import LlamaModel, default_threads
 from qcat.bundle import REPORT_KEY, Bundle, write_sections
@@ -69,6 +71,9 @@ class Request:
     quantization: str = "q4_k_m"
     precision: Precision = "f16"
     """Of the GGUF that is quantized."""
+    merges: int | None = None
+    """Trim the vocabulary to its first so many merges, the words of the texts' language and what
+    the task and its training questions need; None keeps all of it."""
     held_out: tuple[tuple[str, int], ...] = ()
     """Questions (cleaned) and right labels for the proof."""
     validation: tuple[Question, ...] = ()
@@ -114,7 +119,9 @@ def _way_out(request: Request) -> str:
     larger = ["q5_k_m", "q8_0"]
     if request.quantization in larger:
         del larger[: larger.index(request.quantization) + 1]
-    ways = [f"--quant {' or '.join(larger)}"] if larger else []
+    ways = ["--vocab full"] if request.merges is not None else []
+    if larger:
+        ways.append(f"--quant {' or '.join(larger)}")
     if not request.training:
         ways.append("questions for the importance matrix")
     return ", or with ".join([*ways, "a higher --max-flips"])
@@ -172,9 +179,25 @@ class _Setup:
     prefix: list[int]
     trie: LabelTrie
 
+    @classmethod
+    def of(cls, task: Task, tokenizer: HubTokenizer) -> _Setup:
+        """The prompt and the labels of a task in the tokens of a tokenizer."""
+        prompt = build_prompt(task, tokenizer)
+        return cls(
+            task=task,
+            tokenizer=tokenizer,
+            prompt=prompt,
+            prefix=encode_segments(prompt.prefix, tokenizer),
+            trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
+        )
+
+    def ids(self, question: str) -> list[int]:
+        """Token ids after the prefix."""
+        return encode_segments(self.prompt.rest(question), self.tokenizer)
+
     def rest(self, question: str) -> list[int]:
         """Token ids after the prefix. Raises DataError for a question that does not fit."""
-        ids = encode_segments(self.prompt.rest(question), self.tokenizer)
+        ids = self.ids(question)
         if len(ids) > QUESTION_ROOM:
             raise DataError(
                 f"question {question[:60]!r}…: {len(ids)} tokens, "
@@ -184,10 +207,22 @@ class _Setup:
 
 
 @dataclass(frozen=True)
+class _Served:
+    """The vocabulary that the GGUF has: the whole one, or a trimmed one with ids of its own."""
+
+    setup: _Setup
+    vocabulary: Vocabulary
+    rows: tuple[int, ...] | None = None
+    """Of embedding and head that are kept; None for all."""
+    report: dict[str, Any] | None = None
+    """What was trimmed, and how many questions have other tokens for it."""
+
+
+@dataclass(frozen=True)
 class _Measured:
     """What the merged model in torch was needed for, so that it can go before quantizing."""
 
-    setup: _Setup
+    served: _Served
     source: dict[str, Any]
     imatrix: ImportanceMatrix | None
     reference: Floats | None
@@ -198,9 +233,9 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
     full = folder / f"full.{request.precision}.gguf"
     measured = _convert_and_measure(full, request, progress)
     gc.collect()  # the torch model is gone: the quantizer is the next to need memory
-    setup = measured.setup
+    setup = measured.served.setup
     gguf = folder / f"{setup.task.name}.gguf"
-    text, special = _modelfile(full, gguf.name, setup, request)
+    text, special = _modelfile(full, gguf.name, measured.served, request)
 
     progress("quantize", 0, 1)
     made = quantize(
@@ -218,6 +253,8 @@ def _export_into(folder: Path, request: Request, progress: Progress) -> dict[str
         "tensors": made.types,
         "fallbacks": made.fallbacks,
     }
+    if measured.served.report:
+        report["vocabulary"] = measured.served.report
     if measured.reference is not None:
         report["proof"] = {
             **_prove(full, gguf, setup, measured.reference, request, progress),
@@ -246,25 +283,19 @@ def _convert_and_measure(full: Path, request: Request, progress: Progress) -> _M
 
     tokenizer = HubTokenizer(merged.tokenizer_folder)
     vocabulary = read_vocabulary(tokenizer, merged.vocabulary_rows)
-    task = with_codes(request.task, tokenizer)
-    prompt = build_prompt(task, tokenizer)
-    setup = _Setup(
-        task=task,
-        tokenizer=tokenizer,
-        prompt=prompt,
-        prefix=encode_segments(prompt.prefix, tokenizer),
-        trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
-    )
+    setup = _Setup.of(with_codes(request.task, tokenizer), tokenizer)
+    served = _served(setup, vocabulary, request)
     training = [setup.rest(question) for question in spread(request.training, _IMATRIX_QUESTIONS)]
     held_out = [setup.rest(question) for question, _ in request.held_out]
     source = _source(request, merged)
     write_gguf(
         full,
         merged.model,
-        vocabulary,
-        task=task,
-        chat_template=chat_template(prompt),
+        served.vocabulary,
+        task=setup.task,
+        chat_template=chat_template(setup.prompt),
         source=source,
+        rows=served.rows,
         precision=request.precision,
         progress=lambda done, total: progress("convert", done, total),
     )
@@ -282,11 +313,39 @@ def _convert_and_measure(full: Path, request: Request, progress: Progress) -> _M
                 held_out,
                 lambda done, total: progress("prove merged", done, total),
             )
-    return _Measured(setup, source, imatrix, reference)
+    return _Measured(served, source, imatrix, reference)
 
 
-def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[str, int]:
+def _served(whole: _Setup, vocabulary: Vocabulary, request: Request) -> _Served:
+    """Trim the vocabulary, if that is wanted and there is something to leave out."""
+    if request.merges is None:
+        return _Served(whole, vocabulary)
+    texts = [*_PROBES, *request.training]
+    needed = {*whole.prefix, *chain(*whole.trie.sequences), *chain(*map(whole.ids, texts))}
+    needed |= whole_words(whole.tokenizer, [whole.prompt.text(""), *texts])
+    trimmed = trim(whole.tokenizer, needed, request.merges)
+    if trimmed is None:
+        return _Served(whole, vocabulary)
+    cut = _Setup.of(whole.task, trimmed.tokenizer)
+
+    def compared(questions: Sequence[str]) -> dict[str, int]:
+        differ = [trimmed.split_otherwise(whole.ids(q), cut.ids(q)) for q in questions]
+        return {"questions": len(questions), "split_otherwise": sum(differ)}
+
+    report = {
+        "tokens": len(trimmed.rows),
+        "of": len(vocabulary.tokens),
+        "merges": request.merges,
+        "held_out": compared([question for question, _ in request.held_out]),
+        "training": compared(request.training),
+    }
+    kept = read_vocabulary(trimmed.tokenizer, len(trimmed.rows))
+    return _Served(cut, kept, trimmed.rows, report)
+
+
+def _modelfile(full: Path, gguf: str, written: _Served, request: Request) -> tuple[str, int]:
     """The Modelfile, its tokens checked; and how many questions spell a special token."""
+    setup = written.setup
     with LlamaModel(full, vocab_only=True) as served:
         prompt, trie = prepare(Bundle.read(full).task, served, str(full))
         if (prompt, trie.sequences, trie.end) != (
@@ -304,6 +363,8 @@ def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[
             gguf=gguf,
             parameters=parameters(setup.prompt, setup.trie, served),
         )
+        if written.rows is not None:  # no other program has these tokens: look at all there is
+            check_tokens(setup.prompt, setup.tokenizer, served, text, request.training)
         questions = [*_PROBES, *(question for question, _ in request.held_out)]
         return text, check_tokens(setup.prompt, setup.tokenizer, served, text, questions)
 

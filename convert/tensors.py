@@ -130,6 +130,11 @@ def gguf_name(name: str, arch: Architecture) -> str:
     raise ExportError(f"tensor {name} has no place in a {arch.name} GGUF: it cannot be converted")
 
 
+def has_token_rows(name: str) -> bool:
+    """Whether a Hugging Face tensor has a row for each token of the vocabulary."""
+    return name in (EMBEDDING, HEAD)
+
+
 def gguf_tensor(
     name: str, tensor: torch.Tensor, arch: Architecture, params: HyperParameters
 ) -> torch.Tensor:

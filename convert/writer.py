@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ from convert.tensors import (
     architecture,
     gguf_name,
     gguf_tensor,
+    has_token_rows,
     hyper_parameters,
     is_tied,
 )
@@ -38,6 +39,7 @@ def write_gguf(
     task: Task,
     chat_template: str,
     source: Mapping[str, Any],
+    rows: Sequence[int] | None = None,
     precision: Precision = "f16",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -46,10 +48,11 @@ def write_gguf(
     Args:
         path: the file to write.
         model: a causal language model of a known architecture, float32.
-        vocabulary: its tokenizer; as many tokens as the embedding has rows.
+        vocabulary: its tokenizer; as many tokens as the embedding has rows, or as `rows`.
         task: goes into the metadata whole, so that the file needs no other.
         chat_template: Jinja, for `tokenizer.chat_template`.
         source: versions and fingerprint of what the file was made from.
+        rows: of embedding and head, to keep these only, in this order.
         precision: of matrices; vectors (norms, biases) stay float32.
         progress: called with tensors done and in all.
 
@@ -63,6 +66,8 @@ def write_gguf(
     state: dict[str, torch.Tensor] = dict(model.state_dict())
     if is_tied(state):
         state.pop(HEAD, None)
+    if rows is not None:
+        state = {n: t[list(rows)] if has_token_rows(n) else t for n, t in state.items()}
     writer = GGUFWriter(path, arch.name, use_temp_file=False)
     try:
         _add_hyper_parameters(writer, arch, params)
