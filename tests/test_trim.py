@@ -100,6 +100,15 @@ def test_theorem_for_any_merges(tmp_path):
     assert min(seen.values()) > 50
 
 
+def test_equal_pairs_are_merged_leftmost_first(tmp_path):
+    pairs = [(0, 0), (3, 0), (1, 1)]  # aa, then aa a, and bb
+    tokenizer = invented(tmp_path, pairs, range(3))
+    trimmed = trim(tokenizer, tokenizer.encode("aaa", special=False), 0)
+    assert trimmed.tokenizer.spec["model"]["merges"] == [("a", "a"), ("aa", "a")]
+    assert agree(tokenizer, trimmed, "aaa")
+    assert not agree(tokenizer, trimmed, "bbb")
+
+
 @pytest.fixture(scope="module", params=["qwen3", "qwen2", "llama"])
 def tiny(request, make_checkpoint):
     return HubTokenizer(make_checkpoint(request.param, hidden=64).base)
