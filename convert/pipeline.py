@@ -29,7 +29,15 @@ from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import quantize
 from convert.replay import TorchReplay
 from convert.trim import trim, whole_words
-from convert.verify import Floats, check_tokens, quality, replay_gguf, replay_torch, spread
+from convert.verify import (
+    Floats,
+    check_questions,
+    check_tokens,
+    quality,
+    replay_gguf,
+    replay_torch,
+    spread,
+)
 from convert.vocab import Vocabulary, read_vocabulary
 from convert.writer import Precision, write_gguf
 from qcat.backends.llama import LlamaModel, default_threads
@@ -364,7 +372,7 @@ def _modelfile(full: Path, gguf: str, written: _Served, request: Request) -> tup
             parameters=parameters(setup.prompt, setup.trie, served),
         )
         if written.rows is not None:  # no other program has these tokens: look at all there is
-            check_tokens(setup.prompt, setup.tokenizer, served, text, request.training)
+            check_questions(setup.prompt, setup.tokenizer, served, request.training)
         questions = [*_PROBES, *(question for question, _ in request.held_out)]
         return text, check_tokens(setup.prompt, setup.tokenizer, served, text, questions)
 

@@ -17,6 +17,7 @@ from test_tokens import TEXT
 from convert.card import vocabulary_line
 from convert.pipeline import Request, export
 from convert.trim import DEFAULT_MERGES, Trimmed, trim, whole_words
+from convert.verify import check_questions
 from convert.vocab import CONTROL, read_vocabulary
 from convert.writer import write_gguf
 from qcat import cli
@@ -25,6 +26,7 @@ from qcat.classifier import Classifier
 from qcat.cli.retrain import _recipe
 from qcat.errors import BundleError, ExportError
 from qcat.learn.dataset import read_examples
+from qcat.prompt import build_prompt
 from qcat.tokenization import HubTokenizer
 
 ROLES = ("eos_token", "bos_token", "pad_token")
@@ -233,6 +235,13 @@ def test_a_vocabulary_that_spells_otherwise_is_noticed(tiny):
     whole = tiny.encode("pool", special=False)
     with pytest.raises(ExportError, match="spells 'poox' for 'pool'"):
         trimmed.split_otherwise(whole, trimmed.tokenizer.encode("poox", special=False))
+
+
+def test_other_tokens_in_training_are_noticed(tiny, household):
+    prompt, cut = build_prompt(household, tiny), trim(tiny, (), 0).tokenizer
+    check_questions(prompt, cut, cut, corpus())
+    with pytest.raises(ExportError, match=r"question 'gutters\?': training has tokens"):
+        check_questions(prompt, tiny, cut, ["gutters?"])
 
 
 # The file
