@@ -1,8 +1,8 @@
 """A tokenizer cut down to the tokens that a language and a task need.
 
 Kept are the first merges with what they make, the tokens that the caller needs, single bytes, and
-all added tokens, the special ones among them. Ids are numbered anew, in their old order. Knows
-nothing of models.
+all added tokens, the special ones among them. Ids are numbered anew, in their old order.
+`whole_words` says which tokens a language needs. Knows nothing of models.
 
 Theorem. If all tokens that the whole tokenizer makes of a text are kept, the cut one makes the
 same of it.
