@@ -111,32 +111,17 @@ def test_an_adapter_for_more_layers_than_the_base_has_is_refused(make_checkpoint
 # The command
 
 
-@pytest.fixture(scope="module")
-def cut_run(easy_job):
-    """A finished run with one layer of the base's two, and what the command said.
-
-    One layer of a random base takes more epochs than two to tell the easy questions apart.
-    """
-    folder, args = easy_job
-    program = Path(sys.executable).with_name("qcat")
-    done = subprocess.run(
-        [program, *args, "--layers", "1", "--epochs", "16", "-o", folder / "cut"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return folder / "cut", done
-
-
-def test_trains_exports_and_asks_with_fewer_layers(qcat, cut_run, tmp_path):
+def test_trains_exports_and_asks_with_fewer_layers(qcat, call, easy_job, tmp_path):
+    """One layer of a random base takes more epochs than two to tell the easy questions apart."""
     from peft import PeftModel
 
-    run, done = cut_run
+    run = tmp_path / "run"
+    done = call(*easy_job[1], "--layers", "1", "--epochs", "16", "-o", run)
     assert done.stdout.startswith("layers: the first 1 of the base's 2\nepoch 1: ")
     record = json.loads((run / "run.json").read_text())
     assert (record["layers"], record["base_layers"]) == (1, 2)
     assert record["test"]["accuracy"] > 0.8  # by chance 0.25
-    made = qcat("export", run, "-o", tmp_path / "out", "--quant", "q8_0", "--max-flips", "1")
+    made = call("export", run, "-o", tmp_path / "out", "--quant", "q8_0", "--max-flips", "1")
     assert made.returncode == 0, made.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["source"]["layers"], report["source"]["base_layers"]) == (1, 2)
@@ -146,18 +131,16 @@ def test_trains_exports_and_asks_with_fewer_layers(qcat, cut_run, tmp_path):
     assert "- layers: the first 1 of the base's 2\n" in card
     gguf = tmp_path / "out" / "sorts.gguf"
     assert read_header(gguf).metadata["qwen3.block_count"] == 1
-    assert "layers       the first 1 of the base's 2\n" in qcat("inspect", gguf).stdout
+    assert "layers       the first 1 of the base's 2\n" in call("inspect", gguf).stdout
     assert qcat("ask", "-m", gguf, "who did the motor here").stdout == "pool pump\n"
 
     base = load_base(Path(record["settings"]["base"]), torch.float32)
     in_peft = PeftModel.from_pretrained(base, run).eval()  # the whole base and nothing of qcat
     torch.testing.assert_close(logits(put_together(run)), logits(in_peft))
 
-
-def test_retraining_keeps_the_layers(cut_run):
-    run = Run.read(cut_run[0])
-    assert run.settings.layers == 1
-    assert run.is_in(cut_run[0])
+    found = Run.read(run)  # which `qcat retrain` begins with
+    assert found.settings.layers == 1
+    assert found.is_in(run)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +154,9 @@ def test_retraining_keeps_the_layers(cut_run):
         (("--layers", "auto", "--max-f1-loss", "2"), "Invalid value for '--max-f1-loss'"),
     ],
 )
-def test_impossible_layers_are_usage_errors(qcat, easy_job, tmp_path, options, message):
+def test_impossible_layers_are_usage_errors(call, easy_job, tmp_path, options, message):
     folder, args = easy_job
-    done = qcat(*args, *options, "-o", tmp_path / "run")
+    done = call(*args, *options, "-o", tmp_path / "run")
     assert done.returncode == 2
     assert f"Error: {message.format(base=folder / 'base')}" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
@@ -196,7 +179,7 @@ def test_depths_go_down_from_all(layers):
     assert sum(found) <= 3 * layers + len(found) / 2  # what the help says it costs, and rounding
 
 
-def test_a_killed_walk_goes_on_and_keeps_depth_that_matters(qcat, easy_job, easy_run, tmp_path):
+def test_a_killed_walk_goes_on_and_keeps_depth_that_matters(call, easy_job, easy_run, tmp_path):
     """One layer of the random base does not learn in so few epochs what two do."""
     _, args = easy_job
     target = tmp_path / "run"
@@ -211,9 +194,9 @@ def test_a_killed_walk_goes_on_and_keeps_depth_that_matters(qcat, easy_job, easy
         process.wait()
     first = (target / "depths/2/adapter_model.safetensors").stat()
     assert not (target / "run.json").exists()
-    early = qcat("export", target, "-o", tmp_path / "out")
+    early = call("export", target, "-o", tmp_path / "out")
     assert "its training is unfinished" in early.stderr
-    done = qcat(*walk)
+    done = call(*walk)
     assert done.returncode == 0, done.stderr
     assert (target / "adapter_model.safetensors").stat().st_mtime_ns == first.st_mtime_ns
 

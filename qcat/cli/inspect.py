@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from convert.card import layers_text
+from convert.card import layers_text, vocabulary_line
 from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, section
 from qcat.classifier import read_calibration
 from qcat.errors import BundleError
@@ -80,6 +80,8 @@ def _rows(
         ("fingerprint", str(source.get("fingerprint"))),
         ("made with", ", ".join(f"{k} {v}" for k, v in source.get("versions", {}).items())),
     ]
+    if "vocabulary" in report:
+        rows.append(("vocabulary", vocabulary_line(report["vocabulary"])))
     proof = report.get("proof")
     if proof:
         made = proof["quantized"]
