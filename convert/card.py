@@ -55,7 +55,7 @@ def choice_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
     """`MODEL_CARD.md` for an exported bundle."""
-    source = report["source"]
+    source, trimmed = report["source"], "vocabulary" in report
     lines = [
         f"# {task.name}",
         "",
@@ -75,6 +75,7 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
         "",
         f"- base: {source['base']}",
         f"- adapter: {source['adapter'] or 'none'}",
+        f"- layers: {layers_text(source)}",
         f"- SHA-256 of the source weights: `{source['fingerprint']}`",
         "- made with " + ", ".join(f"{name} {v}" for name, v in source["versions"].items()),
         "- importance matrix: "
@@ -83,6 +84,7 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
             if report["imatrix_questions"]
             else "none"
         ),
+        *([f"- vocabulary: {vocabulary_line(report['vocabulary'])}"] if trimmed else []),
         "- tensors: " + ", ".join(f"{n} {kind}" for kind, n in report["tensors"].items()),
     ]
     if report["fallbacks"]:
@@ -99,7 +101,8 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
     lines += [
         "",
         "Flips are questions that get another label than from the merged model; KL is the "
-        "divergence of the label distributions from its, in nats. Training prompt, runtime "
+        "divergence of the label distributions from its, in nats. "
+        f"{'In the kept tokens training' if trimmed else 'Training'} prompt, runtime "
         f"prompt and Modelfile gave the same tokens for all {report['proof']['questions']} "
         "questions.",
     ]
@@ -118,6 +121,26 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
             "reads as one; qcat reads it as text."
         )
     return "\n".join([*lines, ""])
+
+
+def layers_text(source: Mapping[str, Any]) -> str:
+    """How many layers of its base a model has."""
+    kept, whole = source["layers"], source["base_layers"]
+    if kept == whole:
+        return f"all {whole} of the base"
+    return f"the first {kept} of the base's {whole}"
+
+
+def vocabulary_line(found: Mapping[str, Any]) -> str:
+    """The report's trimmed vocabulary in one line."""
+    parts = ", ".join(
+        f"{found[key]['split_otherwise']} of {found[key]['questions']} {name} questions"
+        for key, name in (("held_out", "held-out"), ("training", "training"))
+    )
+    return (
+        f"{found['tokens']:,} of {found['of']:,} tokens kept, with the first {found['merges']:,} "
+        f"merges; split otherwise for it: {parts}"
+    )
 
 
 def calibration_line(found: Mapping[str, Any]) -> str:

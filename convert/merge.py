@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from convert.decoder import OneLayer
 from convert.tensors import EMBEDDING, HEAD, architecture
 from convert.weights import Checkpoint, Rows, Shape
-from qcat.checkpoint import base_folder, first_line, load_config
+from qcat.checkpoint import base_folder, count_layers, first_line, load_config
 from qcat.errors import ExportError, ModelError
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ class Source:
     """The adapter's folder if it has a tokenizer of its own, else the base's."""
     vocabulary_rows: int
     """Rows of the merged embedding."""
+    layers: int
+    """Of the merged model: fewer than the base has if the adapter was trained on fewer."""
+    base_layers: int
 
 
 def locate(adapter: Path | None, base: str | None) -> Source:
@@ -69,7 +72,9 @@ def locate(adapter: Path | None, base: str | None) -> Source:
         rows = _embedding_rows(adapter) or rows
         if (adapter / "tokenizer.json").is_file():
             tokenizer_folder = adapter
-    return Source(base, folder, adapter, tokenizer_folder, rows)
+    whole = count_layers(folder)
+    layers = _kept_layers(config) or whole
+    return Source(base, folder, adapter, tokenizer_folder, rows, layers, whole)
 
 
 class Merger:
@@ -87,8 +92,8 @@ class Merger:
 
         self._source = source
         self._checkpoint = Checkpoint(source.folder)
-        self.config = load_config(source.folder)
-        """The base's transformers configuration, with as many rows as the merged embedding has."""
+        self.config = load_config(source.folder, source.layers)
+        """The base's transformers configuration, with the merged model's rows and layers."""
         self.architecture = architecture(self.config)
         """How its tensors are named in a GGUF."""
         self._origins = self._find_origins()
@@ -195,12 +200,16 @@ class Merger:
 
     def _adapted(self, model: Any, adapter: Path, tied: bool) -> Any:
         """The model with the adapter on its layers, and merged into embedding and head."""
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
         with self._fits(adapter):
-            tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
+            config = PeftConfig.from_pretrained(str(adapter))
+            config.layer_replication = None  # the layers are picked already; PEFT merges no others
+            tuned = PeftModel.from_pretrained(
+                model, str(adapter), config=config, low_cpu_mem_usage=True
+            )
         model = tuned.eval().get_base_model()
         for parent, name in ((model.model, "embed_tokens"), (model, "lm_head")):
             module = getattr(parent, name)
@@ -328,7 +337,24 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
                 f"{path}: modules_to_save holds {module!r}: only lm_head and embed_tokens "
                 "can be exported"
             )
-    return config
+    match config.get("layer_replication"):
+        case None | [] | [[0, int()]]:
+            return config
+        case stack:
+            raise ExportError(
+                f"{path}: layer_replication is {stack}: only a base's first layers, as [[0, 14]], "
+                "can be exported"
+            )
+
+
+def _kept_layers(config: Mapping[str, Any]) -> int | None:
+    """How many layers of its base an adapter is for, from the bottom; None for all.
+
+    PEFT's `layer_replication` names the layers of the base that make up the model: `[[0, 14]]` is
+    the first 14, as `qcat train --layers 14` writes it.
+    """
+    stack = config.get("layer_replication")
+    return int(stack[0][1]) if stack else None
 
 
 def _embedding_rows(adapter: Path) -> int | None:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,17 @@ from convert.merge import Source, fingerprint, locate
 from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import AUTO, CANDIDATES, quantize
 from convert.stream import Job, Measured, convert
-from convert.verify import Floats, Replayed, check_tokens, quality, replay_gguf, spread
-from convert.vocab import read_vocabulary
+from convert.trim import trim, whole_words
+from convert.verify import (
+    Floats,
+    Replayed,
+    check_questions,
+    check_tokens,
+    quality,
+    replay_gguf,
+    spread,
+)
+from convert.vocab import Vocabulary, read_vocabulary
 from convert.writer import Precision
 from qcat.backends.llama import LlamaModel
 from qcat.bundle import REPORT_KEY, Bundle, write_sections
@@ -75,6 +85,9 @@ class Request:
     that changes no more labels than `max_flips`."""
     precision: Precision = "f16"
     """Of the GGUF that is quantized."""
+    merges: int | None = None
+    """Trim the vocabulary to its first so many merges, the words of the texts' language and what
+    the task and its training questions need; None keeps all of it."""
     held_out: tuple[tuple[str, int], ...] = ()
     """Questions (cleaned) and right labels for the proof."""
     validation: tuple[Question, ...] = ()
@@ -141,7 +154,9 @@ def _way_out(request: Request) -> str:
     larger = [] if request.quantization == AUTO else ["q5_k_m", "q8_0"]
     if request.quantization in larger:
         del larger[: larger.index(request.quantization) + 1]
-    ways = [f"--quant {' or '.join(larger)}"] if larger else []
+    ways = ["--vocab full"] if request.merges is not None else []
+    if larger:
+        ways.append(f"--quant {' or '.join(larger)}")
     if not request.training:
         ways.append("questions for the importance matrix")
     return ", or with ".join([*ways, "a higher --max-flips"])
@@ -206,9 +221,25 @@ class _Setup:
     prefix: list[int]
     trie: LabelTrie
 
+    @classmethod
+    def of(cls, task: Task, tokenizer: HubTokenizer) -> _Setup:
+        """The prompt and the labels of a task in the tokens of a tokenizer."""
+        prompt = build_prompt(task, tokenizer)
+        return cls(
+            task=task,
+            tokenizer=tokenizer,
+            prompt=prompt,
+            prefix=encode_segments(prompt.prefix, tokenizer),
+            trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
+        )
+
+    def ids(self, question: str) -> list[int]:
+        """Token ids after the prefix."""
+        return encode_segments(self.prompt.rest(question), self.tokenizer)
+
     def rest(self, question: str) -> list[int]:
         """Token ids after the prefix. Raises DataError for a question that does not fit."""
-        ids = encode_segments(self.prompt.rest(question), self.tokenizer)
+        ids = self.ids(question)
         if len(ids) > QUESTION_ROOM:
             raise DataError(
                 f"question {question[:60]!r}…: {len(ids)} tokens, "
@@ -217,12 +248,25 @@ class _Setup:
         return ids
 
 
+@dataclass(frozen=True)
+class _Served:
+    """The vocabulary that the GGUF has: the whole one, or a trimmed one with ids of its own."""
+
+    setup: _Setup
+    vocabulary: Vocabulary
+    rows: tuple[int, ...] | None = None
+    """Of embedding and head that are kept; None for all."""
+    report: dict[str, Any] | None = None
+    """What was trimmed, and how many questions have other tokens for it."""
+
+
 def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -> dict[str, Any]:
     full = folder / f"full.{request.precision}.gguf"
-    job, setup = _job(full, request)
+    job, served = _job(full, request)
+    setup = served.setup
     measured = run(job, lambda done, total: progress("merge and convert", done, total))
     gguf = folder / f"{setup.task.name}.gguf"
-    text, special = _modelfile(full, gguf.name, setup, request)
+    text, special = _modelfile(full, gguf.name, served, request)
 
     kinds = CANDIDATES if request.quantization == AUTO else (request.quantization,)
     files = {kind: folder / f"{kind}.gguf" for kind in kinds}
@@ -250,6 +294,8 @@ def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -
         "tensors": made[kind].types,
         "fallbacks": made[kind].fallbacks,
     }
+    if served.report:
+        report["vocabulary"] = served.report
     if trials:
         report["choice"] = [trial.to_dict() for trial in trials]
     if proof:
@@ -268,44 +314,69 @@ def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -
     return report
 
 
-def _job(full: Path, request: Request) -> tuple[Job, _Setup]:
-    """All that is needed to merge and write the model; nothing of it takes torch."""
+def _job(full: Path, request: Request) -> tuple[Job, _Served]:
+    """All that is needed to merge and write the model, and what serves it; none takes torch."""
     source = locate(request.adapter, request.base)
     with ThreadPoolExecutor(1) as pool:
         hashed = pool.submit(fingerprint, source.folder, source.adapter)  # seconds of work
         tokenizer = HubTokenizer(source.tokenizer_folder)
         vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
-        task = with_codes(request.task, tokenizer)
-        prompt = build_prompt(task, tokenizer)
-        setup = _Setup(
-            task=task,
-            tokenizer=tokenizer,
-            prompt=prompt,
-            prefix=encode_segments(prompt.prefix, tokenizer),
-            trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
-        )
+        setup = _Setup.of(with_codes(request.task, tokenizer), tokenizer)
+        served = _served(setup, vocabulary, request)
         training = [setup.rest(text) for text in spread(request.training, _IMATRIX_QUESTIONS)]
         held_out = [setup.rest(text) for text, _ in request.held_out]
     job = Job(
         source=source,
         target=full,
         precision=request.precision,
-        task=task,
-        vocabulary=vocabulary,
-        chat_template=chat_template(prompt),
+        task=setup.task,
+        vocabulary=served.vocabulary,
+        rows=served.rows,
+        chat_template=chat_template(setup.prompt),
         made_from=_made_from(source, hashed.result()),
         prefix=setup.prefix,
         trie=setup.trie,
         training=training,
         held_out=held_out,
     )
-    return job, setup
+    return job, served
 
 
-def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[str, int]:
+def _served(whole: _Setup, vocabulary: Vocabulary, request: Request) -> _Served:
+    """Trim the vocabulary, if that is wanted and there is something to leave out."""
+    if request.merges is None:
+        return _Served(whole, vocabulary)
+    texts = [*_PROBES, *request.training]
+    needed = {*whole.prefix, *chain(*whole.trie.sequences), *chain(*map(whole.ids, texts))}
+    needed |= whole_words(whole.tokenizer, [whole.prompt.text(""), *texts])
+    trimmed = trim(whole.tokenizer, needed, request.merges)
+    if trimmed is None:
+        return _Served(whole, vocabulary)
+    cut = _Setup.of(whole.task, trimmed.tokenizer)
+
+    def compared(questions: Sequence[str]) -> dict[str, int]:
+        differ = [trimmed.split_otherwise(whole.ids(q), cut.ids(q)) for q in questions]
+        return {"questions": len(questions), "split_otherwise": sum(differ)}
+
+    held_out = [question for question, _ in request.held_out]
+    for question in held_out:
+        cut.rest(question)  # now, not after the merge, if smaller tokens do not fit
+    report = {
+        "tokens": len(trimmed.rows),
+        "of": len(vocabulary.tokens),
+        "merges": request.merges,
+        "held_out": compared(held_out),
+        "training": compared(request.training),
+    }
+    kept = read_vocabulary(trimmed.tokenizer, len(trimmed.rows))
+    return _Served(cut, kept, trimmed.rows, report)
+
+
+def _modelfile(full: Path, gguf: str, served: _Served, request: Request) -> tuple[str, int]:
     """The Modelfile, its tokens checked; and how many questions spell a special token."""
-    with LlamaModel(full, vocab_only=True) as served:
-        prompt, trie = prepare(Bundle.read(full).task, served, str(full))
+    setup = served.setup
+    with LlamaModel(full, vocab_only=True) as model:
+        prompt, trie = prepare(Bundle.read(full).task, model, str(full))
         if (prompt, trie.sequences, trie.end) != (
             setup.prompt,
             setup.trie.sequences,
@@ -319,10 +390,12 @@ def _modelfile(full: Path, gguf: str, setup: _Setup, request: Request) -> tuple[
             setup.task,
             setup.prompt,
             gguf=gguf,
-            parameters=parameters(setup.prompt, setup.trie, served),
+            parameters=parameters(setup.prompt, setup.trie, model),
         )
+        if served.rows is not None:  # no other program has these tokens: look at all there is
+            check_questions(setup.prompt, setup.tokenizer, model, request.training)
         questions = [*_PROBES, *(question for question, _ in request.held_out)]
-        return text, check_tokens(setup.prompt, setup.tokenizer, served, text, questions)
+        return text, check_tokens(setup.prompt, setup.tokenizer, model, text, questions)
 
 
 def _prove(
@@ -396,6 +469,8 @@ def _made_from(source: Source, digest: str) -> dict[str, Any]:
     return {
         "base": Path(source.base).resolve().name if Path(source.base).is_dir() else source.base,
         "adapter": source.adapter.resolve().name if source.adapter else None,
+        "layers": source.layers,
+        "base_layers": source.base_layers,
         "fingerprint": digest,
         "versions": {package: metadata.version(package) for package in packages},
     }

@@ -36,11 +36,15 @@ class Job:
     precision: Precision
     task: Task
     vocabulary: Vocabulary
+    """Of the GGUF."""
+    rows: tuple[int, ...] | None
+    """Of embedding and head, ascending, that the GGUF keeps; None for all. What is measured here is
+    the whole model."""
     chat_template: str
     made_from: dict[str, Any]
     """As `GGUFFile` takes it for its source."""
     prefix: list[int]
-    """Token ids of the prompt up to the question."""
+    """Token ids of the prompt up to the question, like those below in the whole vocabulary."""
     trie: LabelTrie
     training: list[list[int]]
     """Token ids after the prefix of the questions for the importance matrix."""
@@ -92,6 +96,7 @@ def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured
         task=job.task,
         chat_template=job.chat_template,
         source=job.made_from,
+        rows=job.rows,
         precision=job.precision,
     ) as gguf:
         gguf.add(EMBEDDING, merger.embedding())

@@ -155,6 +155,16 @@ def check_tokens(
     return special
 
 
+def check_questions(
+    prompt: Prompt, trained: Encoder, served: Encoder, questions: Sequence[str]
+) -> None:
+    """As `check_tokens`, without the prefix and the Modelfile: quick, for many questions."""
+    for question in questions:
+        rest = prompt.rest(question)
+        ids = (encode_segments(rest, encoder) for encoder in (trained, served))
+        _compare(question, "training", *ids)
+
+
 def _compare(question: str, where: str, theirs: list[int], ours: list[int]) -> None:
     if theirs == ours:
         return

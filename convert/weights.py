@@ -7,6 +7,7 @@ Format: https://github.com/huggingface/safetensors.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,12 +93,21 @@ class Rows:
         self._stored = int(shape[0])
         self.shape = (count, int(shape[1]))
 
-    def chunks(self) -> Iterator[torch.Tensor]:
-        """All rows in order, some megabytes at a time, as they are stored."""
+    def chunks(self, ids: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
+        """Rows in order, some megabytes at a time, as they are stored.
+
+        Args:
+            ids: which rows, ascending; None for all.
+        """
         rows, columns = self.shape
         step = max(1, _CHUNK // columns)
         for start in range(0, rows, step):
-            yield self._part(start, min(start + step, rows))
+            part = self._part(start, min(start + step, rows))
+            if ids is not None:
+                wanted = ids[bisect_left(ids, start) : bisect_left(ids, start + step)]
+                part = part[[number - start for number in wanted]]
+            if len(part):
+                yield part
 
     def take(self, ids: Sequence[int]) -> torch.Tensor:
         """Some rows, in float32: (ids, columns)."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
 from convert.tensors import (
+    EMBEDDING,
+    HEAD,
     Architecture,
     HyperParameters,
     architecture,
@@ -37,10 +39,11 @@ class GGUFFile:
         path: the file to write.
         config: the model's transformers configuration.
         shapes: of all tensors by their Hugging Face names, in the order they will be added.
-        vocabulary: its tokenizer; as many tokens as the embedding has rows.
+        vocabulary: its tokenizer; as many tokens as the embedding has rows, or as `rows`.
         task: goes into the metadata whole, so that the file needs no other.
         chat_template: Jinja, for `tokenizer.chat_template`.
         source: versions and fingerprint of what the file was made from.
+        rows: of embedding and head, ascending, to keep these only; None keeps all.
         precision: of matrices; vectors (norms, biases) stay float32.
 
     Raises:
@@ -57,6 +60,7 @@ class GGUFFile:
         task: Task,
         chat_template: str,
         source: Mapping[str, Any],
+        rows: Sequence[int] | None = None,
         precision: Precision = "f16",
     ) -> None:
         from gguf import GGUFWriter
@@ -64,7 +68,8 @@ class GGUFFile:
         self._arch = architecture(config)
         self._params = hyper_parameters(config, len(vocabulary.tokens))
         self._precision = precision
-        self._shapes = shapes
+        self._rows = rows
+        self._shapes = {name: self._kept(name, shape) for name, shape in shapes.items()}
         self._writer = GGUFWriter(path, self._arch.name, use_temp_file=False)
         try:
             _add_hyper_parameters(self._writer, self._arch, self._params)
@@ -74,7 +79,7 @@ class GGUFFile:
             self._writer.add_chat_template(chat_template)
             self._writer.add_string(TASK_KEY, json.dumps(task.to_dict(), ensure_ascii=False))
             self._writer.add_string(SOURCE_KEY, json.dumps(dict(source), ensure_ascii=False))
-            for name, shape in shapes.items():
+            for name, shape in self._shapes.items():
                 self._announce(name, shape)
             self._writer.write_header_to_file()
             self._writer.write_kv_data_to_file()
@@ -94,19 +99,24 @@ class GGUFFile:
 
         Args:
             name: its Hugging Face name.
-            values: its numbers, in any floating type.
+            values: its numbers, in any floating type; of `Rows` those to keep are taken.
 
         Raises:
             ExportError: they are not all finite, or do not fit the precision.
         """
         if isinstance(values, Rows):
-            chunks = values.chunks()
+            chunks = values.chunks(self._rows)
         else:
             chunks = iter((gguf_tensor(name, values, self._arch, self._params),))
         size = math.prod(self._shapes[name]) * _SIZES[self._kind(self._shapes[name])]
         # The writer asks of a tensor no more than its size and that it can write itself.
         stored: Any = _Stored(size, (self._converted(name, chunk) for chunk in chunks))
         self._writer.write_tensor_data(stored)
+
+    def _kept(self, name: str, shape: Shape) -> Shape:
+        if self._rows is None or name not in (EMBEDDING, HEAD):
+            return shape
+        return (len(self._rows), *shape[1:])
 
     def _announce(self, name: str, shape: Shape) -> None:
         import numpy as np

@@ -5,6 +5,7 @@ For training and conversion, so the heavy libraries are imported when a function
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = ["tokenizer*.json", "config.json"]
 _FILES = ["*.safetensors", "*.json", "*.txt"]
+_PER_LAYER = ("layer_types", "mlp_layer_types")
+"""Lists in a configuration with an entry for each layer, as transformers' validator has them."""
 
 
 def base_folder(base: str, *, weights: bool = True) -> Path:
@@ -50,12 +53,33 @@ def base_folder(base: str, *, weights: bool = True) -> Path:
     return folder
 
 
-def load_config(folder: Path) -> Any:
-    """The transformers configuration of a checkpoint's folder.
+def count_layers(folder: Path) -> int:
+    """How many layers the model in a checkpoint's folder has.
+
+    Read without transformers, whose import brings torch: seconds, and hundreds of megabytes.
 
     Raises:
-        ModelError: there is none that can be read, or the model is quantized (merging into a
-            quantized base loses the fine-tune).
+        ModelError: `config.json` does not say.
+    """
+    try:
+        return int(json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"])
+    except OSError as error:
+        why = error.strerror
+    except (ValueError, KeyError, TypeError):
+        why = "does not say how many layers the model has"
+    raise ModelError(f"base {folder}: cannot be loaded: config.json: {why}")
+
+
+def load_config(folder: Path, layers: int | None = None) -> Any:
+    """The transformers configuration of a checkpoint's folder.
+
+    Args:
+        folder: as `base_folder` gives it.
+        layers: how many to keep of the model's, from the bottom; None keeps all.
+
+    Raises:
+        ModelError: there is none that can be read, or it has fewer layers, or the model is
+            quantized (merging into a quantized base loses the fine-tune).
     """
     from transformers import AutoConfig
 
@@ -65,11 +89,27 @@ def load_config(folder: Path) -> Any:
         raise ModelError(f"base {folder}: cannot be loaded: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):
         raise ModelError(f"base {folder}: is quantized: start from the unquantized base")
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ModelError(
+                f"base {folder}: has {config.num_hidden_layers} layers: keep between 1 and all of "
+                f"them, not {layers}"
+            )
+        for name in _PER_LAYER:
+            if getattr(config, name, None):
+                setattr(config, name, getattr(config, name)[:layers])
+        config.num_hidden_layers = layers
     return config
 
 
-def load_base(folder: Path, dtype: torch.dtype) -> Any:
+def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> Any:
     """The causal language model of a folder, on the CPU.
+
+    Args:
+        folder: as `base_folder` gives it.
+        dtype: of the weights.
+        layers: how many to keep, from the bottom; None keeps all. Embedding, final norm and head
+            stay. What is above them is not read.
 
     Raises:
         ModelError: as `load_config`; or the weights cannot be loaded, or are not whole.
@@ -81,7 +121,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call] # the command line draws its own
 
-    config = load_config(folder)
+    config = load_config(folder, layers)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True

@@ -32,16 +32,17 @@ class HubTokenizer:
 
     Args:
         folder: holds `tokenizer.json` and, for the end token's name, `tokenizer_config.json`.
+        spec: what to take in the place of `tokenizer.json`, as it would be read from there.
 
     Raises:
         ModelError: a file is absent or unreadable, or no end token is named.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, spec: dict[str, Any] | None = None) -> None:
         from tokenizers import Tokenizer
 
         self.folder = folder
-        self.spec = _read_json(folder / "tokenizer.json")
+        self.spec = _read_json(folder / "tokenizer.json") if spec is None else spec
         self.config = _read_json(folder / "tokenizer_config.json")
         marked = [{**added, "special": is_control(added)} for added in self.spec["added_tokens"]]
         text = json.dumps({**self.spec, "added_tokens": marked})

@@ -167,3 +167,20 @@ def qcat() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `qcat`, but in this process, all of it: every start of another costs seconds."""
+    from convert import pipeline
+    from qcat import cli
+
+    monkeypatch.setattr(pipeline, "convert_apart", pipeline.convert)
+
+    def call(*args: Any) -> subprocess.CompletedProcess[str]:
+        status = cli.run([str(arg) for arg in args])
+        return subprocess.CompletedProcess(args, status, *capsys.readouterr())
+
+    return call

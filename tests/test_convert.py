@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
+from export_job import job_of
 from whole_model import whole
 
 from convert import tensors, writer
 from convert.merge import Merger, locate
-from convert.stream import Job, convert
-from convert.vocab import read_vocabulary
+from convert.stream import convert
 from qcat.backends.llama import LlamaModel
 from qcat.errors import ExportError, ModelError
-from qcat.prompt import encode_answers
 from qcat.tokenization import HubTokenizer
-from qcat.trie import LabelTrie
 
 PROMPT = "When was the pool pump replaced?\nCategory: water heater, fence and 12 gutters"
 KINDS = ("qwen3", "qwen2", "llama")
@@ -28,12 +26,9 @@ KINDS = ("qwen3", "qwen2", "llama")
 
 def written(path, task, adapter, base=None, precision="f16"):
     """Write a GGUF; return the tokenizer."""
-    source = locate(adapter, base)
-    tokenizer = HubTokenizer(source.tokenizer_folder)
-    vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
-    trie = LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end)
-    convert(Job(source, path, precision, task, vocabulary, "", {}, [], trie, [], []))
-    return tokenizer
+    job = job_of(task, path, adapter, base, precision=precision)
+    convert(job)
+    return HubTokenizer(job.source.tokenizer_folder)
 
 
 def merged(adapter, base):

@@ -11,20 +11,17 @@ import time
 
 import pytest
 from conftest import EXAMPLE
+from export_job import job_of
 from whole_model import whole
 
-from convert.merge import locate
 from convert.modelfile import go_template, render
 from convert.pipeline import Request, export
 from convert.quantize import QUANTIZATIONS, quantize
-from convert.stream import Job, convert
-from convert.vocab import read_vocabulary
+from convert.stream import convert
 from qcat.bundle import Bundle, read_header, section
 from qcat.classifier import Classifier
-from qcat.prompt import Prompt, Segment, build_prompt, encode_answers, encode_segments
+from qcat.prompt import Prompt, Segment
 from qcat.task import Task
-from qcat.tokenization import HubTokenizer
-from qcat.trie import LabelTrie
 
 BUNDLE = ["MODEL_CARD.md", "Modelfile", "household.gguf", "labels.gbnf", "report.json", "task.toml"]
 
@@ -82,6 +79,7 @@ def test_makes_a_whole_bundle_with_proof(qcat, make_checkpoint, tmp_path):
     card = (tmp_path / "out" / "MODEL_CARD.md").read_text("utf-8")
     assert report["source"]["fingerprint"] in card
     assert "| q4_k_m GGUF |" in card
+    assert "- layers: all 2 of the base\n" in card
     assert str(tmp_path) not in card + json.dumps(report)
 
     again = qcat("export", checkpoint.adapter, "-t", EXAMPLE / "task.toml", "-o", tmp_path / "out")
@@ -90,6 +88,7 @@ def test_makes_a_whole_bundle_with_proof(qcat, make_checkpoint, tmp_path):
     assert qcat("ask", "-m", tmp_path / "out" / "household.gguf", "gutters?").returncode == 0
     shown = qcat("inspect", tmp_path / "out" / "household.gguf")
     assert "20 held-out questions" in shown.stdout
+    assert "layers       all 2 of the base\n" in shown.stdout
     everything = json.loads(qcat("inspect", "--json", bundle.path).stdout)
     assert everything["task"] == bundle.task.to_dict()
     assert everything["report"]["proof"] == proof
@@ -178,15 +177,9 @@ def test_importance_matrix_is_the_mean_square_of_inputs(make_checkpoint, househo
     import torch
 
     adapter = make_checkpoint().adapter
-    source = locate(adapter, None)
-    tokenizer = HubTokenizer(source.tokenizer_folder)
-    prompt = build_prompt(household, tokenizer)
-    prefix = encode_segments(prompt.prefix, tokenizer)
-    trie = LabelTrie.build(encode_answers(household, tokenizer), tokenizer.end)
-    rest = encode_segments(prompt.rest("When was the pool pump replaced?"), tokenizer)
-    vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
+    questions = ("When was the pool pump replaced?",)
     full = tmp_path / "full.gguf"
-    job = Job(source, full, "f16", household, vocabulary, "", {}, prefix, trie, [rest], [])
+    job = job_of(household, full, adapter, training=questions)
     matrix = convert(job).imatrix
     merged = whole(adapter)
     linear = [n for n, m in merged.named_modules() if isinstance(m, torch.nn.Linear)]
@@ -196,21 +189,14 @@ def test_importance_matrix_is_the_mean_square_of_inputs(make_checkpoint, househo
     layer = merged.model.layers[1].mlp.down_proj
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     with torch.inference_mode():
-        merged(torch.tensor([prefix + rest]))
+        merged(torch.tensor([job.prefix + job.training[0]]))
     hook.remove()
     np.testing.assert_allclose(
         matrix["blk.1.ffn_down.weight"], (seen[0] ** 2).mean(0).numpy(), rtol=1e-3
     )
 
-    export(Request(household, tmp_path / "a", adapter=make_checkpoint().adapter))
-    export(
-        Request(
-            household,
-            tmp_path / "b",
-            adapter=make_checkpoint().adapter,
-            training=("When was the pool pump replaced?",),
-        )
-    )
+    export(Request(household, tmp_path / "a", adapter=adapter))
+    export(Request(household, tmp_path / "b", adapter=adapter, training=questions))
     a, b = (tmp_path / n / "household.gguf" for n in "ab")
     data = [path.read_bytes()[read_header(path).data_start :] for path in (a, b)]
     assert len(data[0]) == len(data[1])

@@ -432,7 +432,7 @@ CHANGED: dict[str, dict[str, Any]] = {
             ),
             "instruction": (1, [], {}, "", False, "\ud800", "a\0b", "word " * 9000),
             "question": (1, [], "", "a\nb", "\x1b"),
-            "answer": (1, {}, "", "a\u2028b", "word " * 300),
+            "answer": (1, {}, "a\u2028b", "word " * 300),
             "style": (1, [], {}, "", "Chat"),
             "verbalizer": (1, [], "", "codes", "code"),
             "review": (1, [], "", True, "/etc/passwd"),

@@ -273,23 +273,13 @@ def stock_template():
 
 def test_a_stock_chat_template_hides_the_modelfiles(server, make_checkpoint, household, tmp_path):
     """The problem that the bundle's own template is there to prevent."""
-    from transformers import AutoModelForCausalLM
+    from export_job import job_of
 
-    from convert.vocab import read_vocabulary
-    from convert.writer import write_gguf
-    from qcat.tokenization import HubTokenizer
+    from convert.stream import convert
 
     base = make_checkpoint(hidden=64).base
-    model = AutoModelForCausalLM.from_pretrained(base)
-    vocabulary = read_vocabulary(HubTokenizer(base), model.get_input_embeddings().weight.shape[0])
-    write_gguf(
-        tmp_path / "stock.gguf",
-        model,
-        vocabulary,
-        task=household,
-        chat_template=stock_template(),
-        source={},
-    )
+    more = {"chat_template": stock_template()}
+    convert(job_of(household, tmp_path / "stock.gguf", None, base, **more))
     text = 'FROM ./stock.gguf\nTEMPLATE """XX {{ .Prompt }} YY"""\n'
     (tmp_path / "Modelfile").write_text(text)
     create(server, "stock", tmp_path)
@@ -351,6 +341,25 @@ def test_branches_below_the_first_token_are_walked(sorts, server, easy_run):
         assert q.confidence > p.confidence - 0.05
         if q.exact:
             assert q.probabilities == pytest.approx(p.probabilities, abs=1e-2)
+
+
+def test_a_trimmed_vocabulary_is_served(server, easy_run):
+    """Ollama and its client read the tokens from the file, whichever they are."""
+    folder = easy_run[0].with_name("sorts-trimmed")
+    args = ("-o", folder, "--quant", "q8_0", "--max-flips", 1, "--ollama", folder.name)
+    done = command(server, QCAT, "export", easy_run[0], "--vocab", "trim", "--merges", 0, *args)
+    assert done.returncode == 0, done.stderr
+    lines = (easy_run[0] / "test.jsonl").read_text("utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    with (
+        Classifier.open(folder / "sorts.gguf") as here,
+        Classifier.open(f"ollama:{folder.name}") as there,
+    ):
+        pairs = list(zip(map(here.ask, texts), there.ask_many(texts), strict=True))
+        count = there._vocabulary.n_vocab
+    assert [q.label for _, q in pairs] == [p.label for p, _ in pairs]
+    report = json.loads((folder / "report.json").read_text("utf-8"))["vocabulary"]
+    assert count == report["tokens"] < report["of"]
 
 
 def test_a_model_that_does_not_speak_its_labels_is_not_deployed(server, house):

@@ -19,7 +19,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from convert.promote import candidate_of, clear, previous_of, promote, reserved
-from qcat import cli
 from qcat.bundle import (
     CALIBRATION_KEY,
     SOURCE_KEY,
@@ -359,7 +358,8 @@ def bundle_of(run, target):
 
     found = Run.read(run)
     held_out = tuple((example.text, example.label) for example in found.split.test)
-    export(Request(found.task, target, run, quantization="q8_0", held_out=held_out, max_flips=1))
+    kind = {"quantization": "q8_0", "merges": 0}
+    export(Request(found.task, target, run, held_out=held_out, max_flips=1, **kind))
     return target
 
 
@@ -378,17 +378,6 @@ def exported(learned, tmp_path_factory):
 def serving(exported, tmp_path):
     """The bundle of `learned`."""
     return shutil.copytree(exported, tmp_path / "house")
-
-
-@pytest.fixture
-def call(capsys):
-    """Run the command in this process: a start of its own costs seconds."""
-
-    def call(*args):
-        status = cli.run([str(arg) for arg in args])
-        return subprocess.CompletedProcess(args, status, *capsys.readouterr())
-
-    return call
 
 
 def start(*args):
@@ -467,6 +456,7 @@ def test_retrains_after_a_kill_compares_and_promotes(call, easy_job, tmp_path):
     assert not candidate_of(serving).exists()
     report = json.loads((serving / "report.json").read_text("utf-8"))
     assert (report["quantization"], report["max_flips"]) == ("q8_0", 1)
+    assert report["vocabulary"]["merges"] == 0  # trimmed as the old one is
     assert report["proof"]["questions"] == len(texts(run / "test.jsonl"))
     assert f"{len(rows()) + 1} questions" in done.stdout
     assert f"reviewed: {len(asked_after)} questions" in done.stdout

@@ -11,34 +11,19 @@ import pytest
 import tiny_model
 import torch
 from conftest import EXAMPLE
-from whole_model import whole
+from export_job import job_of
+from whole_model import parts, whole
 
 from convert.apart import apart
 from convert.merge import Merger, locate
-from convert.stream import Job, convert
-from convert.vocab import read_vocabulary
+from convert.stream import convert
 from convert.weights import Checkpoint, Rows
 from qcat.errors import DataError, ExportError, ModelError
-from qcat.prompt import build_prompt, encode_answers, encode_segments
 from qcat.scoring import label_log_probabilities
 from qcat.task import Task
-from qcat.tokenization import HubTokenizer
-from qcat.trie import LabelTrie
 
 KINDS = ("qwen3", "qwen2", "llama")
 PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.mlp.up_proj": 40}}
-
-
-def parts(adapter, base=None):
-    """All merged tensors by name, and the merger."""
-    merger = Merger(locate(adapter, base))
-    found = {"model.embed_tokens.weight": torch.cat(list(merger.embedding().chunks())).float()}
-    for number, layer in enumerate(merger.layers()):
-        for name, tensor in layer.state_dict().items():
-            found[f"model.layers.{number}.{name}"] = tensor.clone()
-    found["model.norm.weight"] = merger.norm().weight
-    found["lm_head.weight"] = torch.cat(list(merger.head().chunks())).float()
-    return found, merger
 
 
 def assert_same_as_whole(adapter, base=None):
@@ -162,25 +147,6 @@ def test_one_layer_is_in_memory_at_a_time(make_checkpoint):
     assert len(seen) == 4
 
 
-def job_of(task, adapter, target, questions):
-    source = locate(adapter, None)
-    tokenizer = HubTokenizer(source.tokenizer_folder)
-    prompt = build_prompt(task, tokenizer)
-    return Job(
-        source=source,
-        target=target,
-        precision="f16",
-        task=task,
-        vocabulary=read_vocabulary(tokenizer, source.vocabulary_rows),
-        chat_template="",
-        made_from={},
-        prefix=encode_segments(prompt.prefix, tokenizer),
-        trie=LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end),
-        training=[],
-        held_out=[encode_segments(prompt.rest(text), tokenizer) for text in questions],
-    )
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_label_distributions_are_those_of_the_whole_model(kind, make_checkpoint, tmp_path):
     """Of labels that share tokens at several depths, and questions of many lengths."""
@@ -189,7 +155,8 @@ def test_label_distributions_are_those_of_the_whole_model(kind, make_checkpoint,
     lines = (EXAMPLE / "questions.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines[:600:20]]
     checkpoint = make_checkpoint(kind)
-    job = job_of(task, checkpoint.adapter, tmp_path / "m.gguf", [row["text"] for row in rows])
+    texts = [row["text"] for row in rows]
+    job = job_of(task, tmp_path / "m.gguf", checkpoint.adapter, held_out=texts)
     assert len(job.trie.deep_branches) >= 2
     assert len({len(rest) for rest in job.held_out}) > 3
     found = convert(job).reference
@@ -224,8 +191,7 @@ def test_numbers_that_cannot_be_written_are_named(
     tensors = load_file(file)
     tensors[name][3, 5] = value
     save_file(tensors, file, {"format": "pt"})
-    job = job_of(household, checkpoint.adapter, tmp_path / "m.gguf", [])
-    job = Job(**{**vars(job), "source": locate(None, str(tmp_path / "base"))})
+    job = job_of(household, tmp_path / "m.gguf", None, tmp_path / "base")
     with pytest.raises(ExportError, match=f"{name} {message}"):
         convert(job)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from convert.modelfile import modelfile, render
+from convert.trim import trim
 from convert.vocab import CONTROL, USER_DEFINED, read_vocabulary
 from qcat.backends.llama import LlamaModel
 from qcat.errors import ExportError, ModelError, QuestionError, TaskError
@@ -79,16 +80,20 @@ def vocabulary_file(folder, tokenizer, size):
     return path
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama", "real"])
+@pytest.fixture(scope="module", params=["qwen3", "llama", "real", "llama trimmed", "real trimmed"])
 def pair(request, make_checkpoint, tmp_path_factory):
     """The Hugging Face tokenizer and llama.cpp's, of one vocabulary."""
-    if request.param == "real":
+    kind, _, trimmed = request.param.partition(" ")
+    if kind == "real":
         if not (REAL_TOKENIZER / "tokenizer.json").is_file():
             pytest.skip(f"no Qwen3 tokenizer at {REAL_TOKENIZER} (set QCAT_SHARED)")
         tokenizer, size = HubTokenizer(REAL_TOKENIZER), 151936
     else:
-        checkpoint = make_checkpoint(request.param, hidden=64)
+        checkpoint = make_checkpoint(kind, hidden=64)
         tokenizer, size = HubTokenizer(checkpoint.base), checkpoint.model.config.vocab_size
+    if trimmed:
+        cut = trim(tokenizer, (), size // 10)
+        tokenizer, size = cut.tokenizer, len(cut.rows)
     path = vocabulary_file(tmp_path_factory.mktemp("vocabulary"), tokenizer, size)
     with LlamaModel(path, vocab_only=True) as model:
         yield tokenizer, model

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convert.quantize import AUTO, QUANTIZATIONS
+from convert.trim import DEFAULT_MERGES
 from qcat.cli.output import Bars, given, table, timeout_option
 from qcat.errors import ExportError
 from qcat.learn.dataset import read_examples
@@ -79,6 +80,22 @@ _FILE = click.Path(path_type=Path)
     help="Of the GGUF before it is quantized; bf16 if the base overflows f16.",
 )
 @click.option(
+    "--vocab",
+    type=click.Choice(["full", "trim"]),
+    default="full",
+    show_default=True,
+    help="trim: keep only the tokens that the language and the questions need. A smaller file that "
+    "loads sooner; other words are spelled in more tokens.",
+)
+@click.option(
+    "--merges",
+    type=click.IntRange(0),
+    default=DEFAULT_MERGES,
+    show_default=True,
+    metavar="N",
+    help="With --vocab trim: how many of the tokenizer's first merges to keep besides.",
+)
+@click.option(
     "--max-flips",
     type=click.FloatRange(0, 1),
     default=0.02,
@@ -103,6 +120,8 @@ def command(
     validation_data: Path | None,
     quant: str,
     precision: Any,
+    vocab: str,
+    merges: int,
     max_flips: float,
     ollama_name: str | None,
     timeout: int,
@@ -120,6 +139,8 @@ def command(
     """
     if not ollama_name and given("timeout"):
         raise click.UsageError("--timeout is for --ollama")
+    if vocab == "full" and given("merges"):
+        raise click.UsageError("--merges is for --vocab trim")
     request = read_request(
         run,
         output,
@@ -130,6 +151,7 @@ def command(
         validation_data=validation_data,
         quantization=quant,
         precision=precision,
+        merges=merges if vocab == "trim" else None,
         max_flips=max_flips,
     )
     if ollama_name:
@@ -160,6 +182,7 @@ def read_request(
     validation_data: Path | None = None,
     quantization: str,
     precision: Any,
+    merges: int | None,
     max_flips: float,
 ) -> Request:
     """What to export, with the files of the run in the place of those that are not named.
@@ -192,6 +215,7 @@ def read_request(
         base=base if has_adapter else base or str(run),
         quantization=quantization,
         precision=precision,
+        merges=merges,
         held_out=tuple((example.text, example.label) for example in held_out),
         validation=tuple(Question(e.text, e.label, e.group) for e in validation),
         training=tuple(example.text for example in training),
@@ -201,7 +225,7 @@ def read_request(
 
 def export_and_tell(request: Request) -> dict[str, Any]:
     """Export with progress bars, print the proof and what is known of the confidence."""
-    from convert.card import calibration_line, choice_rows, quality_rows
+    from convert.card import calibration_line, choice_rows, quality_rows, vocabulary_line
     from convert.pipeline import convert_apart, export
 
     with Bars() as bars:
@@ -210,6 +234,14 @@ def export_and_tell(request: Request) -> dict[str, Any]:
         click.echo(
             f"qcat: warning: {count} tensors have row lengths that {report['quantization']} does "
             f"not fit: stored as {kind}",
+            err=True,
+        )
+    if "vocabulary" in report:
+        click.echo(f"vocabulary: {vocabulary_line(report['vocabulary'])}")
+    elif request.merges is not None:
+        click.echo(
+            f"qcat: warning: vocabulary not trimmed: with {request.merges} merges all of its "
+            "tokens are kept",
             err=True,
         )
     if "choice" in report:

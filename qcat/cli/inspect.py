@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from convert.card import layers_text, vocabulary_line
 from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, section
 from qcat.classifier import read_calibration
 from qcat.errors import BundleError
@@ -75,9 +76,12 @@ def _rows(
             f"{task.name}: {len(task.labels)} labels, {task.style} style, by {task.verbalizer}",
         ),
         ("source", f"{source.get('base')} with adapter {source.get('adapter')}"),
+        *([("layers", layers_text(source))] if "layers" in source else []),
         ("fingerprint", str(source.get("fingerprint"))),
         ("made with", ", ".join(f"{k} {v}" for k, v in source.get("versions", {}).items())),
     ]
+    if "vocabulary" in report:
+        rows.append(("vocabulary", vocabulary_line(report["vocabulary"])))
     proof = report.get("proof")
     if proof:
         made = proof["quantized"]

@@ -189,10 +189,13 @@ def _recipe(serving: Bundle) -> dict[str, Any]:
     report = section(serving.header, REPORT_KEY, serving.path)
     defaults = {"quantization": "q4_k_m", "precision": "f16", "max_flips": 0.02}
     recipe = {key: report.get(key, default) for key, default in defaults.items()}
+    vocabulary = report.get("vocabulary")  # absent if it is whole
+    recipe["merges"] = vocabulary.get("merges") if isinstance(vocabulary, dict) else None
     if (
         recipe["quantization"] not in QUANTIZATIONS
         or recipe["precision"] not in ("f16", "bf16")
         or not isinstance(recipe["max_flips"], int | float)
+        or not (vocabulary is None or isinstance(recipe["merges"], int))
     ):
         raise BundleError(
             f"{serving.path}: its report is not what `qcat export` writes: export it again"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qcat.cli.output import Bars
+from qcat.cli.output import Bars, given, table
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
 
@@ -17,6 +18,25 @@ if TYPE_CHECKING:
     from qcat.learn.train import Settings
 
 _FILE = click.Path(path_type=Path)
+
+
+class _Layers(click.ParamType[int | str]):
+    """A number of layers, or `auto`."""
+
+    name = "layers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if value == "auto":
+            return "auto"
+        try:
+            layers = int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'auto'.", param, ctx)
+        if layers < 1:
+            self.fail("at least one layer has to stay.", param, ctx)
+        return layers
 
 
 @click.command()
@@ -86,6 +106,23 @@ _FILE = click.Path(path_type=Path)
     help="Leave out this share of a question's words in training.",
 )
 @click.option(
+    "--layers",
+    type=_Layers(),
+    metavar="N|auto",
+    help="Keep the first N layers of the base and drop those above: size and time shrink with "
+    "them. `auto` tries all, 3/4, 1/2, 3/8, 1/4 and 1/8, a training each, until one loses more "
+    "than --max-f1-loss, and keeps the last that did not: together up to about 3 times the time "
+    "of a training with all.  [default: all]",
+)
+@click.option(
+    "--max-f1-loss",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    metavar="F1",
+    help="With --layers auto: validation macro-F1 that fewer layers may lose against all.",
+)
+@click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=0,
@@ -104,6 +141,8 @@ def command(
     objective: Any,
     train_embeddings: bool,
     word_dropout: float,
+    layers: int | str | None,
+    max_f1_loss: float,
     seed: int,
 ) -> None:
     """Fine-tune a LoRA adapter on labelled QUESTIONS (JSONL, CSV or Parquet).
@@ -115,6 +154,8 @@ def command(
     Example:
       qcat train questions.jsonl -t task.toml --base Qwen/Qwen3-0.6B -o runs/house
     """
+    if layers != "auto" and given("max_f1_loss"):
+        raise click.UsageError("--max-f1-loss is for --layers auto")
     task = Task.read(task_file)
     examples = read_examples(questions, task)
     if sys.stderr.isatty():
@@ -124,10 +165,17 @@ def command(
     from qcat.learn.split import split_examples
     from qcat.learn.train import Settings
 
-    # Before hours of training what export would refuse after them.
-    config = load_config(base_folder(base))
+    # Before a download what cannot be, before hours of training what export would refuse then.
+    folder = base_folder(base, weights=False)
+    config = load_config(folder)
     architecture(config)
-    hyper_parameters(config, config.vocab_size)
+    kept = layers if isinstance(layers, int) else None
+    if kept and kept > config.num_hidden_layers:
+        raise click.BadParameter(
+            f"{base} has {config.num_hidden_layers} layers.", param_hint="'--layers'"
+        )
+    hyper_parameters(load_config(folder, kept), config.vocab_size)
+    base_folder(base)
     settings = Settings(
         base=base,
         objective=objective,
@@ -138,22 +186,45 @@ def command(
         train_embeddings=train_embeddings,
         word_dropout=word_dropout,
         seed=seed,
+        layers=kept,
     )
     split = split_examples(examples, task, seed=seed)
-    train_and_tell(task, split, settings, output)
+    train_and_tell(task, split, settings, output, max_f1_loss if layers == "auto" else None)
     click.echo(f"next:\n  qcat export {output} -o dist/{task.name}")
 
 
-def train_and_tell(task: Task, split: Split, settings: Settings, output: Path) -> None:
-    """Train with progress bars, and print how it went."""
+def train_and_tell(
+    task: Task,
+    split: Split,
+    settings: Settings,
+    output: Path,
+    max_f1_loss: float | None = None,
+) -> None:
+    """Train with progress bars, and print how it went.
+
+    Args:
+        task: what to decide.
+        split: its questions.
+        settings: how to train.
+        output: folder of the run.
+        max_f1_loss: walk down the layers, as `train_shallowest` does; None keeps to the settings.
+    """
+    from qcat.learn.depth import train_shallowest
     from qcat.learn.train import train
 
     try:
         with Bars() as bars:
-            record = train(task, split, settings, output, bars.show)
+            if max_f1_loss is None:
+                record = train(task, split, settings, output, bars.show)
+            else:
+                record = train_shallowest(task, split, settings, max_f1_loss, output, bars.show)
     except KeyboardInterrupt:
         click.echo(f"\n{output}: stopped: the same command goes on from its checkpoint", err=True)
         raise
+    if "tried" in record:
+        click.echo("\n".join(table([*_tried(record)])))
+    if record["layers"] < record["base_layers"]:
+        click.echo(f"layers: the first {record['layers']} of the base's {record['base_layers']}")
     for epoch in record["history"]:
         click.echo(
             f"epoch {epoch['epoch']}: loss {epoch['train_loss']:.3f}, "
@@ -167,3 +238,17 @@ def train_and_tell(task: Task, split: Split, settings: Settings, output: Path) -
         f"test, {record['questions']['test']} questions never trained on: "
         f"accuracy {test['accuracy']:.3f}, macro-F1 {test['macro_f1']:.3f}"
     )
+
+
+def _tried(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The table of the depths that were tried, heading first."""
+    yield "layers", "validation macro-F1", "lost", ""
+    for depth in record["tried"]:
+        kept = "kept" if depth["layers"] == record["layers"] else ""
+        too_much = depth["lost"] > record["max_f1_loss"]
+        yield (
+            f"{depth['layers']} of {record['base_layers']}",
+            f"{depth['validation_macro_f1']:.3f}",
+            f"{depth['lost']:.3f}",
+            f"more than {record['max_f1_loss']:g}" if too_much else kept,
+        )

@@ -9,13 +9,11 @@ not (on a GPU but for the order of its sums). Knows nothing of GGUF.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from qcat.checkpoint import base_folder, first_line, load_base
+from qcat.checkpoint import base_folder, count_layers, first_line, load_base
 from qcat.errors import DataError, ModelError, TrainError
 from qcat.learn.dataset import Example
 from qcat.learn.objective import Encoded, Objective, Scorer
+from qcat.learn.run_folder import CHECKPOINT, clear, run_folder, write_json
 from qcat.learn.split import Split
 from qcat.prompt import (
     QUESTION_ROOM,
@@ -46,7 +45,6 @@ _SAVE_SECONDS = 300  # what a kill costs at most, besides the checkpoint at the 
 _EVALUATED_TOKENS = 4096  # in one forward pass, the prefix counted in each row: the cache's size
 _TRAINED_TOKENS = 512  # in one backward pass: their activations are what training's memory goes to
 _PARTS = ("train", "validation", "test")
-_TRANSIENT = ("plan.json", "plan.partial", "checkpoint.pt", "checkpoint.partial")
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -73,6 +71,9 @@ class Settings:
     patience: int = 2
     """Epochs without a better validation score before training stops."""
     seed: int = 0
+    layers: int | None = None
+    """How many of the base's to keep, from the bottom; None keeps all. The final norm and the head
+    stay, and the adapter learns to do with what is left."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def train(
         TrainError: the folder holds something else, or the model cannot be trained.
         ModelError, DataError, TaskError: the base, a question or the task does not fit.
     """
-    with _run_folder(target, settings, task, split) as resumed:
+    with run_folder(target, asdict(settings), task, split) as resumed:
         folder = base_folder(settings.base)
         tokenizer = HubTokenizer(folder)
         task = with_codes(task, tokenizer)
@@ -149,6 +150,8 @@ def train(
             "settings": asdict(replace(settings, rate=run.rate)),
             "task": task.name,
             "questions": {part: len(rows) for part, rows in encoded.items()},
+            "layers": model.config.num_hidden_layers,
+            "base_layers": count_layers(folder),
             "prefix_tokens": len(prefix),
             "history": [asdict(epoch) for epoch in run.state.history],
             "best_epoch": run.best_epoch,
@@ -180,7 +183,7 @@ class _Run:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, self.rate, weight_decay=0.01)
         self.state = _State()
-        self._file = target / "checkpoint.pt"
+        self._file = target / CHECKPOINT
 
     @property
     def best_epoch(self) -> int:
@@ -347,7 +350,7 @@ def _adapted(folder: Path, settings: Settings) -> Any:
     from peft import LoraConfig, get_peft_model
 
     cuda = _device().type == "cuda"
-    base = load_base(folder, torch.bfloat16 if cuda else torch.float32)
+    base = load_base(folder, torch.bfloat16 if cuda else torch.float32, settings.layers)
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank,
@@ -364,7 +367,11 @@ def _adapted(folder: Path, settings: Settings) -> Any:
         raise TrainError(f"base {folder}: no LoRA for it: {first_line(error)}") from None
     # What export looks for: a folder by its whole path, so that it works from anywhere.
     name = str(Path(settings.base).resolve()) if Path(settings.base).is_dir() else settings.base
-    model.peft_config["default"].base_model_name_or_path = name
+    peft_config: Any = model.peft_config["default"]
+    peft_config.base_model_name_or_path = name
+    if settings.layers is not None:
+        # PEFT's own way to say "these layers of the base": it too then cuts the whole base so.
+        peft_config.layer_replication = [[0, settings.layers]]
     return model
 
 
@@ -409,74 +416,6 @@ def _device() -> Any:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-@contextmanager
-def _run_folder(target: Path, settings: Settings, task: Task, split: Split) -> Iterator[bool]:
-    """The run's folder, locked; yields whether an unfinished run of the same kind was found."""
-    import torch
-    from filelock import FileLock, Timeout
-    from safetensors import SafetensorError
-
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target / ".lock", blocking=False)
-        lock.acquire()
-    except Timeout:
-        raise TrainError(f"{target}: another training is writing it: wait for it") from None
-    except OSError as error:
-        raise TrainError(f"{target}: {error.strerror or error}: choose another folder") from None
-    try:
-        yield _begin(target, settings, task, split)
-    except (OSError, SafetensorError) as error:
-        raise TrainError(
-            f"{target}: cannot be written: {first_line(error)}: give the same command again when "
-            "it can"
-        ) from None
-    except torch.OutOfMemoryError:
-        raise TrainError(
-            f"{target}: not enough memory for a step: lower --batch-size, in another folder"
-        ) from None
-    finally:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
-def _begin(target: Path, settings: Settings, task: Task, split: Split) -> bool:
-    """Write the plan and the split; return whether there is a checkpoint to go on from."""
-    if (target / "run.json").exists():
-        for name in _TRANSIENT:  # of a run that was killed within its last steps
-            (target / name).unlink(missing_ok=True)
-        raise TrainError(f"{target}: holds a finished run: remove it or choose another folder")
-    plan = target / "plan.json"
-    wanted = {
-        "settings": asdict(settings),
-        "task": task.to_toml(),
-        "questions": {
-            part: [[example.text, example.label] for example in examples]
-            for part, examples in vars(split).items()
-            if examples
-        },
-    }
-    begun = (target / "checkpoint.pt").exists()
-    if begun and (not plan.exists() or json.loads(plan.read_text("utf-8")) != wanted):
-        raise TrainError(
-            f"{target}: holds an unfinished run of other data, task or settings: "
-            "remove it or choose another folder"
-        )
-    ours = {".lock", *_TRANSIENT, *(f"{part}.jsonl" for part in wanted["questions"])}
-    if not plan.exists() and {path.name for path in target.iterdir()} - ours:
-        raise TrainError(f"{target}: is not empty: choose another folder")
-    _write_json(plan, wanted)
-    split.write(target, task)
-    return begun
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
-    os.replace(partial, path)
-
-
 def _finish(target: Path, run: _Run, task: Task, record: dict[str, Any]) -> None:
     """The adapter and the record; the last file is the one that says that the run is whole."""
     from qcat.learn.figures import training_png
@@ -492,6 +431,5 @@ def _finish(target: Path, run: _Run, task: Task, record: dict[str, Any]) -> None
     for name in _ADAPTER:
         os.replace(made / name, target / name)
     shutil.rmtree(made)
-    _write_json(target / "run.json", record)
-    for name in _TRANSIENT:
-        (target / name).unlink(missing_ok=True)
+    write_json(target / "run.json", record)
+    clear(target)
