@@ -213,11 +213,11 @@ def _remember(header: Header) -> bytes:
     return json.dumps(vars(header) | {"metadata": metadata}).encode()
 
 
-def _recall(saved: bytes | None, data: mmap.mmap) -> Header | None:
+def _recall(saved: memoryview | None, data: mmap.mmap) -> Header | None:
     """The header that `_remember` made, if a file still begins with the same bytes."""
     if saved is None:
         return None
-    fields = json.loads(saved)
+    fields = json.loads(bytes(saved))
     if _digest(data, fields["table_end"]) != fields["fingerprint"]:
         return None
     metadata = {

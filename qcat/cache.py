@@ -30,25 +30,27 @@ def folder() -> Path:
     return user_cache_path("qcat")
 
 
-def load(key: bytes) -> bytes | None:
-    """What was saved under a key, if it is there, whole, and this user's."""
+def load(key: bytes) -> memoryview | None:
+    """What was saved under a key, if it is there, whole, and this user's. May be written to."""
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
         path = _path(key)
         status = os.lstat(path)
         mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
         if not (mine and S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES):
             return None
-        data = path.read_bytes()
+        data = bytearray(status.st_size)  # the one copy: a large prompt's is as large as a model's
+        with path.open("rb", buffering=0) as file:
+            whole = file.readinto(data) == len(data)
         start = len(_MAGIC) + hashlib.sha256().digest_size
-        content = data[start:]
-        if data[:start] == _MAGIC + hashlib.sha256(content).digest():
+        content = memoryview(data)[start:]
+        if whole and data[:start] == _MAGIC + hashlib.sha256(content).digest():
             with suppress(OSError):
                 os.utime(path)  # it was used now
             return content
     return None
 
 
-def save(key: bytes, content: bytes) -> None:
+def save(key: bytes, content: bytes | memoryview) -> None:
     """Keep bytes under a key, in one step, if that can be done."""
     import tempfile
 

@@ -304,12 +304,12 @@ class LlamaScorer:
             size = llama_cpp.llama_state_seq_get_size(self._context, 0)
             state = (ctypes.c_uint8 * size)()
             if llama_cpp.llama_state_seq_get_data(self._context, state, size, 0) == size:
-                cache.save(key, bytes(state))
+                cache.save(key, memoryview(state).cast("B"))
 
-    def _restore(self, saved: bytes | None, n_prefix: int) -> bool:
+    def _restore(self, saved: memoryview | None, n_prefix: int) -> bool:
         if saved is None:
             return False
-        state = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
+        state = (ctypes.c_uint8 * len(saved)).from_buffer(saved)
         used = llama_cpp.llama_state_seq_set_data(self._context, state, len(saved), 0)
         last = llama_cpp.llama_memory_seq_pos_max(self._memory, 0)
         if used == len(saved) and last == n_prefix - 1:
