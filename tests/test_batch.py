@@ -419,7 +419,11 @@ def test_many_at_once_have_one_winner(folder):
 def test_ctrl_c(folder, qcat):
     source, target = write(folder / "in.jsonl", MANY), folder / "out.jsonl"
     process = subprocess.Popen(
-        [QCAT, "batch", source, "-o", target], stderr=subprocess.PIPE, text=True
+        [QCAT, "batch", source, "-o", target],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     part = folder / "out.jsonl.part"
     while not (part.exists() and part.read_bytes().count(b"\n") > 1):

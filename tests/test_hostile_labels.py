@@ -286,6 +286,16 @@ def test_the_texts_go_through_the_real_transformers(prompts):
 TWO = {"pool": "", "fence": ""}
 
 
+def test_an_empty_answer_word_leaves_a_line_break():
+    class Letters:
+        def encode(self, text, *, special):
+            return list(text.encode())
+
+    task = Task.from_dict({"name": "house", "labels": TWO, "answer": ""})
+    assert Task.from_toml(task.to_toml()) == task
+    assert build_prompt(task, Letters()).text("who?").endswith("Question: who?\n")
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -321,7 +331,6 @@ TWO = {"pool": "", "fence": ""}
         ({"instruction": ["a"]}, ["instruction", "list"]),
         ({"question": " "}, ["question", "empty"]),
         ({"question": "a\nb"}, ["question", "U+000A"]),
-        ({"answer": ""}, ["answer", "empty"]),
         ({"answer": 5}, ["answer", "int"]),
         ({"style": "ollama"}, ["style", "'ollama'", "plain", "chat"]),
         ({"style": ["plain"]}, ["style", "plain"]),

@@ -362,6 +362,22 @@ def test_a_trimmed_vocabulary_is_served(server, easy_run):
     assert count == report["tokens"] < report["of"]
 
 
+def test_a_template_may_end_in_a_line_break(server, easy_job, tmp_path):
+    """A task without a word before the answer; deploy compares rendered prompts and token ids."""
+    folder, args = easy_job
+    run, bundle, task = tmp_path / "run", tmp_path / "bare", tmp_path / "task.toml"
+    task.write_text('answer = ""\n' + (folder / "task.toml").read_text("utf-8"), "utf-8")
+    given = [task if arg == folder / "task.toml" else arg for arg in args]
+    done = command(server, QCAT, *given, "-o", run)
+    assert done.returncode == 0, done.stderr
+    more = ("-o", bundle, "--quant", "q8_0", "--max-flips", 1, "--ollama", "bare")
+    done = command(server, QCAT, "export", run, *more)
+    assert done.returncode == 0, done.stderr
+    assert "prompts equal to the training prompt, token for token" in done.stdout
+    _, shown = post(server, "/api/show", model="bare")
+    assert shown["template"].endswith("}}\n")
+
+
 def test_a_model_that_does_not_speak_its_labels_is_not_deployed(server, house):
     """Random weights: no label among the best twenty tokens, so there is nothing to go by."""
     with pytest.raises(ExportError, match="--objective answer"):

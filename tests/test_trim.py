@@ -97,7 +97,7 @@ def test_theorem_for_any_merges(tmp_path):
             seen[agree(tokenizer, trimmed, text)] += 1
 
     check()
-    assert min(seen.values()) > 20
+    assert min(seen.values()) > 10
 
 
 def test_equal_pairs_are_merged_leftmost_first(tmp_path):
