@@ -1,7 +1,7 @@
 """Merge, convert and quantize: qcat beside llama.cpp's own converter and quantizer.
 
 Random weights and a random LoRA adapter in the exact shape of Qwen3-0.6B, real vocabulary (see
-`real_size.py`). qcat starts from base and adapter, llama.cpp from the merged checkpoint that PEFT
+`shape.py`). qcat starts from base and adapter, llama.cpp from the merged checkpoint that PEFT
 made of them; neither proves anything. They take turns. llama.cpp's converter comes with the source
 distribution of llama-cpp-python, which pip fetches unless `--llama-cpp` names a source tree; its
 quantizer is the one in the installed llama-cpp-python, called from a bare Python process. Prints a
@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import real_size
+import shape
 from memory import Watch
 
 KINDS = ("q4_0", "q4_k_m")
@@ -44,29 +44,29 @@ sys.exit(llama_cpp.llama_model_quantize(
 def main() -> None:
     """Build, export in both ways, print."""
     options = _options()
-    if not all((real_size.TOKENIZER / name).is_file() for name in real_size.TOKENIZER_FILES):
+    if not all((shape.TOKENIZER / name).is_file() for name in shape.TOKENIZER_FILES):
         sys.exit(
-            f"export: no Qwen3 vocabulary at {real_size.TOKENIZER}: "
+            f"export: no Qwen3 vocabulary at {shape.TOKENIZER}: "
             "set QCAT_SHARED to the folder that holds qwen3-tokenizer"
         )
-    found: dict[str, Any] = {"machine": real_size.machine()}
-    print(real_size.machine_line(found["machine"]), flush=True)
-    with real_size._work_folder(options.work) as work:
+    found: dict[str, Any] = {"machine": shape.machine()}
+    print(shape.machine_line(found["machine"]), flush=True)
+    with shape.work_folder(options.work) as work:
         checkpoint = work / f"checkpoint-{options.layers}"
         if not checkpoint.is_dir():
             _say("building random weights")
-            real_size._alone(real_size.build, checkpoint, options.layers)
+            shape.alone(shape.build, checkpoint, options.layers)
         size = (checkpoint / "base" / "model.safetensors").stat().st_size / 1e6
-        found["model"] = {"layers": options.layers, "checkpoint_mb": size, **real_size.SHAPE}
+        found["model"] = {"layers": options.layers, "checkpoint_mb": size, **shape.SHAPE}
         source = options.llama_cpp or fetch(work)
         ways: dict[str, Callable[[str], dict[str, Any]]] = {
-            "qcat": lambda kind: real_size._alone(qcat, checkpoint, work / "qcat", kind)
+            "qcat": lambda kind: shape.alone(qcat, checkpoint, work / "qcat", kind)
         }
         if source:
             merged = work / f"merged-{options.layers}"
             if not merged.is_dir():
                 _say("merging for llama.cpp")
-                real_size._alone(merge, checkpoint, merged)
+                shape.alone(merge, checkpoint, merged)
             ways["llama.cpp"] = lambda kind: llama_cpp(source, merged, work / "llama.cpp", kind)
         found["runs"] = {kind: {way: [] for way in ways} for kind in KINDS}
         for number in range(options.rounds):
@@ -74,9 +74,9 @@ def main() -> None:
                 for way in list(ways)[:: -1 if number % 2 else 1]:
                     _say(f"round {number + 1} of {options.rounds}: {kind} by {way}")
                     found["runs"][kind][way].append(ways[way](kind))
-    print("\n" + real_size.table(rows(found["runs"], size)))
+    print("\n" + shape.table(rows(found["runs"], size)))
     if len(ways) > 1:
-        print("\n" + real_size.table(ratios(found["runs"], size)))
+        print("\n" + shape.table(ratios(found["runs"], size)))
     print("\n" + json.dumps(found))
 
 
@@ -96,14 +96,14 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--rounds",
-        type=real_size._positive,
+        type=shape.positive,
         default=ROUNDS,
         metavar="N",
         help="times that each way has its turn (default: %(default)s)",
     )
     parser.add_argument(
         "--layers",
-        type=real_size._positive,
+        type=shape.positive,
         default=28,
         metavar="N",
         help="fewer than %(default)s for a quick trial of this script",
@@ -142,8 +142,8 @@ def merge(checkpoint: Path, target: Path) -> None:
     partial = target.with_name(f"{target.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(partial)
-    for name in real_size.TOKENIZER_FILES:
-        shutil.copyfile(real_size.TOKENIZER / name, partial / name)
+    for name in shape.TOKENIZER_FILES:
+        shutil.copyfile(shape.TOKENIZER / name, partial / name)
     partial.rename(target)
 
 
@@ -154,14 +154,14 @@ def qcat(checkpoint: Path, target: Path, kind: str) -> dict[str, Any]:
 
     shutil.rmtree(target, ignore_errors=True)
     request = Request(
-        task=Task.read(real_size.EXAMPLE / "task.toml"),
+        task=Task.read(shape.EXAMPLE / "task.toml"),
         target=target,
         adapter=checkpoint / "adapter",
         base=str(checkpoint / "base"),
         quantization=kind,
     )
     with Watch() as watch:
-        steps = real_size.Steps(watch)
+        steps = shape.Steps(watch)
         export(request, steps.progress, convert_apart)
         steps.end("finish")
     return _whole({name: asdict(step) for name, step in steps.steps.items()})
@@ -192,7 +192,7 @@ def llama_cpp(source: Path, merged: Path, target: Path, kind: str) -> dict[str, 
             if done.returncode:
                 sys.exit(f"export: llama.cpp could not {name}: {done.stderr.strip()[-1000:]}")
             peak = watch.take()
-        steps[name] = asdict(real_size.Step(seconds, peak.resident_mb, peak.anonymous_mb))
+        steps[name] = asdict(shape.Step(seconds, peak.resident_mb, peak.anonymous_mb))
     shutil.rmtree(target)
     return _whole(steps)
 

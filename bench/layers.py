@@ -23,21 +23,21 @@ from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any
 
-from real_size import (
+from shape import (
     EXAMPLE,
     ROOT,
     TOKENIZER,
     TOKENIZER_FILES,
-    _alone,
-    _examples,
-    _positive,
-    _work_folder,
+    alone,
     build,
+    examples,
     export,
     machine,
     machine_line,
+    positive,
     spread,
     table,
+    work_folder,
 )
 
 SMALL_BASE = ROOT / "examples" / "base" / "model"
@@ -50,7 +50,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {"machine": machine()}
     print(machine_line(found["machine"]), flush=True)
-    with _work_folder(options.work) as work:
+    with work_folder(options.work) as work:
         for part in (shape, household):
             if options.part in (None, part.__name__):
                 found[part.__name__] = part(options, work)
@@ -69,15 +69,15 @@ def shape(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     checkpoint = work / f"checkpoint-{whole}"
     if not checkpoint.is_dir():
         _say("building random weights")
-        _alone(build, checkpoint, whole)
+        alone(build, checkpoint, whole)
     found, files = [], []
     for layers in options.shape_layers:
         folder, target = work / f"depth-{layers}", work / f"export-{layers}"
         for old in (folder, target):
             shutil.rmtree(old, ignore_errors=True)
         _say(f"exporting {layers} of {whole} layers")
-        _alone(adapt, checkpoint / "base", folder, layers)
-        made = _alone(export, folder, target, options.quant, options.questions)
+        alone(adapt, checkpoint / "base", folder, layers)
+        made = alone(export, folder, target, options.quant, options.questions)
         files.append(next(target.glob("*.gguf")))
         found.append(
             {
@@ -88,13 +88,13 @@ def shape(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
             }
         )
     _say("asking")
-    texts = [example.text for example in spread(_examples(), options.asked)]
-    _add_latency(found, _alone(latency, files, texts, options.rounds))
+    texts = [example.text for example in spread(examples(), options.asked)]
+    _add_latency(found, alone(latency, files, texts, options.rounds))
     return found
 
 
 def adapt(base: Path, folder: Path, layers: int) -> None:
-    """A folder as `real_size.export` takes it: a base, and a random adapter for a part of it."""
+    """A folder as `shape.export` takes it: a base, and a random adapter for a part of it."""
     import torch
 
     from qcat.checkpoint import load_base
@@ -130,7 +130,7 @@ def household(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     found = [_over_seeds(of_depth) for of_depth in zip(*seeds, strict=True)]
     files = [work / f"household-{layers}" / "household.gguf" for layers in options.household_layers]
     texts = [example.text for example in spread(examples, options.asked)]
-    _add_latency(found, _alone(latency, files, texts, options.rounds))
+    _add_latency(found, alone(latency, files, texts, options.rounds))
     return found
 
 
@@ -201,7 +201,7 @@ def _over_seeds(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def latency(files: Sequence[Path], questions: Sequence[str], rounds: int) -> list[list[float]]:
     """Milliseconds of every `ask`, for each file; each question is put to all of them in turn."""
     from qcat import Classifier
-    from qcat.backends.llama import default_threads
+    from qcat.threads import default_threads
 
     times: list[list[float]] = [[] for _ in files]
     with ExitStack() as stack:
@@ -263,14 +263,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("part", nargs="?", choices=["shape", "household"])
     parser.add_argument("--shape-layers", type=_depths, default=[28, 20, 14, 10], metavar="N,N,…")
     parser.add_argument("--household-layers", type=_depths, default=[3, 2, 1], metavar="N,N,…")
-    parser.add_argument("--asked", type=_positive, default=50, help="questions (default: 50)")
-    parser.add_argument("--rounds", type=_positive, default=2, help="of asking them (default: 2)")
+    parser.add_argument("--asked", type=positive, default=50, help="questions (default: 50)")
+    parser.add_argument("--rounds", type=positive, default=2, help="of asking them (default: 2)")
     parser.add_argument("--quant", default="q4_k_m")
     parser.add_argument(
-        "--questions", type=_positive, default=12, help="of the shape's proof (default: 12)"
+        "--questions", type=positive, default=12, help="of the shape's proof (default: 12)"
     )
-    parser.add_argument("--draws", type=_positive, default=5, help="split seeds (default: 5)")
-    parser.add_argument("--epochs", type=_positive, default=4, help="of each training (default: 4)")
+    parser.add_argument("--draws", type=positive, default=5, help="split seeds (default: 5)")
+    parser.add_argument("--epochs", type=positive, default=4, help="of each training (default: 4)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the files here")
     return parser.parse_args()
 

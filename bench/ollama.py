@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from real_size import (
+from shape import (
     EXAMPLE,
     ROOT,
     TOKENIZER,

@@ -21,10 +21,14 @@ from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import real_size
-from real_size import EXAMPLE, TOKENIZER, TOKENIZER_FILES, table
+import shape
+from shape import EXAMPLE, TOKENIZER, TOKENIZER_FILES, table
+
+if TYPE_CHECKING:
+    from qcat import Classifier
+    from qcat.task import Task
 
 ASKED, WARM_UP = 50, 3
 FEW, MANY = 3, 500  # labels
@@ -61,18 +65,18 @@ def main() -> None:
             f"speed: no Qwen3 vocabulary at {TOKENIZER}: "
             "set QCAT_SHARED to the folder that holds qwen3-tokenizer"
         )
-    found: dict[str, Any] = {"machine": real_size.machine()}
-    print(real_size.machine_line(found["machine"]), flush=True)
-    with real_size._work_folder(options.work) as work:
+    found: dict[str, Any] = {"machine": shape.machine()}
+    print(shape.machine_line(found["machine"]), flush=True)
+    with shape.work_folder(options.work) as work:
         os.environ["QCAT_CACHE"] = str(work / "cache")
         gguf = model(work, options.layers, options.quant)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "warm": lambda: real_size._alone(warm, gguf, options.rounds),
-            "labels": lambda: real_size._alone(labels, gguf, work),
-            "tokens": lambda: real_size._alone(prompts, gguf, work),
-            "batch": lambda: real_size._alone(batches, gguf),
+            "warm": lambda: shape.alone(warm, gguf, options.rounds),
+            "labels": lambda: shape.alone(labels, gguf, work),
+            "tokens": lambda: shape.alone(prompts, gguf, work),
+            "batch": lambda: shape.alone(batches, gguf),
             "llama-bench": lambda: llama_bench(options.llama_bench, gguf),
-            "small": lambda: real_size._alone(small),
+            "small": lambda: shape.alone(small),
             "cold": lambda: cold(gguf, options.starts, work),
         }
         for name in options.only or parts:
@@ -109,8 +113,8 @@ def model(work: Path, layers: int, kind: str) -> Path:
     if not target.is_dir():
         checkpoint = work / f"checkpoint-{layers}"
         if not checkpoint.is_dir():
-            real_size._alone(real_size.build, checkpoint, layers)
-        real_size._alone(_export, checkpoint, target, kind)
+            shape.alone(shape.build, checkpoint, layers)
+        shape.alone(_export, checkpoint, target, kind)
     return target / "household.gguf"
 
 
@@ -125,7 +129,7 @@ def _export(checkpoint: Path, target: Path, kind: str) -> None:
 
 def questions(count: int) -> list[str]:
     """Household questions, spread over the labels."""
-    return [example.text for example in real_size.spread(real_size._examples(), count)]
+    return [example.text for example in shape.spread(shape.examples(), count)]
 
 
 # Taking turns
@@ -165,6 +169,91 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
 # Parts
 
 
+class Completion:
+    """llama-cpp-python's high-level interface with a task's grammar, given the full prompt."""
+
+    def __init__(self, gguf: Path, task: Task, max_tokens: int, threads: int) -> None:
+        import llama_cpp
+
+        from qcat.grammar import grammar
+
+        self._max_tokens = max_tokens
+        self._grammar = llama_cpp.LlamaGrammar.from_string(grammar(task), verbose=False)
+        self._llama = llama_cpp.Llama(
+            str(gguf), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self.steps: list[int] = []
+        """Forward passes of each call: one a token, and one for the end unless it was cut."""
+
+    def check_tokens(self, expected: dict[str, list[int]]) -> None:
+        """Each text must have the tokens that the two other ways decode."""
+        for text, tokens in expected.items():
+            if self._llama.tokenize(text.encode(), add_bos=False, special=True) != tokens:
+                sys.exit(f"speed: llama-cpp-python has other tokens for {text[-60:]!r}")
+
+    def complete(self, text: str) -> str:
+        """What the model says, less the space around."""
+        answer: Any = self._llama.create_completion(
+            text, grammar=self._grammar, temperature=0.0, max_tokens=self._max_tokens
+        )
+        choice = answer["choices"][0]
+        ended = choice["finish_reason"] == "stop"
+        self.steps.append(answer["usage"]["completion_tokens"] + ended)
+        return str(choice["text"]).strip()
+
+
+@contextmanager
+def bare_llama(
+    house: Classifier, prefix: Sequence[int], firsts: Any
+) -> Iterator[Callable[[Sequence[int]], int]]:
+    """One forward pass through llama.cpp's plain calls, which qcat's time is measured against.
+
+    It shares qcat's loaded weights, so that both read the same memory, and has a second context
+    made by qcat's own function, so that their settings cannot drift apart.
+
+    Yields:
+        A function from the question's tokens to the best of the labels' first tokens.
+    """
+    import llama_cpp
+    import numpy as np
+
+    like = house._scorer._context
+    context = house._scorer._open_context(  # tied to its free there
+        llama_cpp.llama_n_batch(like),
+        llama_cpp.llama_n_seq_max(like),
+        llama_cpp.llama_n_threads(like),
+    )
+    batch = llama_cpp.llama_batch_init(llama_cpp.llama_n_batch(like), 0, 1)
+    memory = llama_cpp.llama_get_memory(context)
+    row = (house._vocabulary.n_vocab,)
+
+    def decode(tokens: Sequence[int], start: int, sequence: int) -> Any:
+        for at, token in enumerate(tokens):
+            batch.token[at] = token
+            batch.pos[at] = start + at
+            batch.n_seq_id[at] = 1
+            batch.seq_id[at][0] = sequence
+            batch.logits[at] = False
+        batch.logits[len(tokens) - 1] = True
+        batch.n_tokens = len(tokens)
+        if llama_cpp.llama_decode(context, batch):
+            sys.exit("speed: llama.cpp could not evaluate a question")
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, len(tokens) - 1), row)
+
+    def forward(tokens: Sequence[int]) -> int:
+        llama_cpp.llama_memory_seq_cp(memory, 0, 1, -1, -1)
+        row = decode(tokens, len(prefix), 1)
+        best = int(firsts[row[firsts].argmax()])
+        llama_cpp.llama_memory_seq_rm(memory, 1, -1, -1)
+        return best
+
+    try:
+        decode(prefix, 0, 0)
+        yield forward
+    finally:
+        llama_cpp.llama_batch_free(batch)
+
+
 @contextmanager
 def opened(gguf: Path) -> Iterator[tuple[Any, Any, Any]]:
     """A classifier, a bare forward pass on its weights, and the tokens of a question."""
@@ -178,13 +267,14 @@ def opened(gguf: Path) -> Iterator[tuple[Any, Any, Any]]:
         def rest(question: str) -> list[int]:
             return encode_segments(classifier._prompt.rest(question), classifier._vocabulary)
 
-        with real_size.bare_llama(classifier, prefix, firsts) as forward:
+        with bare_llama(classifier, prefix, firsts) as forward:
             yield classifier, forward, rest
 
 
 def warm(gguf: Path, rounds: int) -> dict[str, Any]:
     """`ask`, the bare forward pass, and create_completion under a LlamaGrammar."""
     from qcat.bundle import Bundle
+    from qcat.prompt import encode_segments
     from qcat.threads import default_threads
 
     asked = questions(ASKED)
@@ -193,7 +283,9 @@ def warm(gguf: Path, rounds: int) -> dict[str, Any]:
         rests = {question: rest(question) for question in asked}
         texts = {question: classifier._prompt.text(question) for question in asked}
         longest = max(len(sequence) for sequence in classifier._trie.sequences)
-        high = real_size.Completion(gguf, task, longest + 1, default_threads())
+        high = Completion(gguf, task, longest + 1, default_threads())
+        prefix = encode_segments(classifier._prompt.prefix, classifier._vocabulary)
+        high.check_tokens({texts[question]: prefix + rests[question] for question in asked})
         times = take_turns(
             {
                 "bare": lambda question: forward(rests[question]),

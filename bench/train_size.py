@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from real_size import TOKENIZER, _alone, _peak_mb, build, machine, machine_line
+from shape import TOKENIZER, alone, build, machine, machine_line, peak_mb
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "household"
@@ -40,10 +40,10 @@ def main() -> None:
         checkpoint = (options.work or Path(temporary)) / "checkpoint-28"
         if not checkpoint.is_dir():
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            _alone(build, checkpoint, 28)
+            alone(build, checkpoint, 28)
         for shared in (True, False):
-            found["shared" if shared else "whole"] = _alone(steps, checkpoint, shared, 2)
-        turns = _alone(both, checkpoint, options.steps)
+            found["shared" if shared else "whole"] = alone(steps, checkpoint, shared, 2)
+        turns = alone(both, checkpoint, options.steps)
     found["turns"] = turns
     print(f"{'batch of 8':24}{'s a step':>10}{'peak MB':>10}")
     for name, text in (("shared", "prefix once a batch"), ("whole", "every row whole")):
@@ -57,7 +57,7 @@ def steps(checkpoint: Path, shared: bool, count: int) -> dict[str, Any]:
     run, batches, whole = _setup(checkpoint)
     for batch in batches[:count]:
         _step(run, batch, None if shared else whole)
-    return {"peak_mb": _peak_mb()}
+    return {"peak_mb": peak_mb()}
 
 
 def both(checkpoint: Path, count: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What `qcat export --vocab trim` saves and costs, in the exact shape of Qwen3-0.6B.
 
-Random weights and the real vocabulary, as in `real_size.py`; three sets of questions, each a task
+Random weights and the real vocabulary, as in `shape.py`; three sets of questions, each a task
 with an export of its own: the household example, and CLINC150 and Banking77 where the folder `data`
 under QCAT_SHARED has them. Three tables: size, cold start and peak memory of the household files,
 fresh processes taking turns; the share of test questions that are split into other tokens than with
@@ -22,20 +22,20 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from real_size import (
+from shape import (
     EXAMPLE,
     LOAD_ONLY,
     TOKENIZER,
     TOKENIZER_FILES,
-    _alone,
-    _first_question,
-    _positive,
-    _work_folder,
+    alone,
     build,
+    first_question,
     machine,
     machine_line,
+    positive,
     spread,
     table,
+    work_folder,
 )
 
 if TYPE_CHECKING:
@@ -63,17 +63,17 @@ def main() -> None:
     names = [name for name in SETS if name == "household" or (DATA / name).is_dir()]
     found: dict[str, Any] = {"machine": machine(), "layers": options.layers, "quant": options.quant}
     print(machine_line(found["machine"]), flush=True)
-    with _work_folder(options.work) as work:
+    with work_folder(options.work) as work:
         checkpoint = work / f"checkpoint-{options.layers}"
         if not checkpoint.is_dir():
             _say("building random weights")
-            _alone(build, checkpoint, options.layers)
+            alone(build, checkpoint, options.layers)
         files: dict[str, dict[str, Path]] = {}
         for name in names:
             _say(f"exporting for {name}")
             folder = work / f"vocab-{name}-{options.layers}-{options.quant}"
             files[name] = {
-                key(merges): _alone(export, checkpoint, folder, name, merges, options.quant)
+                key(merges): alone(export, checkpoint, folder, name, merges, options.quant)
                 for merges in MERGES
             }
         _say("starting fresh processes")
@@ -82,12 +82,12 @@ def main() -> None:
         found["split"] = {}
         for name in names:
             _say(f"splitting the questions of {name}")
-            found["split"][name] = _alone(split, name, files[name])
+            found["split"][name] = alone(split, name, files[name])
         print("\n" + table(split_rows(found["split"])), flush=True)
         found["labels"] = {}
         for name in names:
             _say(f"asking {name}")
-            found["labels"][name] = _alone(labels, name, files[name], options.questions)
+            found["labels"][name] = alone(labels, name, files[name], options.questions)
         print("\n" + table(label_rows(found["labels"])))
     print("\n" + json.dumps(found))
 
@@ -102,7 +102,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="keep model and exports here and use them again"
     )
-    more = {"type": _positive, "metavar": "N"}
+    more = {"type": positive, "metavar": "N"}
     parser.add_argument(
         "--starts", default=20, help="of each file and command (default: %(default)s)", **more
     )
@@ -168,7 +168,7 @@ def cold(files: dict[str, Path], starts: int) -> dict[str, dict[str, float]]:
         for column, file in files.items()
         for what, command in (
             ("load", [sys.executable, "-c", LOAD_ONLY, str(file)]),
-            ("ask", [str(program), "ask", "-m", str(file), _first_question()]),
+            ("ask", [str(program), "ask", "-m", str(file), first_question()]),
         )
     }
     runs: dict[tuple[str, str], list[tuple[float, float]]] = {each: [] for each in commands}
