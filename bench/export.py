@@ -44,11 +44,7 @@ sys.exit(llama_cpp.llama_model_quantize(
 def main() -> None:
     """Build, export in both ways, print."""
     options = _options()
-    if not all((shape.TOKENIZER / name).is_file() for name in shape.TOKENIZER_FILES):
-        sys.exit(
-            f"export: no Qwen3 vocabulary at {shape.TOKENIZER}: "
-            "set QCAT_SHARED to the folder that holds qwen3-tokenizer"
-        )
+    shape.need_vocabulary()
     found: dict[str, Any] = {"machine": shape.machine()}
     print(shape.machine_line(found["machine"]), flush=True)
     with shape.work_folder(options.work) as work:

@@ -26,14 +26,13 @@ from typing import Any
 from shape import (
     EXAMPLE,
     ROOT,
-    TOKENIZER,
-    TOKENIZER_FILES,
     alone,
     build,
     examples,
     export,
     machine,
     machine_line,
+    need_vocabulary,
     positive,
     spread,
     table,
@@ -63,8 +62,7 @@ def main() -> None:
 
 def shape(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Export an adapter for each depth of one random base, and ask them in turn."""
-    if not all((TOKENIZER / name).is_file() for name in TOKENIZER_FILES):
-        sys.exit(f"layers: no Qwen3 vocabulary at {TOKENIZER}: set QCAT_SHARED")
+    need_vocabulary()
     whole = max(options.shape_layers)
     checkpoint = work / f"checkpoint-{whole}"
     if not checkpoint.is_dir():

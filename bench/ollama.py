@@ -28,11 +28,10 @@ from typing import Any
 from shape import (
     EXAMPLE,
     ROOT,
-    TOKENIZER,
-    TOKENIZER_FILES,
     build,
     machine,
     machine_line,
+    need_vocabulary,
     spread,
     table,
 )
@@ -57,8 +56,7 @@ def main() -> None:
 
     if not PROGRAM.is_file():
         sys.exit("bench/ollama: no Ollama: `make test-ollama` installs it")
-    if not all((TOKENIZER / name).is_file() for name in TOKENIZER_FILES):
-        sys.exit(f"bench/ollama: no Qwen3 vocabulary at {TOKENIZER}: set QCAT_SHARED")
+    need_vocabulary()
     found: dict[str, Any] = {
         "machine": machine(),
         "ollama_classifier": metadata.version("ollama-classifier"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -83,8 +82,10 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on beside the code; the load is that before anything is run."""
+    from qcat.measure import processor
+
     return {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "load": [round(value, 2) for value in os.getloadavg()],
         "llama_cpp_python": metadata.version("llama-cpp-python"),
@@ -100,13 +101,13 @@ def machine_line(found: dict[str, Any]) -> str:
     )
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+def need_vocabulary() -> None:
+    """End the program if the real vocabulary is not there."""
+    if not all((TOKENIZER / name).is_file() for name in TOKENIZER_FILES):
+        sys.exit(
+            f"{Path(sys.argv[0]).stem}: no Qwen3 vocabulary at {TOKENIZER}: "
+            "set QCAT_SHARED to the folder that holds qwen3-tokenizer"
+        )
 
 
 def build(target: Path, layers: int) -> None:

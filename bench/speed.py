@@ -24,7 +24,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import shape
-from shape import EXAMPLE, TOKENIZER, TOKENIZER_FILES, table
+from shape import EXAMPLE, TOKENIZER, table
 
 if TYPE_CHECKING:
     from qcat import Classifier
@@ -60,11 +60,7 @@ sys.exit(status)
 def main() -> None:
     """Build, measure part by part, print."""
     options = _options()
-    if not all((TOKENIZER / name).is_file() for name in TOKENIZER_FILES):
-        sys.exit(
-            f"speed: no Qwen3 vocabulary at {TOKENIZER}: "
-            "set QCAT_SHARED to the folder that holds qwen3-tokenizer"
-        )
+    shape.need_vocabulary()
     found: dict[str, Any] = {"machine": shape.machine()}
     print(shape.machine_line(found["machine"]), flush=True)
     with shape.work_folder(options.work) as work:

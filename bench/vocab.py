@@ -26,12 +26,12 @@ from shape import (
     EXAMPLE,
     LOAD_ONLY,
     TOKENIZER,
-    TOKENIZER_FILES,
     alone,
     build,
     first_question,
     machine,
     machine_line,
+    need_vocabulary,
     positive,
     spread,
     table,
@@ -58,8 +58,7 @@ class Questions(NamedTuple):
 def main() -> None:
     """Build, export, start, compare, print."""
     options = _options()
-    if not all((TOKENIZER / name).is_file() for name in TOKENIZER_FILES):
-        sys.exit(f"vocab: no Qwen3 vocabulary at {TOKENIZER}: set QCAT_SHARED")
+    need_vocabulary()
     names = [name for name in SETS if name == "household" or (DATA / name).is_dir()]
     found: dict[str, Any] = {"machine": machine(), "layers": options.layers, "quant": options.quant}
     print(machine_line(found["machine"]), flush=True)

@@ -15,7 +15,7 @@ import mmap
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -99,9 +99,8 @@ class Header:
     n_metadata: int
     distinct_tokens: int
     """Different tokens in the vocabulary."""
-    fingerprint: str
-    """SHA-256 over the bytes up to the end of the tensor table, the file's size and time of last
-    change, and samples of the tensor data: tells files apart in milliseconds. Hexadecimal."""
+    digest: str
+    """SHA-256 of the bytes up to the end of the tensor table, in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,27 @@ def identity(metadata: Mapping[str, Any]) -> str:
     return f"{json.loads(said[TASK_KEY])['name']}-{digest[:12]}"
 
 
+def fingerprint(path: Path, header: Header) -> str:
+    """What tells a file from others, in milliseconds, in hexadecimal.
+
+    SHA-256 over its header, its size and time of last change, and samples of its tensor data.
+
+    Raises:
+        BundleError: the file cannot be read any more.
+    """
+    try:
+        status = os.stat(path)
+        digest = hashlib.sha256(f"{header.digest} {status.st_size} {status.st_mtime_ns}".encode())
+        step = max(_SAMPLE, (status.st_size - header.data_start) // _SAMPLES)
+        with path.open("rb") as file:
+            for at in range(header.data_start, status.st_size, step):
+                file.seek(at)
+                digest.update(file.read(_SAMPLE))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()
+
+
 def find_gguf(folder: Path) -> Path:
     """The GGUF in a bundle. Raises BundleError if there is none, or more than one."""
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
@@ -195,7 +215,7 @@ def read_header(path: Path) -> Header:
                 header = _parse(data, size)
                 if header.table_end >= _LARGE:
                     cache.save(key, _remember(header))
-            return replace(header, fingerprint=_whole_fingerprint(header, data, status))
+            return header
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError:  # a NUL or a lone surrogate in the name
@@ -218,7 +238,7 @@ def _recall(saved: memoryview | None, data: mmap.mmap) -> Header | None:
     if saved is None:
         return None
     fields = json.loads(bytes(saved))
-    if _digest(data, fields["table_end"]) != fields["fingerprint"]:
+    if _digest(data, fields["table_end"]) != fields["digest"]:
         return None
     metadata = {
         key: Length(value[0]) if isinstance(value, list) else value
@@ -230,14 +250,6 @@ def _recall(saved: memoryview | None, data: mmap.mmap) -> Header | None:
 
 def _digest(data: mmap.mmap, end: int) -> str:
     return hashlib.sha256(memoryview(data)[:end]).hexdigest()
-
-
-def _whole_fingerprint(header: Header, data: mmap.mmap, status: os.stat_result) -> str:
-    digest = hashlib.sha256(f"{header.fingerprint} {status.st_size} {status.st_mtime_ns}".encode())
-    step = max(_SAMPLE, (status.st_size - header.data_start) // _SAMPLES)
-    for at in range(header.data_start, status.st_size, step):
-        digest.update(data[at : at + _SAMPLE])
-    return digest.hexdigest()
 
 
 def write_sections(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> None:
@@ -390,7 +402,7 @@ def _parse(data: mmap.mmap, size: int) -> Header:
         data_start=data_start,
         n_metadata=n_metadata,
         distinct_tokens=distinct,
-        fingerprint=_digest(data, cursor.at),
+        digest=_digest(data, cursor.at),
     )
 
 

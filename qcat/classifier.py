@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from qcat.bundle import CALIBRATION_KEY, TASK_KEY, Bundle, identity, section
+from qcat.bundle import CALIBRATION_KEY, TASK_KEY, Bundle, fingerprint, identity, section
 from qcat.errors import (
     BundleError,
     DataError,
@@ -438,7 +438,7 @@ def _open_file(
         grammar=grammar(bundle.task),
         room=QUESTION_ROOM,
         threads=threads or default_threads(),
-        fingerprint=bundle.header.fingerprint,
+        fingerprint=fingerprint(bundle.path, bundle.header),
     )
     stack.callback(scorer.close)
     return _Parts(
