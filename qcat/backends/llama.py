@@ -66,6 +66,16 @@ def capture_log(*, verbose: bool) -> list[str]:
     return _log_lines
 
 
+def repacks() -> bool:
+    """Whether llama.cpp can lay weights out anew here.
+
+    Where it was compiled for a processor with AMX, it does so for AMX first, which cannot be left
+    out alone when it runs; GCC drops the stores to the tile configuration that it then loads, and
+    the process dies: https://github.com/ggml-org/llama.cpp/issues/20824 and pull request 26954.
+    """
+    return b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+
+
 class LlamaModel:
     """One GGUF opened in llama.cpp: its vocabulary and, unless `vocab_only`, its weights.
 
@@ -76,7 +86,7 @@ class LlamaModel:
         vocab_only: leave the weights out.
         repack: lay the weights out anew for the processor's widest instructions. Without it the
             file's own pages are used as they lie: the model is there sooner, and each question
-            takes longer.
+            takes longer. Without effect where `repacks` says no.
         verbose: let llama.cpp write its log to stderr.
 
     Raises:
@@ -92,17 +102,17 @@ class LlamaModel:
         verbose: bool = False,
     ) -> None:
         log = capture_log(verbose=verbose)
-        self.path, self.repacked = path, repack
+        self.path, self.repacked = path, repack and repacks()
         self.lock = threading.RLock()  # of everything that a `close` in another thread would break
         self._stack = ExitStack()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0
-        params.use_extra_bufts = repack
+        params.use_extra_bufts = self.repacked
         # What is laid out anew is read whole anyway: mapped too, it would be in memory twice.
         none, mapped = llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MMAP
-        params.load_mode = none if repack else mapped
+        params.load_mode = none if self.repacked else mapped
         self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             reason = next((line for line in log if ":" in line), "no reason given")
