@@ -47,7 +47,5 @@ class OneLayer:
         layer.self_attn.layer_idx = 0  # the cache knows this layer alone
         self._decoder.layers[0] = layer
         with torch.inference_mode():
-            output = self._decoder(
-                inputs_embeds=states, past_key_values=cache, use_cache=cache is not None
-            )
+            output = self._decoder(inputs_embeds=states, cache=cache, use_cache=cache is not None)
         return torch.as_tensor(output.last_hidden_state)

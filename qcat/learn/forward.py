@@ -33,9 +33,7 @@ def shared_prefix_states(
 
     device = decoder.device
     cache = DynamicCache(config=decoder.config)
-    decoder(
-        input_ids=torch.tensor([list(prefix)], device=device), past_key_values=cache, use_cache=True
-    )
+    decoder(input_ids=torch.tensor([list(prefix)], device=device), cache=cache, use_cache=True)
     cache.batch_repeat_interleave(len(rests))
     longest = max(map(len, rests))
     ids = torch.zeros(len(rests), longest, dtype=torch.long)
@@ -46,7 +44,7 @@ def shared_prefix_states(
     states: torch.Tensor = decoder(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
     ).last_hidden_state
     return states
