@@ -5,8 +5,9 @@
 
 The model is the smallest that can be made: one layer of random weights. The command runs as a
 user's would, is killed (-9) when about a third and two thirds of the rows are answered, and given
-again. Its resident memory is read from /proc ten times a second. Fails if a row is lost, comes
-twice or has no answer. Prints a table and one line of JSON, and draws memory over time.
+again. Its resident memory is read from /proc ten times a second. Prints a table and one line of
+JSON, and draws memory over time. Fails if a row is lost, comes twice or has no answer, if it was
+killed fewer times than planned, or if memory grew while it asked.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ QCAT = Path(sys.executable).with_name("qcat")
 KINDS = ("csv", "jsonl", "parquet")
 KILL_AT = (1 / 3, 2 / 3)  # of the rows
 WORDS = 6  # of a question that are kept
+GROWTH = 1.25  # late memory over early memory that is too much
 EVERY = 0.1  # seconds between two looks at the memory
 PIECE = 50_000  # rows of Parquet that are made or read at once
 
@@ -83,6 +85,12 @@ def main() -> None:
     print(f"{options.rows} rows in order, none lost, none twice, {labels} labels among them")
     write_whole(options.png, drawn(runs))
     print(json.dumps(found))
+    kills = sum(run.killed for run in runs)
+    if kills < len(KILL_AT):
+        sys.exit(f"batch: killed {kills} times, not {len(KILL_AT)}: give more --rows")
+    for run in found["runs"]:
+        if run["early_mb"] and run["late_mb"] > GROWTH * run["early_mb"]:
+            sys.exit(f"batch: memory grew from {run['early_mb']} to {run['late_mb']} MB")
 
 
 def make_model(folder: Path) -> None:

@@ -7,6 +7,7 @@ there the table is read again and written with them under another name, then ren
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -76,13 +77,15 @@ def check_paths(source: Path, target: Path) -> None:
         same = False
         with _explained(target, "written"), suppress(FileNotFoundError):
             same = os.path.samestat(target.stat(), here)
+        begun = os.path.exists(_part(_real(target)))
     except ValueError:  # a NUL or a lone surrogate
         raise DataError(f"{str(source)!r} or {str(target)!r}: no file can have this name") from None
     if not stat.S_ISREG(here.st_mode):
         raise DataError(f"{source}: is no file: name one, since it is read more than once")
     if same:
         raise DataError(f"{target}: is the input: name another output")
-    _check_absent(target)
+    if not begun:  # else the work may be done but for the last step: only its journal can tell
+        _check_absent(target)
 
 
 def batch(
@@ -103,7 +106,8 @@ def batch(
         classifier: the model. Its review queue and log would count a row twice if a kill came
             between, so it should have none.
         source: CSV, JSONL or Parquet, by suffix.
-        target: likewise. It must not exist, and appears when it is whole.
+        target: likewise. It must not exist, and appears when it is whole. What a kill just after
+            that has left is put in order.
         column: of the questions.
         prefix: before the names of `COLUMNS`, where the table has such columns of its own.
         show: told of the progress.
@@ -116,27 +120,29 @@ def batch(
         ModuleNotFoundError: pyarrow is not installed and one of the files is Parquet.
     """
     check_paths(source, target)
-    # A link goes on pointing to what is written.
-    target = Path(os.path.realpath(target))
-    with Journal.open(target.with_name(f"{target.name}.part")) as journal:
-        _check_absent(target)  # another process may have been quicker
-        half = target.with_name(f".{target.name}.half")
+    kind = suffix(target)
+    target = _real(target)
+    with Journal.open(_part(target)) as journal:
+        half = target.with_name(f".{target.name}.new")  # no longer than the journal's name
         _remove(half)
         fingerprint = _digest(source)
-        table = open_table(source, target)
-        names = {f"{prefix}{name}": kind for name, kind in COLUMNS.items()}
+        table = open_table(source, kind)
+        names = {f"{prefix}{name}": values for name, values in COLUMNS.items()}
         _check_columns(table, column, tuple(names))
         about = _about(classifier, fingerprint, suffix(source), column)
         summary = Summary(table.count, journal.begin(about))
-        _ask(classifier, table, column, journal, summary.before, show)
+        if summary.before > table.count:  # the input had more while it was worked on
+            raise DataError(
+                f"{journal.path}: has more answers than {source} has rows: delete it and give the "
+                "same command again"
+            )
+        if summary.before < table.count:
+            _check_absent(target)
+        with _unchanged(source, fingerprint, journal):
+            _ask(classifier, table, column, journal, summary.before, show)
         try:
-            with _explained(target, "written"):
-                _write(table, half, suffix(target), names, journal, summary, show)
-            if _digest(source) != fingerprint:
-                raise DataError(
-                    f"{source}: was changed while it was worked on: delete {journal.path} and give "
-                    "the same command again"
-                )
+            with _unchanged(source, fingerprint, journal), _explained(target, "written"):
+                _write(table, half, kind, names, journal, summary, show)
             _publish(half, target)
         finally:
             _remove(half)
@@ -155,6 +161,35 @@ def _about(classifier: Classifier, fingerprint: str, kind: str, column: str) -> 
         "model": classifier.identity,
         "threshold": hashlib.sha256(said).hexdigest(),
     }
+
+
+def _real(target: Path) -> Path:
+    """What is to be written: a link goes on pointing to it."""
+    return Path(os.path.realpath(target))
+
+
+def _part(target: Path) -> Path:
+    """The journal's path."""
+    return target.with_name(f"{target.name}.part")
+
+
+@contextmanager
+def _unchanged(source: Path, fingerprint: str, journal: Journal) -> Iterator[None]:
+    """Tell of a change of the input, rather than of what comes of it."""
+
+    def check() -> None:
+        if _digest(source) != fingerprint:
+            raise DataError(
+                f"{source}: was changed while it was worked on: delete {journal.path} and give "
+                "the same command again"
+            )
+
+    try:
+        yield
+    except Exception:
+        check()
+        raise
+    check()
 
 
 def _check_absent(path: Path) -> None:
@@ -241,9 +276,14 @@ def _write(
 
 def _publish(half: Path, target: Path) -> None:
     """Give what was written its name; the disk has that before this returns."""
+    with _explained(target, "read"):
+        # The same is there if a kill came between the renaming and the journal's removal.
+        if target.exists() and filecmp.cmp(half, target, shallow=False):
+            return
     _check_absent(target)
     with _explained(target, "written"):
         half.replace(target)
+    with suppress(OSError):  # the file is there, whether or not its folder can be forced
         folder = os.open(target.parent, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(folder)

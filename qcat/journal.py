@@ -53,7 +53,7 @@ class Journal:
         """Open a journal, or make it.
 
         Raises:
-            DataError: another process has it open, or it cannot be written.
+            DataError: another process has it open, or it cannot be written or locked.
         """
         while True:
             try:
@@ -76,6 +76,13 @@ class Journal:
                 ) from None
             except FileNotFoundError:
                 pass
+            except OSError as error:  # a network disk without locks
+                if os.fstat(file).st_size == 0:
+                    path.unlink(missing_ok=True)
+                os.close(file)
+                raise DataError(
+                    f"{path}: cannot be locked: {error.strerror}: choose a folder on a local disk"
+                ) from None
             os.close(file)
 
     def begin(self, about: Mapping[str, str]) -> int:

@@ -22,6 +22,7 @@ FoundRow = tuple[int, dict[str, Any] | str]
 """Line and fields; or, of a bad row, what is wrong with it."""
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such a byte
 _SAY_NOT_UTF8 = "not UTF-8: save the file as UTF-8"
+_LONGEST = 1 << 26  # characters of a field of CSV
 
 
 def jsonl_rows(path: Path, shape: str) -> Iterator[FoundRow]:
@@ -62,29 +63,37 @@ def csv_columns(path: Path) -> list[str]:
 
 
 def csv_rows(path: Path) -> Iterator[FoundRow]:
-    """The rows of a CSV file under its header line; blank lines are passed over.
+    """The rows of a CSV file under its header line.
 
-    A row with fewer fields than there are columns lacks the last ones.
+    A row with fewer fields than there are columns lacks the last ones. Blank lines are passed over,
+    except that under one column such a line is an empty text; those that end the file are none.
 
     Raises:
         DataError: the file as a whole cannot be read, or its header line is not CSV.
     """
     with _csv_reader(path) as reader:
         columns = _header(path, reader)
+        blank: list[int] = []  # lines that are rows if one comes after them
         while True:
             line = reader.line_num + 1
             try:
                 cells = next(reader, None)
             except csv.Error as error:  # the reader goes on with the next line
+                yield from _empty_rows(columns, blank)
                 yield line, f"not CSV: {error}"
                 continue
             if cells is None:
                 return
+            if not cells:
+                if len(columns) == 1:
+                    blank.append(line)
+                continue
+            yield from _empty_rows(columns, blank)
             if any(map(_NOT_UTF8.search, cells)):
                 yield line, _SAY_NOT_UTF8
             elif len(cells) > len(columns):
                 yield line, "more fields than columns: quote a text with commas"
-            elif cells:
+            else:
                 yield line, dict(zip(columns, cells, strict=False))
 
 
@@ -135,6 +144,9 @@ def _opened_text(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _csv_reader(path: Path) -> Iterator[Any]:
+    # Python's limit is 131,072, for the whole process; a mail may be longer. There must be one: a
+    # quote left open makes all that follows one field.
+    csv.field_size_limit(_LONGEST)
     # Bytes that are no UTF-8 are left for `_NOT_UTF8` to find in their row.
     with (
         _opened_text(path) as file,
@@ -144,10 +156,21 @@ def _csv_reader(path: Path) -> Iterator[Any]:
 
 
 def _header(path: Path, reader: Any) -> list[str]:
+    names: list[str] = []
+    line = 1
     try:
-        names: list[str] = next(reader, [])
+        for names in reader:
+            if names:
+                break
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:1: not CSV: {error}") from None
+        raise DataError(f"{path}:{line}: not CSV: {error}") from None
     if any(map(_NOT_UTF8.search, names)):
-        raise DataError(f"{path}:1: {_SAY_NOT_UTF8}")
+        raise DataError(f"{path}:{line}: {_SAY_NOT_UTF8}")
     return names
+
+
+def _empty_rows(columns: list[str], lines: list[int]) -> Iterator[FoundRow]:
+    """What blank lines under one column stand for; they are taken off the list."""
+    yield from ((line, {columns[0]: ""}) for line in lines)
+    lines.clear()

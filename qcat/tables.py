@@ -4,7 +4,8 @@ A column comes out as it went in, in order and type, as far as the format writte
 stays text. CSV has nothing but text: what was none is written as JSON (`true`, `1.5`, `["a"]`),
 what is missing as nothing. In JSONL a row keeps the keys it has. In Parquet a column of JSONL has a
 type if all its values have that one; else, and for lists and objects, it holds their JSON. Dates,
-times and decimals of Parquet become text elsewhere.
+times and decimals of Parquet become text elsewhere. NaN and the infinities, which JSON lacks, are
+null where there is JSON, and missing in CSV.
 
 Knows nothing of questions. pyarrow is loaded for Parquet alone.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,9 +30,9 @@ Kind = Literal["text", "bool", "whole", "real"]
 Values = Sequence[str | bool | float | None]
 """A row of such columns."""
 SUFFIXES = (".csv", ".jsonl", ".parquet")
-_BATCH = 16_384  # rows of Parquet that are in memory at once
+_BATCH = 2048  # rows of Parquet that are in memory at once
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _EXACT = 2**53  # up to here a double has every whole number
 
 
@@ -62,12 +64,12 @@ class Table(ABC):
         return (row.get(column) for row in self.rows())
 
 
-def open_table(path: Path, target: Path) -> Table:
+def open_table(path: Path, target: str) -> Table:
     """Read a table through, so that nothing in it fails later.
 
     Args:
         path: of the file.
-        target: where it is to be written: its suffix says what must be possible.
+        target: as which of the `SUFFIXES` it is to be written.
 
     Raises:
         DataError: no such suffix; the file cannot be read; a row in it cannot be read (naming its
@@ -75,7 +77,7 @@ def open_table(path: Path, target: Path) -> Table:
             that the target's format has no form for.
     """
     kind = suffix(path)
-    as_parquet = suffix(target) == ".parquet"
+    as_parquet = target == ".parquet"
     if as_parquet:
         import pyarrow  # noqa: F401 (its absence is told before the work)
     table: Table
@@ -105,6 +107,8 @@ def write_table(
     Raises:
         DataError: as for `Table.rows`.
         OSError: the file cannot be written.
+        ValueError, TypeError: not as many values as rows, or the table's file was changed since it
+            was opened. Pyarrow's errors are such.
     """
     if kind == ".csv":
         _write_csv(table, file, names, more)
@@ -124,11 +128,13 @@ def suffix(path: Path) -> str:
 
 def check_names(path: Path, names: Sequence[str]) -> None:
     """Refuse names of columns that not every format can have. Raises DataError."""
-    for number, name in enumerate(names):
-        if name in names[:number]:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
             raise DataError(f"{path}: two columns are called {name!r}: rename one")
         if _SURROGATE.search(name):
             raise DataError(f"{path}: a column's name, {name!r}, is not UTF-8: rename it")
+        seen.add(name)
 
 
 class _CsvTable(Table):
@@ -226,7 +232,7 @@ def _write_csv(
         (quoted if any("\r" in cell for cell in cells) else plain).writerow(cells)
 
     write([*table.columns, *names])
-    for row, values in zip(table.rows(), more, strict=False):
+    for row, values in zip(table.rows(), more, strict=True):
         write([*(_cell(row.get(name)) for name in table.columns), *map(_cell, values)])
 
 
@@ -243,7 +249,7 @@ class _Lines:
 def _write_jsonl(
     table: Table, file: IO[bytes], names: Mapping[str, Kind], more: Iterable[Values]
 ) -> None:
-    for row, values in zip(table.rows(), more, strict=False):
+    for row, values in zip(table.rows(), more, strict=True):
         row.update(zip(names, values, strict=True))
         file.write(_json(row).encode() + b"\n")
 
@@ -264,6 +270,8 @@ def _write_parquet(
             if writer is None:
                 writer = pyarrow.parquet.ParquetWriter(file, batch.schema)
             writer.write_batch(batch)
+        if next(further, None) is not None:
+            raise ValueError("more values than rows")
     finally:
         if writer is not None:
             writer.close()
@@ -271,15 +279,35 @@ def _write_parquet(
 
 def _cell(value: Any) -> str:
     """A value as CSV has it."""
-    if value is None:
-        return ""
-    return _utf8(value) if isinstance(value, str) else _json(value)
+    return _utf8(value) if isinstance(value, str) else _json_if_any(value) or ""
+
+
+def _json_if_any(value: Any) -> str | None:
+    """A value's JSON, or None for what is null there."""
+    text = _json(value)
+    return None if text == "null" else text
 
 
 def _json(value: Any) -> str:
-    text = _ENCODE(value)
+    try:
+        text = _ENCODE(value)
+    except ValueError:
+        value = _finite(value)
+        text = _ENCODE(value)
     # A lone surrogate can only be escaped.
-    return json.dumps(value) if _SURROGATE.search(text) else text
+    return json.dumps(value, allow_nan=False) if _SURROGATE.search(text) else text
+
+
+def _finite(value: Any) -> Any:
+    """A value with None for each number in it that JSON has no form for."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case dict():
+            return {name: _finite(item) for name, item in value.items()}
+    return value
 
 
 def _utf8(text: str) -> str:
@@ -337,7 +365,7 @@ def _fitting(value: Any, kind: str) -> Any:
         return None
     if kind == "text":
         return _utf8(value)
-    return _json(value) if kind == "json" else value
+    return _json_if_any(value) if kind == "json" else value
 
 
 def _arrow_type(kind: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -279,6 +281,32 @@ def test_a_link_to_nothing_is_written_through(folder, house):
     assert read(folder / "real.csv")[0]["label"] == "fence"
 
 
+def test_the_name_of_a_link_says_what_to_write(folder, house):
+    source = write(folder / "in.jsonl", [{"text": "who fixed the gate latch"}])
+    (folder / "link.csv").symlink_to(folder / "real.data")
+    batch(house, source, folder / "link.csv")
+    assert read(folder / "link.csv")[0]["label"] == "fence"
+    assert (folder / "real.data").is_file()
+
+
+def test_a_long_name(folder, house):
+    source = write(folder / "in.jsonl", [{"text": "who fixed the gate latch"}])
+    target = folder / f"{'x' * 246}.csv"
+    batch(house, source, target)
+    assert read(target)[0]["label"] == "fence"
+
+
+def test_blank_lines_are_rows_of_one_column(folder, house):
+    source = folder / "in.csv"
+    source.write_text("text\nwho fixed the gate latch\n\nwho fixed the gate latch\n\n")
+    batch(house, source, folder / "out.csv")
+    assert [(row["label"], row["error"]) for row in read(folder / "out.csv")] == [
+        ("fence", ""),
+        ("", "the question is empty: write one"),
+        ("fence", ""),
+    ]
+
+
 def stop(house, source, target, rows, **options):
     """Begin a batch, and break off after so many rows."""
 
@@ -333,7 +361,6 @@ def test_half_done_work_is_not_mixed_with_other(folder, house):
     assert "or delete this file to begin anew" in said
     write(source, [{"q": 1, **row} for row in MANY[:20]])
     refuse(house, source, target, "with another input and another column: give", column="q")
-    (folder / "in.csv").write_bytes(source.read_bytes())
     write(source, MANY[:20])
     with Classifier.open(threshold=0.5, review=False) as strict:
         refuse(strict, source, target, "with another threshold: give")
@@ -344,6 +371,16 @@ def test_half_done_work_is_not_mixed_with_other(folder, house):
     write(source, MANY[:20])
     assert part.read_bytes() == half
     assert batch(house, source, target).before == 5
+
+
+def test_the_same_bytes_under_another_suffix_are_another_input(folder, house):
+    # As CSV each line has four fields, the second of them `text`.
+    rows = [{"a,text,b": number, "text": "who fixed the gate latch"} for number in range(5)]
+    source, target = write(folder / "in.jsonl", rows), folder / "out.jsonl"
+    part = stop(house, source, target, 2)
+    (folder / "in.csv").write_bytes(source.read_bytes())
+    refuse(house, folder / "in.csv", target, f"{part}: is half-done work with another input: give")
+    assert batch(house, source, target).before == 2
 
 
 def test_half_done_work_of_another_model(folder, house, reviewed):
@@ -373,6 +410,92 @@ def test_input_that_changes_on_the_way(folder, house):
     refuse(house, source, target, "in.jsonl: was changed while it was worked on", show=change)
     assert not target.exists()
     (folder / "out.csv.part").unlink()
+
+
+@pytest.mark.parametrize("moment", [("questions", 20), ("writing", 1)])
+@pytest.mark.parametrize("first", [".csv", ".jsonl"])
+def test_input_that_grows_on_the_way(first, moment, folder, house):
+    row = "id,text\n" if first == ".csv" else '{"id": "new", "text": "a"}\n'
+
+    def grow(step, done, total):
+        steps.append(step)
+        if (step, done) == moment:
+            with source.open("a") as file:
+                file.write(row)
+
+    for second in SUFFIXES:
+        source, target, steps = folder / f"in{first}", folder / f"out{second}", []
+        write(source, [{"id": "new", "text": ""} for _ in range(20)])
+        said = refuse(house, source, target, "was changed while it was worked on", show=grow)
+        assert said.startswith(f"{source}: ")
+        assert steps[-1] == moment[0] or moment[0] == "writing"  # not seen after the whole writing
+        assert not target.exists()
+        (folder / f"out{second}.part").unlink()
+
+
+def test_an_input_that_grew_and_is_as_before_again(folder, house):
+    source, target = write(folder / "in.jsonl", MANY[:3]), folder / "out.csv"
+    part = stop(house, source, target, 2)
+    part.write_bytes(part.read_bytes() + part.read_bytes().splitlines(keepends=True)[1] * 2)
+    refuse(house, source, target, f"out.csv.part: has more answers than {source} has rows: delete")
+    part.unlink()
+
+
+def test_killed_between_the_last_two_steps(folder, qcat):
+    source, target = write(folder / "in.jsonl", MANY[:20]), folder / "out.parquet"
+    part = folder / "out.parquet.part"
+    with Classifier.open(review=False) as house:
+        stop(house, source, target, 20)
+        journal = part.read_bytes()
+        batch(house, source, target)
+    whole = target.read_bytes()
+
+    part.write_bytes(journal)
+    done = qcat("batch", source, "-o", target)
+    assert done.stdout.startswith(f"{target}: 20 rows, 20 of them asked before: ")
+    assert target.read_bytes() == whole
+    assert not part.exists()
+
+    # An output that is another's, or a journal that is not whole: nothing is removed.
+    for output, kept in (
+        (b"mine", journal),
+        (whole, b"".join(journal.splitlines(keepends=True)[:-1])),
+    ):
+        target.write_bytes(output)
+        part.write_bytes(kept)
+        done = qcat("batch", source, "-o", target)
+        assert done.stderr.startswith(f"qcat: error: {target}: exists already: ")
+        assert (target.read_bytes(), part.read_bytes()) == (output, kept)
+    part.unlink()
+
+
+def test_a_folder_that_cannot_be_forced_to_the_disk(folder, house, monkeypatch):
+    source, target = write(folder / "in.jsonl", MANY[:3]), folder / "out.csv"
+    force = os.fsync
+
+    def forced(file):
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        force(file)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    assert batch(house, source, target).rows == 3
+    assert len(read(target)) == 3
+
+
+def test_a_folder_without_locks(folder, house, monkeypatch):
+    source, target = write(folder / "in.jsonl", MANY[:3]), folder / "out.csv"
+
+    def lock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    refuse(
+        house,
+        source,
+        target,
+        f"out.csv.part: cannot be locked: {os.strerror(errno.ENOLCK)}: choose a folder on a local",
+    )
 
 
 def test_an_output_that_appears_on_the_way_is_not_overwritten(folder, house):

@@ -65,6 +65,10 @@ def test_csv_names_the_line_where_a_row_begins(tmp_path):
     assert [row.line for row in read] == [2, 3, 5]
     path.write_text('text,label\n\n\na,pool\n\n"b\nc",pool\nd,pool\n')
     assert [row.line for row in read_rows(path)] == [4, 6, 8]
+    path.write_text("\n\ntext,label\n\na,pool\n")
+    assert read_rows(path) == [Row("a", "pool", None, 5)]
+    path.write_text(f"text,label\n{'a' * 200_000},pool\n")
+    assert len(read_rows(path)[0].text) == 200_000
 
 
 def test_alpaca_names(tmp_path):

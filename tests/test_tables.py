@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import math
 import tracemalloc
 from decimal import Decimal
 from itertools import product
@@ -24,7 +25,7 @@ VALUES = [("pool", 0.5, False), (None, None, True), ("a,\r\nb", 1e-9, True)]
 
 def copied(source, target):
     """A table written with `ADDED`, its values in turn."""
-    table = open_table(source, target)
+    table = open_table(source, target.suffix)
     more = [VALUES[number % 3] for number in range(table.count)]
     with target.open("wb") as file:
         write_table(table, file, target.suffix, ADDED, iter(more))
@@ -47,7 +48,8 @@ def write(path, rows):
 def read(path):
     """Columns and rows by other means than the code under test."""
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        lines = [line for line in path.read_text("utf-8").split("\n") if line]
+        rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
         return list(rows[0]), rows
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as file:
@@ -74,7 +76,7 @@ TEXT_ROWS = st.lists(
     )
 )
 WHOLE = st.integers(-(2**63), 2**63 - 1)
-REAL = st.floats(allow_nan=False)
+REAL = st.floats(allow_nan=False, allow_infinity=False)
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | REAL | TEXT,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
@@ -147,6 +149,89 @@ def test_values_of_json(tmp_path_factory, rows):
             assert len({type(value) for value in got if value is not None}) <= 1
 
 
+COLUMNS = {
+    "text": (["a", None], pyarrow.string()),
+    "flag": ([True, None], pyarrow.bool_()),
+    "whole": ([1, 2], pyarrow.int64()),
+    "long": ([2**60, 1], pyarrow.int64()),
+    "ends": ([-(2**63), 2**63 - 1], pyarrow.int64()),
+    "real": ([1, 2.5], pyarrow.float64()),
+    "nothing": ([None, None], pyarrow.string()),
+    "too long": ([2**63, 1], pyarrow.string()),
+    "long and real": ([2**60, 2.5], pyarrow.string()),
+    "flag and whole": ([True, 1], pyarrow.string()),
+    "mixed": ([1, "a"], pyarrow.string()),
+    "list": ([[1], None], pyarrow.string()),
+    "object": ([{"a": 1}, {}], pyarrow.string()),
+}
+
+
+def test_types_that_columns_of_jsonl_have_in_parquet(tmp_path):
+    source = tmp_path / "q.jsonl"
+    write(source, [{name: values[row] for name, (values, _) in COLUMNS.items()} for row in (0, 1)])
+    copied(source, tmp_path / "out.parquet")
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    for name, (values, type_) in COLUMNS.items():
+        assert found.schema.field(name).type == type_, name
+        is_json = type_ == pyarrow.string() and name != "text"
+        wanted = [json.dumps(value) if is_json and value is not None else value for value in values]
+        assert found[name].to_pylist() == wanted, name
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_lacks(number, tmp_path):
+    rows = [
+        {"real": number, "list": [{"a": number}, {"a": 1.5}], "mixed": number},
+        {"real": 1.5, "list": [], "mixed": "null"},
+    ]
+    for kind in (".jsonl", ".parquet"):
+        source = tmp_path / f"q{kind}"
+        write(source, rows if kind == ".jsonl" else [{**row, "mixed": None} for row in rows])
+        copied(source, tmp_path / "out.jsonl")
+        row = read(tmp_path / "out.jsonl")[1][0]
+        assert (row["real"], row["list"], row["mixed"]) == (None, [{"a": None}, {"a": 1.5}], None)
+        copied(source, tmp_path / "out.csv")
+        row = read(tmp_path / "out.csv")[1][0]
+        assert (row["real"], row["list"], row["mixed"]) == ("", '[{"a": null}, {"a": 1.5}]', "")
+    copied(tmp_path / "q.jsonl", tmp_path / "out.parquet")
+    first, second = read(tmp_path / "out.parquet")[1]
+    assert repr(first["real"]) == repr(number)
+    assert (first["list"], first["mixed"]) == ('[{"a": null}, {"a": 1.5}]', None)
+    assert second["mixed"] == '"null"'
+
+
+@pytest.mark.parametrize("kind", SUFFIXES)
+def test_as_many_values_as_rows(kind, tmp_path):
+    source = tmp_path / "q.csv"
+    write(source, [{"text": "a"}, {"text": "b"}])
+    for count in (0, 1, 3):
+        table = open_table(source, kind)
+        with (tmp_path / "out").open("wb") as file, pytest.raises(ValueError):  # noqa: PT011
+            write_table(table, file, kind, ADDED, iter([VALUES[0]] * count))
+
+
+def test_long_fields_of_csv(tmp_path):
+    source, text = tmp_path / "q.csv", "pump " * 100_000
+    write(source, [{"text": "a", "mail": text}])
+    copied(source, tmp_path / "out.csv")
+    assert read(tmp_path / "out.csv")[1][0]["mail"] == text
+
+
+def test_blank_lines_of_csv(tmp_path):
+    def rows(data):
+        source.write_bytes(data)
+        return list(open_table(source, ".csv").rows())
+
+    source = tmp_path / "q.csv"
+    assert rows(b"\r\n\ntext,n\n\na,1\n\n") == [{"text": "a", "n": "1"}]
+    one = [{"text": text} for text in ("", "a", "", "", "b")]
+    assert rows(b"\ntext\n\na\n\n\nb\n") == one
+    assert rows(b"text\r\n\r\na\r\n\r\n\r\nb\r\n\r\n\r\n") == one
+    assert rows(b'text\n""\na\n""\n""\nb') == one
+    with pytest.raises(DataError, match=r"q\.csv:5: not UTF-8"):
+        rows(b"text\n\na\n\n\xef\n")
+
+
 def test_types_of_parquet(tmp_path):
     day = datetime.date(2026, 5, 1)
     table = pyarrow.table(
@@ -193,8 +278,8 @@ def test_memory_does_not_grow_with_the_rows(first, second, tmp_path):
     for count in (2000, 20_000):
         source = tmp_path / f"in{first}"
         write(source, [{"text": f"question {number}"} for number in range(count)])
-        table = open_table(source, tmp_path / f"out{second}")
         tracemalloc.start()
+        table = open_table(source, second)
         with (tmp_path / f"out{second}").open("wb") as file:
             more = (VALUES[0] for _ in range(count))
             write_table(table, file, second, ADDED, more)
@@ -229,6 +314,8 @@ BAD_FILES = {
     "utf16.csv": ("text\na\n".encode("utf-16"), "utf16.csv: not UTF-8 but UTF-16"),
     "wide.csv": (b"text,n\na,1\nb,2,3\n", "wide.csv:3: more fields than columns"),
     "narrow.csv": (b'text,n\n"a\n",1\nb\n', "narrow.csv:4: fewer fields than columns: 1, not 2"),
+    "blank.csv": (b"text\n\n\n", "blank.csv: no rows in it"),
+    "late.csv": (b'\n\n"text"x\na\n', "late.csv:3: not CSV"),
     "open.csv": (b'text\na\n"b\n', "open.csv:3: not CSV"),
     "twice.csv": (b"text,n,n\na,1,2\n", "twice.csv: two columns are called 'n'"),
     "name.jsonl": (b'{"\\ud800": "a"}\n', "a column's name, '\\ud800', is not UTF-8"),
@@ -242,7 +329,7 @@ def test_bad_files(name, tmp_path):
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError) as caught:
-        open_table(tmp_path / name, tmp_path / "out.csv")
+        open_table(tmp_path / name, ".csv")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -250,14 +337,14 @@ def test_bad_files(name, tmp_path):
 def test_bad_parquet(tmp_path):
     source = tmp_path / "q.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "raw": [b"b"]}), source)
-    open_table(source, tmp_path / "out.parquet")
+    open_table(source, ".parquet")
     with pytest.raises(DataError, match="column 'raw' is of type binary, which CSV and JSONL have"):
-        open_table(source, tmp_path / "out.csv")
+        open_table(source, ".csv")
 
     bad = pyarrow.array([b"a", b"\xef"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": bad}), source)
     with pytest.raises(DataError, match=r"q\.parquet: rows 1 to 2: .*UTF8"):
-        open_table(source, tmp_path / "out.parquet")
+        open_table(source, ".parquet")
 
     rows = pyarrow.table({"text": [f"question {number}" for number in range(9999)]})
     pyarrow.parquet.write_table(rows, source, compression="none", use_dictionary=False)
@@ -265,4 +352,4 @@ def test_bad_parquet(tmp_path):
     data[20:60] = b"\xff" * 40  # in the page's header
     source.write_bytes(data)
     with pytest.raises(DataError, match=r"q\.parquet"):
-        open_table(source, tmp_path / "out.parquet")
+        open_table(source, ".parquet")
