@@ -36,7 +36,12 @@ if [ ! -d "$cache" ]; then
         "$work/cmake/bin/python" -m pip install --quiet cmake
         PATH=$work/cmake/bin:$PATH
     }
+    # Built with AMX, llama.cpp crashes (qcat.backends.llama.repacks).
+    no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    # shellcheck disable=SC2086
+    echo | cc -E $no_amx - >/dev/null 2>&1 || no_amx=""
     cmake -S "$work"/llama_cpp_python-*/vendor/llama.cpp -B "$work/build" \
+        -DCMAKE_C_FLAGS="$no_amx" -DCMAKE_CXX_FLAGS="$no_amx" \
         -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON \
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
         -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF >"$work/cmake.log"
