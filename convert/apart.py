@@ -8,8 +8,8 @@ from __future__ import annotations
 import signal
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -20,52 +20,67 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 
 
+@contextmanager
 def apart(
-    function: Callable[[Argument, Progress], Result], argument: Argument, progress: Progress
-) -> Result:
-    """Call `function(argument, progress)` in a fresh process and return what it returns.
+    function: Callable[[Argument, Progress], Result], prepare: Callable[[], None]
+) -> Iterator[Callable[[Argument, Progress], Result]]:
+    """Start a fresh process for one call of `function(argument, progress)`.
 
     Args:
         function: of a module, so that the process finds it.
-        argument: anything that can be pickled; so must the result.
-        progress: called here with what the function reports there.
+        prepare: called there at once, while there is other work here: to import what is heavy. A
+            failure of it is passed over, since the call will meet the cause again.
 
-    Raises:
+    Yields:
+        What makes the call: argument and result must be such as can be pickled, and `progress` is
+        called here with what the function reports there. It raises
+
         ExportError: the process ended without a word, as one that the system killed for memory.
         QcatError, OSError: whatever the function raises of these.
         RuntimeError: for any other error of it, which it names.
     """
     context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, function, argument), daemon=True)
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, function, prepare), daemon=True)
+
+    def call(argument: Argument, progress: Progress) -> Result:
+        try:
+            here.send(argument)
+            while True:
+                what, value = here.recv()
+                if what == "result":
+                    found: Result = value
+                    return found
+                if what == "error":
+                    raise value
+                progress(*value)
+        except (EOFError, ConnectionError):
+            process.join()
+            killed = process.exitcode == -signal.SIGKILL
+            raise ExportError(
+                f"merging was ended from outside (status {process.exitcode})"
+                f"{': was there enough memory?' if killed else ': give it again'}"
+            ) from None
+
     try:
         process.start()
-        sender.close()
-        while True:
-            what, value = receiver.recv()
-            if what == "result":
-                found: Result = value
-                return found
-            if what == "error":
-                raise value
-            progress(*value)
-    except EOFError:
-        process.join()
-        raise ExportError(
-            f"merging was ended from outside (status {process.exitcode}): was there enough memory?"
-        ) from None
+        there.close()
+        yield call
     finally:
-        receiver.close()
+        here.close()
         if process.pid is not None:
             process.kill()  # if it still runs, as after Ctrl-C here
             process.join()
 
 
-def _work(sender: Any, function: Callable[..., Any], argument: Any) -> None:
+def _work(pipe: Any, function: Callable[..., Any], prepare: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits takes care of it
     warnings.simplefilter("ignore")  # of libraries: nothing that a user could act on
-    with suppress(BrokenPipeError):  # nobody waits any more
-        sender.send(_outcome(function, argument, lambda *done: sender.send(("progress", done))))
+    with suppress(Exception):
+        prepare()
+    with suppress(EOFError, ConnectionError):  # nobody waits any more
+        argument = pipe.recv()
+        pipe.send(_outcome(function, argument, lambda *done: pipe.send(("progress", done))))
 
 
 def _outcome(
@@ -73,7 +88,7 @@ def _outcome(
 ) -> tuple[str, Result | Exception]:
     try:
         return "result", function(argument, progress)
-    except BrokenPipeError:
+    except ConnectionError:
         raise
     except Exception as error:
         known = isinstance(error, QcatError | OSError)  # others may not survive the way

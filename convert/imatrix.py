@@ -60,9 +60,12 @@ class Importance:
 
     def add(self, tensor: str, inputs: torch.Tensor) -> None:
         """Add inputs of a tensor, given by its Hugging Face name; shape (…, inputs)."""
+        import torch
+
         name = gguf_name(tensor, self._arch)
-        rows = inputs.reshape(-1, inputs.shape[-1]).double()
-        self._sums[name] = self._sums.get(name, 0) + (rows * rows).sum(0)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        sums = rows.square().sum(0, dtype=torch.float64)
+        self._sums[name] = self._sums.get(name, 0) + sums
         self._counts[name] = self._counts.get(name, 0) + rows.shape[0]
 
     def matrix(self) -> ImportanceMatrix:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
@@ -28,7 +28,7 @@ from convert.choose import Trial, choose, try_all
 from convert.merge import Source, fingerprint, locate
 from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import AUTO, CANDIDATES, quantize
-from convert.stream import Job, Measured, convert
+from convert.stream import Job, Measured, convert, load_libraries
 from convert.trim import trim, whole_words
 from convert.verify import (
     Floats,
@@ -45,6 +45,7 @@ from qcat.backends.llama import LlamaModel
 from qcat.bundle import REPORT_KEY, Bundle, write_sections
 from qcat.classifier import prepare
 from qcat.errors import DataError, ExportError
+from qcat.files import write_whole
 from qcat.grammar import grammar
 from qcat.prompt import (
     QUESTION_ROOM,
@@ -62,7 +63,7 @@ from qcat.trie import LabelTrie
 Progress = Callable[[str, int, int], None]
 """Called with a step's name, and how much of it is done of how much."""
 
-Run = Callable[[Job, Callable[[int, int], None]], Measured]
+Convert = Callable[[Job, Callable[[int, int], None]], Measured]
 
 _IMATRIX_QUESTIONS = 512  # more change the matrix by less than the quantizer's own noise
 
@@ -101,15 +102,16 @@ class Request:
 def export(
     request: Request,
     progress: Progress = lambda step, done, total: None,
-    run: Run = convert,
+    converter: Callable[[], AbstractContextManager[Convert]] = lambda: nullcontext(convert),
 ) -> dict[str, Any]:
     """Merge, convert, quantize, prove; leave a folder with GGUF, Modelfile, grammar and card.
 
     Args:
         request: what to export.
         progress: called as the work goes on.
-        run: does the part that needs torch: `convert` itself here, `convert_apart` in a process
-            of its own, so that torch's memory is given back before the rest.
+        converter: opens what does the part that needs torch: `convert` itself here; with
+            `convert_apart` a process of its own, which begins at once and whose memory is given
+            back before the rest.
 
     Returns:
         The report, as in `report.json`.
@@ -127,16 +129,7 @@ def export(
             "quantization"
         )
     with _working_folder(target) as folder:
-        report = _export_into(folder, request, progress, run)
-        if _flip_share(report) > request.max_flips:
-            kept = target.with_name(f"{target.name}.report.json")
-            os.replace(folder / "report.json", kept)
-            raise ExportError(
-                f"{_tried(report)}{report['proof']['quantized']['flips']} of "
-                f"{report['proof']['questions']} labels changed, more than "
-                f"{request.max_flips:.1%}: export with {_way_out(request)}; the report, with the "
-                f"accuracies, is {kept}"
-            )
+        report = _export_into(folder, request, progress, converter)
         try:
             os.rename(folder, target)
         except OSError as error:
@@ -144,9 +137,9 @@ def export(
     return report
 
 
-def convert_apart(job: Job, progress: Callable[[int, int], None]) -> Measured:
+def convert_apart() -> AbstractContextManager[Convert]:
     """`convert` in a process of its own."""
-    return apart(convert, job, progress)
+    return apart(convert, load_libraries)
 
 
 def _way_out(request: Request) -> str:
@@ -169,9 +162,22 @@ def _tried(report: Mapping[str, Any]) -> str:
     return f"none of {kinds} changes few enough labels; with {report['quantization']} "
 
 
-def _flip_share(report: Mapping[str, Any]) -> float:
-    proof = report.get("proof")
-    return proof["quantized"]["flips"] / proof["questions"] if proof else 0.0
+def _check_flips(report: Mapping[str, Any], request: Request) -> None:
+    """Refuse too many flips before more work is done; the report is kept beside the target."""
+    flips, questions = report["proof"]["quantized"]["flips"], report["proof"]["questions"]
+    if flips / questions <= request.max_flips:
+        return
+    kept = request.target.with_name(f"{request.target.name}.report.json")
+    write_whole(kept, _json(report).encode())
+    raise ExportError(
+        f"{_tried(report)}{flips} of {questions} labels changed, more than "
+        f"{request.max_flips:.1%}: export with {_way_out(request)}; the report, with the "
+        f"accuracies, is {kept}"
+    )
+
+
+def _json(report: Mapping[str, Any]) -> str:
+    return json.dumps(report, indent=1, ensure_ascii=False)
 
 
 @contextmanager
@@ -260,16 +266,24 @@ class _Served:
     """What was trimmed, and how many questions have other tokens for it."""
 
 
-def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -> dict[str, Any]:
-    full = folder / f"full.{request.precision}.gguf"
-    job, served = _job(full, request)
+def _export_into(
+    folder: Path,
+    request: Request,
+    progress: Progress,
+    converter: Callable[[], AbstractContextManager[Convert]],
+) -> dict[str, Any]:
+    trials_folder = folder / "trials"  # apart from the bundle's files, which a task may name so too
+    trials_folder.mkdir()
+    full = trials_folder / f"full.{request.precision}.gguf"
+    with converter() as run:
+        job, served = _job(full, request)
+        measured = run(job, lambda done, total: progress("merge and convert", done, total))
     setup = served.setup
-    measured = run(job, lambda done, total: progress("merge and convert", done, total))
     gguf = folder / f"{setup.task.name}.gguf"
     text, special = _modelfile(full, gguf.name, served, request)
 
     kinds = CANDIDATES if request.quantization == AUTO else (request.quantization,)
-    files = {kind: folder / f"{kind}.gguf" for kind in kinds}
+    files = {kind: trials_folder / f"{kind}.gguf" for kind in kinds}
     progress("quantize", 0, len(files))
     made = {}
     for kind, path in files.items():
@@ -280,9 +294,8 @@ def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -
     if measured.reference is not None:
         proof, trials, kind = _prove(full, files, setup, measured.reference, request, progress)
         proof["special_in_ollama"] = special
-    os.replace(files.pop(kind), gguf)
-    for path in (full, *files.values()):
-        path.unlink()
+    os.replace(files[kind], gguf)
+    shutil.rmtree(trials_folder)
 
     report: dict[str, Any] = {
         "task": setup.task.name,
@@ -300,6 +313,7 @@ def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -
         report["choice"] = [trial.to_dict() for trial in trials]
     if proof:
         report["proof"] = proof
+        _check_flips(report, request)
     learned: dict[str, dict[str, Any]] = {}
     if request.validation:
         report["calibration"], learned = _calibrate(gguf, request, progress)
@@ -308,7 +322,7 @@ def _export_into(folder: Path, request: Request, progress: Progress, run: Run) -
     (folder / "Modelfile").write_text(text, "utf-8")
     (folder / "labels.gbnf").write_text(grammar(setup.task), "utf-8")
     (folder / "task.toml").write_text(setup.task.to_toml(), "utf-8")
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), "utf-8")
+    (folder / "report.json").write_text(_json(report), "utf-8")
     card = model_card(setup.task, report, gguf.name)
     (folder / "MODEL_CARD.md").write_text(card, "utf-8")
     return report
@@ -361,13 +375,23 @@ def _served(whole: _Setup, vocabulary: Vocabulary, request: Request) -> _Served:
     held_out = [question for question, _ in request.held_out]
     for question in held_out:
         cut.rest(question)  # now, not after the merge, if smaller tokens do not fit
+    trained = compared(request.training)
     report = {
         "tokens": len(trimmed.rows),
         "of": len(vocabulary.tokens),
         "merges": request.merges,
         "held_out": compared(held_out),
-        "training": compared(request.training),
+        "training": trained,
     }
+    if (
+        trained["split_otherwise"]
+        or trimmed.split_otherwise(whole.prefix, cut.prefix)
+        or any(map(trimmed.split_otherwise, whole.trie.sequences, cut.trie.sequences))
+    ):
+        raise ExportError(
+            "the trimmed vocabulary spells prompt, labels or training questions otherwise: "
+            "export with --vocab full, and please report it with the tokenizer's name"
+        )
     kept = read_vocabulary(trimmed.tokenizer, len(trimmed.rows))
     return _Served(cut, kept, trimmed.rows, report)
 

@@ -21,6 +21,7 @@ from convert.vocab import Vocabulary
 from convert.writer import GGUFFile, Precision
 from qcat.scoring import Floats
 from qcat.task import Task
+from qcat.threads import default_threads
 from qcat.trie import LabelTrie
 
 Progress = Callable[[int, int], None]
@@ -63,6 +64,15 @@ class Measured:
     such questions."""
 
 
+def load_libraries() -> None:
+    """Import what `convert` needs: seconds of work."""
+    import peft
+    import torch
+    import transformers
+
+    _ = (peft.PeftModel, torch.Tensor, transformers.AutoModelForCausalLM)
+
+
 def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured:
     """Merge and write a model, and measure on the way.
 
@@ -76,6 +86,9 @@ def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured
     Raises:
         ExportError, ModelError: what cannot be merged or converted, by name.
     """
+    import torch
+
+    torch.set_num_threads(default_threads())
     merger = Merger(job.source)
     importance = Importance(merger.architecture)
     training = Replay(job.prefix, job.training)

@@ -118,7 +118,7 @@ class Rows:
     def equals(self, other: Rows) -> bool:
         """Whether both hold the same numbers."""
         return self.shape == other.shape and all(
-            bool((one.float() == two.float()).all())
+            one.equal(two) if one.dtype == two.dtype else one.float().equal(two.float())
             for one, two in zip(self.chunks(), other.chunks(), strict=True)
         )
 

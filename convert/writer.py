@@ -70,6 +70,7 @@ class GGUFFile:
         self._precision = precision
         self._rows = rows
         self._shapes = {name: self._kept(name, shape) for name, shape in shapes.items()}
+        self._expected = iter(self._shapes)
         self._writer = GGUFWriter(path, self._arch.name, use_temp_file=False)
         try:
             _add_hyper_parameters(self._writer, self._arch, self._params)
@@ -102,8 +103,11 @@ class GGUFFile:
             values: its numbers, in any floating type; of `Rows` those to keep are taken.
 
         Raises:
-            ExportError: they are not all finite, or do not fit the precision.
+            ExportError: they are not all finite, or do not fit the precision; or it is another
+                tensor's turn, since gguf would write the numbers under that one's name.
         """
+        if (turn := next(self._expected, None)) != name:
+            raise ExportError(f"tensor {name} came where {turn} was due: please report it")
         if isinstance(values, Rows):
             chunks = values.chunks(self._rows)
         else:

@@ -47,8 +47,7 @@ class HubTokenizer:
         marked = [{**added, "special": is_control(added)} for added in self.spec["added_tokens"]]
         text = json.dumps({**self.spec, "added_tokens": marked})
         try:
-            self._special, self._plain = Tokenizer.from_str(text), Tokenizer.from_str(text)
-            self._plain.encode_special_tokens = True  # the library's name for "as plain text"
+            self._tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"{folder / 'tokenizer.json'}: {error}") from None
         end = self.token_id("eos_token")
@@ -60,12 +59,13 @@ class HubTokenizer:
         """Id of the token in a role of `tokenizer_config.json`, such as `eos_token`."""
         name = self.config.get(role)
         name = name.get("content") if isinstance(name, dict) else name
-        return None if name is None else self._special.token_to_id(name)
+        return None if name is None else self._tokenizer.token_to_id(name)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids, without a begin or end token; control tokens only where `special`."""
-        tokenizer = self._special if special else self._plain
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        # the library's name for "as plain text"
+        self._tokenizer.encode_special_tokens = not special
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

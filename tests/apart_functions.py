@@ -29,3 +29,15 @@ def broken(text, progress):
 
 def killed(_, progress):
     os.kill(os.getpid(), 9)
+
+
+def nothing():
+    pass
+
+
+def unprepared():
+    raise ImportError("no such library")
+
+
+def ended():
+    os._exit(3)

@@ -11,6 +11,7 @@ import pytest
 import tiny_model
 import torch
 from export_job import job_of
+from safetensors.torch import load_file, save_file
 from whole_model import whole
 
 from convert import tensors, writer
@@ -217,6 +218,70 @@ def test_lora_on_a_tied_head_is_refused(module, make_checkpoint, tmp_path):
     folder = adapter_case(checkpoint, tmp_path / "adapter", target_modules=["q_proj", module])
     with pytest.raises(ExportError, match="merging changes what the model computes"):
         merged(folder, None)
+
+
+def weak(checkpoint, folder):
+    """An adapter that changes what a module computes by about a thousandth."""
+    adapter_case(checkpoint, folder)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name] *= 1e-3 / float(tensors[name].abs().max())
+    save_file(tensors, path)
+    return folder
+
+
+def test_a_merge_that_loses_the_adapter_is_noticed(make_checkpoint, tmp_path, monkeypatch):
+    """Each module is compared: in the model's own answers a weak adapter would not be seen."""
+    from peft.tuners.lora import Linear
+
+    folder = weak(make_checkpoint("qwen3", hidden=64), tmp_path / "adapter")
+    assert list(merged(folder, None).layers())
+    monkeypatch.setattr(Linear, "merge", lambda *_, **__: None)
+    with pytest.raises(ExportError, match="merging changes what the model computes"):
+        list(merged(folder, None).layers())
+
+
+def test_an_adapter_of_a_deeper_base_is_refused(make_checkpoint, tmp_path):
+    """PEFT passes over the layers that the base lacks, and half of the fine-tune would be lost."""
+    folder = adapter_case(make_checkpoint("qwen3", hidden=64), tmp_path / "adapter")
+    shallow = tmp_path / "shallow"
+    shutil.copytree(make_checkpoint("qwen3", hidden=64).base, shallow)
+    config = json.loads((shallow / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    config.pop("layer_types", None)
+    (shallow / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=r"does not fit the base: 14 tensors .*lora_A.* --base$"):
+        merged(folder, str(shallow))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Found missing adapter keys"
+)  # which convert alone would not show
+def test_an_adapter_with_tensors_left_out_is_refused(make_checkpoint, tmp_path):
+    folder = adapter_case(make_checkpoint("qwen3", hidden=64), tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[min(tensors)]
+    save_file(tensors, path)
+    with pytest.raises(ExportError, match="does not fit the base: 1 tensors "):
+        merged(folder, None)
+
+
+def test_a_tensor_out_of_turn_is_refused(make_checkpoint, household, tmp_path, monkeypatch):
+    """gguf would write the numbers of k under the name of v, which have the same size."""
+    layers = Merger.layers
+
+    def turned(self):
+        for layer in layers(self):
+            found = dict(reversed(layer.state_dict().items()))
+            layer.state_dict = lambda found=found: found
+            yield layer
+
+    monkeypatch.setattr(Merger, "layers", turned)
+    with pytest.raises(ExportError, match=r"tensor model\.layers\.0\..* was due"):
+        written(tmp_path / "m.gguf", household, make_checkpoint(hidden=64).adapter)
 
 
 def test_saved_modules_of_other_kinds_are_refused_by_name(make_checkpoint, tmp_path):

@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import EXAMPLE
@@ -359,6 +362,33 @@ def test_killed_at_any_moment_the_target_is_whole_or_absent(make_checkpoint, hou
     shutil.rmtree(target, ignore_errors=True)
     export(Request(household, target, adapter=adapter))
     assert os.listdir(tmp_path / "runs") == ["out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_killed_while_its_child_writes(make_checkpoint, household, tmp_path):
+    """The process apart goes away too, and the next export clears up what it leaves."""
+    adapter, runs = make_checkpoint().adapter, tmp_path / "runs"
+    (tmp_path / "task.toml").write_text(household.to_toml(), "utf-8")
+    command = [Path(sys.executable).with_name("qcat"), "export", adapter]
+    command += ["-t", tmp_path / "task.toml", "-o", runs / "out"]
+    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not list(runs.glob(".out.export-*/trials/full*")):
+            time.sleep(0.001)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    finally:
+        process.kill()
+    assert process.wait() == -9
+    assert children
+    export(Request(household, runs / "out", adapter=adapter))
+    for _ in range(200):
+        if not any(Path(f"/proc/{child}").exists() for child in children):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("a child goes on")
+    assert os.listdir(runs) == ["out"]
+    assert sorted(os.listdir(runs / "out")) == BUNDLE
 
 
 def test_quantizer_failure_is_an_error(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 
 import apart_functions
@@ -217,12 +218,25 @@ def test_a_checkpoint_is_read_as_it_was_saved(make_checkpoint):
 
 
 def test_a_process_apart_reports_returns_raises_and_dies():
+    def call(function, argument, progress=print, prepare=apart_functions.nothing):
+        with apart(function, prepare) as run:
+            return run(argument, progress)
+
     told = []
-    assert apart(apart_functions.doubled, 21, lambda *what: told.append(what)) == 42
+    assert call(apart_functions.doubled, 21, lambda *what: told.append(what)) == 42
     assert told == [(1, 2)]
     with pytest.raises(DataError, match="no such row"):
-        apart(apart_functions.refused, "no such row", print)
+        call(apart_functions.refused, "no such row")
     with pytest.raises(RuntimeError, match="OddError: oh!"):
-        apart(apart_functions.broken, "oh", print)
+        call(apart_functions.broken, "oh")
     with pytest.raises(ExportError, match="was there enough memory"):
-        apart(apart_functions.killed, None, print)
+        call(apart_functions.killed, None)
+    assert call(apart_functions.doubled, 4, prepare=apart_functions.unprepared) == 8
+    with pytest.raises(ExportError, match=r"from outside \(status 3\): give it again"):
+        call(apart_functions.doubled, 4, prepare=apart_functions.ended)
+
+
+def test_a_process_apart_that_is_not_needed_ends():
+    with apart(apart_functions.doubled, apart_functions.nothing):
+        [child] = multiprocessing.active_children()
+    assert not child.is_alive()

@@ -384,7 +384,7 @@ def test_a_question_that_smaller_tokens_make_too_long(make_checkpoint, household
     adapter, text = make_checkpoint(hidden=64).adapter, "(When" * 100
     more = {"adapter": adapter, "held_out": ((text, 0),), "merges": 0}
     with pytest.raises(DataError, match="tokens, room for 256: shorten it"):
-        export(Request(household, tmp_path / "out", **more), run=None)
+        export(Request(household, tmp_path / "out", **more))
     assert list(tmp_path.iterdir()) == []
 
 
