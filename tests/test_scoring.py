@@ -360,20 +360,24 @@ def test_close_while_another_thread_asks(house):
 
     for _ in range(5):
         classifier = Classifier.open(house, threads=1)
-        ended = []
+        begun, ended = threading.Event(), []
 
-        def ask(classifier=classifier, ended=ended):
+        def ask(classifier=classifier, begun=begun, ended=ended):
             try:
-                for _ in classifier.ask_many(random_questions(500)):
-                    pass
+                while True:
+                    for _ in classifier.ask_many(random_questions(500)):
+                        begun.set()
             except ModelError as error:
                 ended.append(str(error))
 
-        thread = threading.Thread(target=ask)
+        thread = threading.Thread(target=ask, daemon=True)
         thread.start()
+        assert begun.wait(60)
         classifier.close()
-        thread.join()
-        assert all("closed" in message for message in ended)
+        thread.join(60)
+        assert not thread.is_alive()
+        (message,) = ended
+        assert "closed: open it again" in message
 
 
 def test_native_layouts_are_the_ones_used():
@@ -527,3 +531,34 @@ def test_prediction_is_plain_data(house):
         "entropy",
         "truncated",
     }
+
+
+def test_room_for_a_long_question_is_made_when_it_comes(house):
+    import llama_cpp
+
+    def cells(classifier):
+        return llama_cpp.llama_n_ctx(classifier._scorer._context)
+
+    with Classifier.open(house) as classifier, Classifier.open(house) as other:
+        usual, short = cells(classifier), classifier.ask("When was the pool pump replaced?")
+        list(classifier.ask_many(random_questions(40)))
+        assert cells(classifier) == usual
+        long = classifier.ask("who fixed the gate latch " * 40)
+        assert cells(classifier) > usual
+        assert classifier.ask("When was the pool pump replaced?") == short
+        assert other.ask("who fixed the gate latch " * 40) == long
+
+
+def test_without_repacking_the_file_is_mapped(shipped, monkeypatch):
+    """As on a processor with AMX, where llama.cpp's own layout would crash."""
+    from qcat.backends import llama
+
+    def info():
+        return b"CPU : AVX2 = 1 | AMX_INT8 = 1 | REPACK = 1 | "
+
+    monkeypatch.setattr(llama.llama_cpp, "llama_print_system_info", info)
+    assert not llama.repacks()
+    question = "When was the pool pump replaced?"
+    with Classifier.open(review=False) as classifier:
+        assert not classifier._vocabulary.repacked
+        assert classifier.ask(question).label == shipped.ask(question).label == "pool"

@@ -79,7 +79,7 @@ def repacks() -> bool:
 class LlamaModel:
     """One GGUF opened in llama.cpp: its vocabulary and, unless `vocab_only`, its weights.
 
-    The file must have been through `qcat.bundle.read_header`: llama.cpp can abort on damaged ones.
+    The file must have been through `qcat.bundle.check_model`: llama.cpp can abort on others.
 
     Args:
         path: of the file.
@@ -247,22 +247,22 @@ class LlamaScorer:
         fingerprint: str | None = None,
     ) -> None:
         self._model, self._trie, self._room = model, trie, room
+        self._prefix, self._threads, self._fingerprint = list(prefix), threads, fingerprint
         self._n_prefix = len(prefix)
         self._lock = model.lock
-        self._stack = ExitStack()
+        self._stack, self._context_stack = ExitStack(), ExitStack()
         deep = trie.deep_branches
-        longest = max((len(branch.path) for branch in deep), default=0)
-        n_deep = min(_MAX_DEEP, MAX_BATCH * len(deep))
-        self._deep_cells = max(_DEEP_CELLS, longest) if deep else 0
-        cells = len(prefix) + room + max(self._deep_cells, _FREE_TOKENS)
+        paths = [len(branch.path) for branch in deep]
+        self._n_sequences = 1 + MAX_BATCH + min(_MAX_DEEP, MAX_BATCH * len(deep))
+        self._deep_cells = max(min(_DEEP_CELLS, MAX_BATCH * sum(paths)), *paths, 0)
+        self._most_tokens = room + _FREE_TOKENS
+        cells = self._cells(self._most_tokens)
         if cells > model.n_ctx_train:
             raise ModelError(
                 f"{model.path}: the prompt needs {cells} tokens, the model has room for "
                 f"{model.n_ctx_train}: shorten the labels' descriptions"
             )
         try:
-            self._context = self._open_context(cells, 1 + MAX_BATCH + n_deep, threads)
-            self._memory = llama_cpp.llama_get_memory(self._context)
             self._batch = _Batch(cells)
             self._grammar = llama_cpp.llama_sampler_init_grammar(
                 model.vocab, grammar.encode(), b"root"
@@ -271,10 +271,24 @@ class LlamaScorer:
                 raise ModelError(f"{model.path}: llama.cpp refuses the labels' grammar")
             self._stack.callback(llama_cpp.llama_sampler_free, self._grammar)
             self._accepted: dict[int, bool] = {}
-            self._put_prefix(prefix, fingerprint)
+            self._begin(min(PASS_TOKENS, self._most_tokens))
         except BaseException:
             self.close()
             raise
+
+    def _cells(self, tokens: int) -> int:
+        """KV cells for the prefix, so many tokens of questions, and the branches after them."""
+        return self._n_prefix + tokens + self._deep_cells
+
+    def _begin(self, tokens: int) -> None:
+        """Make a context with room for so many tokens, in the place of one for fewer."""
+        self._context = None  # also if there is no memory for another
+        self._context_stack.close()
+        cells = self._cells(tokens)
+        self._context = self._open_context(cells, self._n_sequences, self._threads)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._n_tokens = tokens
+        self._put_prefix()
 
     def _open_context(self, cells: int, n_sequences: int, threads: int) -> Any:
         params = llama_cpp.llama_context_default_params()
@@ -293,25 +307,26 @@ class LlamaScorer:
             raise ModelError(
                 f"{self._model.path}: not enough memory for a context of {cells} tokens"
             )
-        self._stack.callback(llama_cpp.llama_free, context)
+        self._context_stack.callback(llama_cpp.llama_free, context)
         return context
 
-    def _put_prefix(self, prefix: Sequence[int], fingerprint: str | None) -> None:
+    def _put_prefix(self) -> None:
         """Fill sequence 0: from the cache folder in milliseconds, else by evaluating the tokens."""
+        prefix, fingerprint = self._prefix, self._fingerprint
         settings = (
             llama_cpp.__version__,
             llama_cpp.llama_print_system_info(),  # how it was compiled changes the last digits
             llama_cpp.llama_n_ubatch(self._context),
             self._model.repacked,  # other instructions, other last digits
-            list(prefix),
+            prefix,
         )
         key = f"prefix {fingerprint} {settings}".encode()
         if fingerprint and self._restore(cache.load(key), len(prefix)):
             return
         self._batch.add(prefix, 0, 0, output=False)
         self._decode()
-        if fingerprint:
-            size = llama_cpp.llama_state_seq_get_size(self._context, 0)
+        size = llama_cpp.llama_state_seq_get_size(self._context, 0)
+        if fingerprint and size <= cache.MAX_CONTENT:
             state = (ctypes.c_uint8 * size)()
             if llama_cpp.llama_state_seq_get_data(self._context, state, size, 0) == size:
                 cache.save(key, memoryview(state).cast("B"))
@@ -331,7 +346,7 @@ class LlamaScorer:
         """Logits at every branch, for each question in turn.
 
         Questions share a forward pass, up to `MAX_BATCH` of them and `PASS_TOKENS` tokens; a
-        longer one has a pass for itself. All are taken when the first result is asked for; an
+        longer one has a pass for itself. A pass is made when its first result is asked for, so an
         iterator given up early costs nothing more.
 
         Args:
@@ -350,9 +365,15 @@ class LlamaScorer:
         if group:
             yield from self._score_group(group)
 
+    def _make_room(self, tokens: int) -> None:
+        """See that so many tokens fit: there is room for usual questions until a long one comes."""
+        if tokens > self._n_tokens:
+            self._begin(self._most_tokens)
+
     def _score_group(self, group: list[Sequence[int]]) -> list[Scores]:
         with self._lock:
             self._check_open()
+            self._make_room(sum(map(len, group)))
             try:
                 ends = [
                     self._extend(0, 1 + number, self._n_prefix, rest)
@@ -449,13 +470,15 @@ class LlamaScorer:
 
     def generate(self, rest: Sequence[int], limit: int) -> str:
         """What the model says without any constraint, greedily, up to `limit` tokens."""
+        limit = min(limit, _FREE_TOKENS)
         with self._lock:
             self._check_open()
+            self._make_room(len(rest) + limit)
             said: list[int] = []
             try:
                 at = self._extend(0, 1, self._n_prefix, rest)
                 position = self._n_prefix + len(rest)
-                for _ in range(min(limit, _FREE_TOKENS)):
+                for _ in range(limit):
                     self._decode()
                     token = int(self._row(at).argmax())
                     if self._model.ends(token):
@@ -505,5 +528,6 @@ class LlamaScorer:
     def close(self) -> None:
         """Free the context. Harmless a second time."""
         with self._lock:
+            self._context_stack.close()
             self._stack.close()
             self._context = None
