@@ -112,20 +112,21 @@ class Bundle:
     task: Task
 
     @classmethod
-    def read(cls, path: str | Path) -> Bundle:
+    def read(cls, path: str | Path, *, remember: bool = False) -> Bundle:
         """Check a file and read what it says of itself.
+
+        Args:
+            path: of the file.
+            remember: as in `read_header`.
 
         Raises:
             BundleError: the file is absent, no GGUF, damaged, or carries no usable qcat task.
         """
         file = Path(path)
-        header = read_header(file)
+        header = read_header(file, remember=remember)
         if TASK_KEY not in header.metadata:
             raise BundleError(f"{file}: a GGUF without qcat metadata: make one with `qcat export`")
-        try:
-            _check_model(header)
-        except _DamagedError as error:
-            raise BundleError(f"{file}: {error}: export it again") from None
+        check_model(file, header)
         data = section(header, TASK_KEY, file)
         try:
             task = Task.from_dict(data)
@@ -198,8 +199,17 @@ def section(header: Header, key: str, path: Path) -> dict[str, Any]:
     return data
 
 
-def read_header(path: Path) -> Header:
-    """Read and check the header of any GGUF. Raises BundleError, naming the file."""
+def read_header(path: Path, *, remember: bool = False) -> Header:
+    """Read and check the header of any GGUF.
+
+    Args:
+        path: of the file.
+        remember: keep a large one in the user's cache folder for the next time: for a file that
+            is to be opened again and again, since there is room for a few only.
+
+    Raises:
+        BundleError: the file is absent, no GGUF, or damaged; the message names it.
+    """
     try:
         status = os.stat(path)
         size = status.st_size
@@ -209,11 +219,12 @@ def read_header(path: Path) -> Header:
             raise BundleError(f"{path}: not a GGUF file ({size} bytes)")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             # To walk 150,000 tokens in Python takes a tenth of a second, at each start.
-            key = f"header {os.path.realpath(path)} {size} {status.st_mtime_ns}".encode()
+            place = os.fsencode(os.path.realpath(path))
+            key = b"header 2 %s %d %d" % (place, size, status.st_mtime_ns)
             header = _recall(cache.load(key), data)
             if header is None:
                 header = _parse(data, size)
-                if header.table_end >= _LARGE:
+                if remember and header.table_end >= _LARGE:
                     cache.save(key, _remember(header))
             return header
     except OSError as error:
@@ -225,7 +236,7 @@ def read_header(path: Path) -> Header:
 
 
 def _remember(header: Header) -> bytes:
-    """A header as JSON."""
+    """A header as JSON. Who changes its form counts up the number in `read_header`'s key."""
     metadata = {
         key: [value] if isinstance(value, Length) else value
         for key, value in header.metadata.items()
@@ -237,15 +248,18 @@ def _recall(saved: memoryview | None, data: mmap.mmap) -> Header | None:
     """The header that `_remember` made, if a file still begins with the same bytes."""
     if saved is None:
         return None
-    fields = json.loads(bytes(saved))
-    if _digest(data, fields["table_end"]) != fields["digest"]:
+    try:
+        fields = json.loads(bytes(saved))
+        if _digest(data, fields["table_end"]) != fields["digest"]:
+            return None
+        metadata = {
+            key: Length(value[0]) if isinstance(value, list) else value
+            for key, value in dict(fields["metadata"]).items()
+        }
+        tensors = (Tensor(name, tuple(shape), *rest) for name, shape, *rest in fields["tensors"])
+        return Header(**fields | {"metadata": metadata, "tensors": tuple(tensors)})
+    except (ValueError, LookupError, TypeError):  # another qcat wrote it
         return None
-    metadata = {
-        key: Length(value[0]) if isinstance(value, list) else value
-        for key, value in fields["metadata"].items()
-    }
-    tensors = (Tensor(name, tuple(shape), *rest) for name, shape, *rest in fields["tensors"])
-    return Header(**fields | {"metadata": metadata, "tensors": tuple(tensors)})
 
 
 def _digest(data: mmap.mmap, end: int) -> str:
@@ -444,8 +458,19 @@ def _alignment(metadata: Mapping[str, Any]) -> int:
     return alignment
 
 
+def check_model(path: Path, header: Header) -> None:
+    """Refuse what `qcat export` does not write, vocabulary included: llama.cpp aborts on some.
+
+    Raises:
+        BundleError: naming the file; it may be any GGUF, with a qcat task or without.
+    """
+    try:
+        _check_model(header)
+    except _DamagedError as error:
+        raise BundleError(f"{path}: {error}: export it again") from None
+
+
 def _check_model(header: Header) -> None:
-    """Refuse hyper-parameters that `qcat export` does not write: llama.cpp aborts on some."""
     metadata = header.metadata
     arch = metadata.get("general.architecture")
     if arch not in _ARCHITECTURES:

@@ -18,6 +18,9 @@ MAX_ENTRIES = 32
 MAX_BYTES = 256 << 20
 """Of all entries together: those used longest ago go first."""
 _MAGIC = b"qcat cache 1\n"
+_START = len(_MAGIC) + hashlib.sha256().digest_size  # bytes of a file before its content
+MAX_CONTENT = MAX_BYTES - _START
+"""Of one entry: more is not kept."""
 _SUFFIX = ".qcat"
 
 
@@ -36,14 +39,13 @@ def load(key: bytes) -> memoryview | None:
         path = _path(key)
         status = os.lstat(path)
         mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
-        if not (mine and S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES):
+        if not (mine and S_ISREG(status.st_mode) and status.st_size - _START <= MAX_CONTENT):
             return None
         data = bytearray(status.st_size)  # the one copy: a large prompt's is as large as a model's
         with path.open("rb", buffering=0) as file:
             whole = file.readinto(data) == len(data)
-        start = len(_MAGIC) + hashlib.sha256().digest_size
-        content = memoryview(data)[start:]
-        if whole and data[:start] == _MAGIC + hashlib.sha256(content).digest():
+        content = memoryview(data)[_START:]
+        if whole and data[:_START] == _MAGIC + hashlib.sha256(content).digest():
             with suppress(OSError):
                 os.utime(path)  # it was used now
             return content
@@ -54,7 +56,7 @@ def save(key: bytes, content: bytes | memoryview) -> None:
     """Keep bytes under a key, in one step, if that can be done."""
     import tempfile
 
-    if len(content) > MAX_BYTES:
+    if len(content) > MAX_CONTENT:
         return
     with suppress(OSError, RuntimeError):
         path = _path(key)

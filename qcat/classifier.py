@@ -45,6 +45,7 @@ from qcat.scoring import (
     temper_bounds,
 )
 from qcat.task import Task
+from qcat.threads import MAX_THREADS, default_threads
 from qcat.trie import LabelTrie
 from qcat.trust.calibration import Calibration
 from qcat.trust.decide import check_coverage, decide
@@ -136,8 +137,8 @@ class Classifier:
                 threshold.
             calibrated: use what the model says of its calibration; else its own probabilities.
             strict: refuse a question that is too long instead of cutting its end.
-            threads: of computation; by default $QCAT_THREADS, or the physical cores that this
-                process may use (`qcat.threads`). Not for a server, which has its own.
+            threads: of computation, 512 at most; by default $QCAT_THREADS, or the physical cores
+                that this process may use (`qcat.threads`). Not for a server, which has its own.
             quick_start: leave the weights as they lie in the file: the model is there sooner, and
                 each question takes somewhat longer. For a handful of questions.
             timeout: seconds that a server may keep silent, 60 by default. Not for a file.
@@ -159,8 +160,10 @@ class Classifier:
             ValueError: an argument that makes no sense.
         """
         served = isinstance(model, str) and model.startswith(OLLAMA)
-        if not 0 <= (threshold or 0) <= 1 or (threads is not None and threads < 1):
-            raise ValueError("threshold from 0 to 1 and at least one thread expected")
+        if not 0 <= (threshold or 0) <= 1:
+            raise ValueError("threshold from 0 to 1 expected")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"threads from 1 to {MAX_THREADS} expected")
         if coverage is not None and (threshold is not None or not 0 < coverage < 1):
             raise ValueError("coverage between 0 and 1 expected, and no threshold with it")
         if served and threads is not None:
@@ -293,7 +296,7 @@ class Classifier:
 
         Args:
             question: as in `ask`.
-            limit: the most tokens to generate.
+            limit: the most tokens to generate. A GGUF opened from a file generates 64 at most.
         """
         return self._scorer.generate(self._encode(question)[0], limit)
 
@@ -425,9 +428,8 @@ def _open_file(
     verbose: bool,
     stack: ExitStack,
 ) -> _Parts:
-    bundle = Bundle.read(path)
+    bundle = Bundle.read(path, remember=True)
     from qcat.backends.llama import LlamaModel, LlamaScorer
-    from qcat.threads import default_threads
 
     model = stack.enter_context(LlamaModel(bundle.path, repack=not quick_start, verbose=verbose))
     prompt, trie = prepare(bundle.task, model, str(path))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy as np
 from qcat.bundle import Bundle
 from qcat.classifier import Classifier
 from qcat.errors import ModelError
-from qcat.threads import cores, default_threads
+from qcat.threads import MAX_THREADS, cores, default_threads
 
 BATCHES = (1, 2, 4, 8, 16)
 COLD_STARTS = 5
@@ -106,13 +107,17 @@ def measure(model: Path, questions: Sequence[str], progress: Progress) -> Measur
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
     threads, machine = default_threads(), cores()
     task = Bundle.read(model).task
-    cold, peak = _cold(model, questions[0], progress)
+    with TemporaryDirectory(prefix="qcat-") as folder:
+        # The user's own queue is neither filled nor in the way; a task with one has its cost.
+        queue = str(Path(folder, "review.sqlite")) if task.review else ""
+        cold, peak = _cold(model, questions[0], queue, progress)
     with Classifier.open(model, review=False, threads=threads) as classifier:
         tokens = median(classifier.count_tokens(question) for question in questions)
         warm = _ask_all(classifier, questions, lambda d, n: progress("warm", d, n))
         by_batch = _by_batch(classifier, questions, progress)
     by_threads = {}
-    tried = sorted({1, *(2**n for n in range(12) if 2**n <= machine.logical), machine.physical})
+    powers = (2**n for n in range(12) if 2**n <= machine.logical)
+    tried = sorted({min(count, MAX_THREADS) for count in (1, *powers, machine.physical)})
     for number, count in enumerate(tried, 1):
         with Classifier.open(model, review=False, threads=count) as classifier:
             few = questions[: max(10, len(questions) // 4)]
@@ -179,19 +184,22 @@ def _by_batch(
     return {size: median(times) for size, times in found.items()}
 
 
-def _cold(model: Path, question: str, progress: Progress) -> tuple[Spread, int | None]:
+def _cold(model: Path, question: str, queue: str, progress: Progress) -> tuple[Spread, int | None]:
     """Fresh processes of the command, one after another; and the most memory that one had.
+
+    `queue` is the file of their review queue; empty if the task has none.
 
     Linux counts the memory of the process that starts one as its own too: so this comes first,
     while there is little here.
     """
     program = [sys.executable, "-c", "from qcat.cli import main; main()"]
     command = [*program, "ask", "-m", str(model), "--threshold", "0", "--", question]
+    environment = os.environ | {"QCAT_REVIEW": queue}
     seconds, peak = [], 0
     for turn in range(1 + COLD_STARTS):
         start = time.perf_counter()
         with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
         ) as process:
             assert process.stderr is not None
             said = process.stderr.read().decode("utf-8", "replace")

@@ -1,7 +1,8 @@
 """How many threads to compute with.
 
 llama.cpp's threads spin while they wait: one more than there are free cores costs several times
-what one fewer does. So the default is the physical cores that this process may use.
+what one fewer does. So the default is the physical cores that this process may use, where the
+system is Linux, which tells them; elsewhere the logical processors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import NamedTuple
 from qcat.errors import QcatError
 
 VARIABLE = "QCAT_THREADS"
+MAX_THREADS = 512
+"""ggml's GGML_MAX_N_THREADS: with more the process dies."""
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -31,17 +34,23 @@ class Cores(NamedTuple):
 
 
 def default_threads() -> int:
-    """$QCAT_THREADS, or as many threads as `cores` has room for, at least one.
+    """$QCAT_THREADS, or as many threads as `cores` has room for, from 1 to `MAX_THREADS`.
 
     Raises:
-        QcatError: the variable is set to something else than a number from 1.
+        QcatError: the variable is set to something else than a number from 1 to `MAX_THREADS`.
     """
     if (named := os.environ.get(VARIABLE)) is not None:
-        if not (named.isascii() and named.isdigit() and int(named)):
-            raise QcatError(f"{VARIABLE}={named!r}: a number from 1 expected: mend or unset it")
-        return int(named)
+        # A number of thousands of digits is one that `int` refuses.
+        count = int(named) if named.isascii() and named.isdigit() and len(named) < 10 else 0
+        if not 1 <= count <= MAX_THREADS:
+            raise QcatError(
+                f"{VARIABLE}={named[:40]!r}: a number from 1 to {MAX_THREADS} expected: "
+                "mend or unset it"
+            )
+        return count
     found = cores()
-    return max(1, found.physical if found.quota is None else min(found.physical, int(found.quota)))
+    room = found.physical if found.quota is None else min(found.physical, int(found.quota))
+    return max(1, min(room, MAX_THREADS))
 
 
 def cores() -> Cores:

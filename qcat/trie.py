@@ -92,7 +92,7 @@ class LabelTrie:
 
     @property
     def deep_branches(self) -> tuple[Branch, ...]:
-        """The branches below the root, scored together in one more forward pass."""
+        """The branches below the root, scored together in as few more passes as they fit into."""
         return tuple(branch for branch in self.branches if branch.path)
 
     @cached_property

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from qcat.cli import COMMANDS
 
 
 def test_prints_one_label_a_line(qcat, house, household):
@@ -117,8 +122,63 @@ def test_a_missing_file_is_one_line(qcat, tmp_path):
     assert done.stderr.startswith("qcat: error: ")
 
 
-def test_help_has_an_example_on_every_command(qcat):
-    for command in ("ask", "export", "grammar", "modelfile", "inspect", "doctor"):
-        done = qcat(command, "--help")
+def test_help_has_an_example_on_every_command(call):
+    for command in COMMANDS:
+        done = call(command, "--help")
         assert done.returncode == 0
         assert "Example" in done.stdout, command
+
+
+@pytest.mark.parametrize("more", [(), ("--decode", "free")])
+def test_bytes_that_are_no_text_in_json(house, more):
+    program = Path(sys.executable).with_name("qcat")
+    command = [program, "ask", "-m", house, "--json", *more, b"caf\xe9?", b" "]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr == b"qcat: error: question 2: the question is empty: write one\n"
+    answered, empty = map(json.loads, done.stdout.splitlines())
+    assert answered["question"] == "caf??"
+    assert set(empty) == {"question", "error"}
+
+
+NO_NUMBER = [
+    ("ask", "--threshold", "nan", "q"),
+    ("ask", "--set", "--coverage", "NaN", "q"),
+    ("batch", "--threshold", "nan", "in.csv", "-o", "out.csv"),
+    ("calibrate", "--threshold", "nan", "m.gguf"),
+    ("calibrate", "--max-error", "nan", "m.gguf", "q.jsonl"),
+    ("calibrate", "--max-error", "0.1", "--level", "-nan", "m.gguf", "q.jsonl"),
+    ("drift", "--level", "nan", "log.jsonl"),
+    ("retrain", "run", "--add", "q", "-o", "new", "--bundle", "old", "--max-loss", "nan"),
+]
+
+
+@pytest.mark.parametrize("args", NO_NUMBER, ids=lambda args: " ".join(args[:3]))
+def test_nan_is_a_usage_error(call, args):
+    done = call(*args)
+    assert done.returncode == 2
+    assert "is not a number" in done.stderr
+
+
+def test_a_closed_stdin_is_a_usage_error(house):
+    program = Path(sys.executable).with_name("qcat")
+    command = f"'{program}' ask -m '{house}' <&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "stdin is closed" in done.stderr
+    assert "unexpected" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk to be had")
+@pytest.mark.parametrize("args", [("ask", "x"), ("ask", "--json", "x", "y"), ("--help",)])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_stdout_is_one_line(args, unbuffered):
+    program = Path(sys.executable).with_name("qcat")
+    run = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [program, *args], stdout=full, stderr=subprocess.PIPE, text=True, env=run
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("qcat: error: stdout cannot be written: No space left")
+    assert done.stderr.count("\n") == 1

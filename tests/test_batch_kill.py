@@ -30,7 +30,7 @@ def kill(source, target, wait, writing=False):
     process = subprocess.Popen(
         [QCAT, "batch", source, "-o", target], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    grows = target.with_name(f".{target.name}.half") if writing else Path(f"{target}.part")
+    grows = target.with_name(f".{target.name}.new") if writing else Path(f"{target}.part")
     before = 0 if writing else size(grows)
     while process.poll() is None and size(grows) <= before:
         time.sleep(0.002)

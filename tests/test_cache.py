@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcat import Classifier, bundle, cache
-from qcat.bundle import Length, fingerprint, read_header
+from qcat.bundle import Bundle, Length, fingerprint, read_header
 
 QUESTIONS = ["When was the pool pump replaced?", "x", "who fixed the gate latch " * 9]
 
@@ -88,6 +88,7 @@ def test_another_users_file_is_not_loaded(folder):
 def test_number_and_size_are_bounded(folder, monkeypatch):
     monkeypatch.setattr(cache, "MAX_ENTRIES", 4)
     monkeypatch.setattr(cache, "MAX_BYTES", 1000)
+    monkeypatch.setattr(cache, "MAX_CONTENT", 1000 - len(whole(b"")))
     for number in range(4):
         cache.save(b"%d" % number, b"x")
         os.utime(cache._path(b"%d" % number), (number, number))
@@ -100,11 +101,16 @@ def test_number_and_size_are_bounded(folder, monkeypatch):
     cache.save(b"too large", b"x" * 2000)
     assert cache.load(b"too large") is None
     assert cache.load(b"large") is not None
+    cache.save(b"largest", b"x" * cache.MAX_CONTENT)
+    assert cache.load(b"largest") is not None
+    cache.save(b"too large", b"x" * (cache.MAX_CONTENT + 1))
+    assert cache.load(b"too large") is None
+    assert cache.load(b"largest") is not None
 
 
 def test_a_header_recalled_is_the_header_read(folder, house, monkeypatch):
     monkeypatch.setattr(bundle, "_LARGE", 0)
-    read = read_header(house)
+    read = read_header(house, remember=True)
     assert len(entries(folder)) == 1
     monkeypatch.setattr(bundle, "_parse", None)  # it is not read a second time
     recalled = read_header(house)
@@ -119,7 +125,7 @@ def test_a_changed_header_is_read_again(folder, house, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "_LARGE", 0)
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(house.read_bytes())
-    before, status = read_header(copy), copy.stat()
+    before, status = read_header(copy, remember=True), copy.stat()
     data = bytearray(copy.read_bytes())
     at = data.index(b"token_embd")
     data[at : at + 10] = b"token_embx"
@@ -128,6 +134,57 @@ def test_a_changed_header_is_read_again(folder, house, tmp_path, monkeypatch):
     after = read_header(copy)
     assert any(tensor.name.startswith("token_embx") for tensor in after.tensors)
     assert after.digest != before.digest
+
+
+def test_only_a_file_that_is_opened_to_be_asked_is_remembered(folder, house, monkeypatch):
+    monkeypatch.setattr(bundle, "_LARGE", 0)
+    read_header(house)
+    Bundle.read(house)
+    assert not folder.exists()
+    saved = []
+    monkeypatch.setattr(cache, "save", lambda key, content: saved.append(key[:6]))
+    answers(house)
+    assert saved == [b"header", b"prefix"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: {},
+        lambda fields: [],
+        lambda fields: 3,
+        lambda fields: fields | {"more": 1},
+        lambda fields: fields | {"table_end": "x"},
+        lambda fields: fields | {"metadata": [1]},
+        lambda fields: fields | {"metadata": {"key": []}},
+        lambda fields: fields | {"tensors": [1]},
+        lambda fields: fields | {"tensors": [["name"]]},
+        lambda fields: {key: value for key, value in fields.items() if key != "digest"},
+        lambda fields: {key: value for key, value in fields.items() if key != "n_metadata"},
+        lambda fields: None,
+    ],
+)
+def test_a_header_that_another_qcat_remembered_is_read_again(folder, house, monkeypatch, change):
+    """Files with a right checksum over something that is no header of this qcat."""
+    monkeypatch.setattr(bundle, "_LARGE", 0)
+    read = read_header(house, remember=True)
+    (entry,) = entries(folder)
+    fields = change(json.loads(entry.read_bytes()[len(whole(b"")) :]))
+    entry.write_bytes(whole(b"no JSON \xff" if fields is None else json.dumps(fields).encode()))
+    assert read_header(house) == read
+
+
+def test_a_folder_whose_name_is_no_text(folder, tmp_path, qcat, house):
+    place = os.fsencode(tmp_path) + b"/caf\xe9"
+    try:
+        os.mkdir(place)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    copy = Path(os.fsdecode(place), "house.gguf")
+    copy.write_bytes(house.read_bytes())
+    assert answers(copy) == answers(house)
+    done = qcat("ask", "-m", copy, QUESTIONS[0])
+    assert (done.stderr, done.returncode) == ("", 0)
 
 
 def test_fingerprints_tell_tensor_data_apart(house, tmp_path):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import EXAMPLE
 
 from qcat import Classifier, QcatError, Task
 from qcat.bundle import TASK_KEY, read_header
@@ -376,6 +377,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "one token too few": {"tokens": list.pop},
     "one token too many": {"tokens": lambda tokens: tokens.append(b"more")},
     "one token twice": {"tokens": lambda tokens: tokens.__setitem__(7, tokens[8])},
+    "an empty token": {"tokens": lambda tokens: tokens.__setitem__(7, b"")},
     "one token twice up to a NUL": {
         "tokens": lambda tokens: tokens.__setitem__(7, tokens[8] + b"\0more")
     },
@@ -637,15 +639,23 @@ def test_a_model_that_qcat_did_not_make_is_refused(house, apart, tmp_path):
     assert "without qcat metadata" in outcome["message"]
 
 
-@pytest.mark.parametrize("command", ["ask", "inspect", "grammar", "modelfile"])
+TOLD = {
+    "ask": ("empty", "random bytes", "2**63 pairs", "no task", "a task that reads b'[]'"),
+    "lint": (
+        "empty", "random bytes", "an unknown architecture", "no kind of tokenizer",
+        "one token twice", "an empty token", "one token twice up to a NUL",
+    ),
+    **dict.fromkeys(("inspect", "grammar", "modelfile"), ("empty", "a task that reads b'[]'")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", list(TOLD))
 def test_the_command_says_one_line(qcat, house, tmp_path, command):
-    names = ("empty", "random bytes", "2**63 pairs", "no task", "a task that reads b'[]'")
-    if command != "ask":
-        names = names[:1] + names[-1:]
-    for name in names:
-        path = tmp_path / "hostile.gguf"
+    path = tmp_path / "hostile.gguf"
+    args = {"ask": ["-m", path, QUESTION], "lint": [EXAMPLE / "task.toml", "-m", path]}
+    for name in TOLD[command]:
         path.write_bytes(crafted(house, name))
-        done = qcat(command, *(["-m", path, QUESTION] if command == "ask" else [path]))
+        done = qcat(command, *args.get(command, [path]))
         assert (done.returncode, done.stdout) == (1, ""), name
         assert done.stderr.startswith(f"qcat: error: {path}: "), name
         assert done.stderr.count("\n") == 1, name

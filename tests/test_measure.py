@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from qcat import measure
 from qcat.measure import BATCHES, Spread, questions_for
 
 
@@ -52,7 +53,13 @@ def test_own_questions_in_a_table(qcat, house, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "No such file"), (b"", "no questions"), (b"\n \n", "no questions"), (b"\xff", "UTF-8")],
+    [
+        (None, "No such file"),
+        (b"", "no questions"),
+        (b"\n \n", "no questions"),
+        (b"\xff", "UTF-8"),
+        (b"one\n\n\0\1\ntwo", "q.txt:3: the question is empty"),
+    ],
 )
 def test_bad_questions(qcat, house, tmp_path, content, said):
     asked = tmp_path / "q.txt"
@@ -69,3 +76,19 @@ def test_bad_model_or_plot(qcat, house, tmp_path):
     done = qcat("bench", house, "--png", tmp_path / "no" / "b.png")
     assert done.returncode == 1
     assert "cannot be written" in done.stderr
+
+
+def test_the_users_review_queue_is_left_alone(call, bundle_file, household, tmp_path, monkeypatch):
+    model = bundle_file(household.replace(review="text"))
+    mine = tmp_path / "mine.txt"
+    mine.write_text("no queue: whoever opens it as one fails")
+    monkeypatch.setattr(measure, "COLD_STARTS", 1)
+    for name in ("HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    for queue in (None, mine):
+        if queue:
+            monkeypatch.setenv("QCAT_REVIEW", str(queue))
+        done = call("bench", model, "--count", 20)
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert mine.read_text().startswith("no queue")

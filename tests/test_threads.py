@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from qcat import QcatError, threads
-from qcat.threads import Cores, cores, default_threads
+from qcat import Classifier, QcatError, threads
+from qcat.threads import MAX_THREADS, Cores, cores, default_threads
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_control_groups(groups, own, files, quota):
 
 @pytest.mark.parametrize(
     ("physical", "quota", "expected"),
-    [(8, None, 8), (8, 3.9, 3), (2, 16.0, 2), (4, 0.5, 1), (1, None, 1)],
+    [(8, None, 8), (8, 3.9, 3), (2, 16.0, 2), (4, 0.5, 1), (1, None, 1), (2048, None, MAX_THREADS)],
 )
 def test_the_least_of_cores_and_quota(monkeypatch, physical, quota, expected):
     monkeypatch.delenv("QCAT_THREADS", raising=False)
@@ -95,11 +95,60 @@ def test_the_variable_decides(monkeypatch, qcat):
     assert "QCAT_THREADS is set" in done.stdout
 
 
-@pytest.mark.parametrize("value", ["", "0", "-1", "two", "1.5", "²"])
+@pytest.mark.parametrize(
+    "value",
+    ["", "0", "-1", "two", "1.5", "²", "513", "100000", "9" * 5000, "x" * 5000],
+    ids=lambda value: value[:9],
+)
 def test_a_bad_variable_is_an_error(monkeypatch, qcat, value):
     monkeypatch.setenv("QCAT_THREADS", value)
-    with pytest.raises(QcatError, match="QCAT_THREADS"):
+    with pytest.raises(QcatError, match=r"QCAT_THREADS.* from 1 to 512") as caught:
         default_threads()
+    assert len(str(caught.value)) < 150
     done = qcat("ask", "x")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("count", [0, -1, MAX_THREADS + 1, 10**9, 2**64])
+def test_threads_that_ggml_cannot_have_are_refused(house, count):
+    with pytest.raises(ValueError, match="threads from 1 to 512"):
+        Classifier.open(house, threads=count)
+
+
+@pytest.mark.parametrize("command", ["ask", "batch"])
+def test_the_option_has_the_same_bounds(call, tmp_path, command):
+    more = ["x"] if command == "ask" else [tmp_path / "in.csv", "-o", tmp_path / "out.csv"]
+    for count in ("0", "513", "1000000", "9" * 5000):
+        assert call(command, "--threads", count, *more).returncode == 2
+
+
+def test_as_many_as_there_may_be(house):
+    with Classifier.open(house, review=False, threads=MAX_THREADS) as classifier:
+        assert classifier.ask("x").label
+
+
+def test_the_doctor_says_what_is_wrong_in_its_row(monkeypatch, call):
+    def no_user(_uid):
+        raise KeyError
+
+    monkeypatch.setenv("QCAT_THREADS", "two")
+    for name in ("QCAT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_user)
+    done = call("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = {line[:17].strip(): line[18:] for line in done.stdout.splitlines()}
+    assert rows["threads"].startswith("QCAT_THREADS='two': a number from 1")
+    assert rows["cache"].startswith("none, since there is no home folder")
+    assert "ollama server" in rows
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_the_doctor_says_whether_weights_are_laid_out_anew(monkeypatch, call, possible):
+    monkeypatch.setattr("qcat.backends.llama.repacks", lambda: possible)
+    lines = call("doctor").stdout.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("repacking"))
+    assert lines[at - 1].startswith("llama.cpp ")
+    said = lines[at].split(maxsplit=1)[1]
+    assert said == "used" if possible else "-mno-amx-tile" in said

@@ -68,9 +68,8 @@ def main(args: list[str] | None = None) -> None:
     """The entry point: runs a command and turns errors into one line and an exit status."""
     try:
         sys.exit(run(args))
-    except BrokenPipeError:
-        # The reader went away (`qcat … | head`); keep Python from failing on the last flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader went away (`qcat … | head`)
+        _drop_stdout()
         sys.exit(1)
 
 
@@ -110,9 +109,30 @@ def run(args: list[str] | None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and _while_printing(error):
+            _drop_stdout()
+            click.echo(
+                f"qcat: error: stdout cannot be written: {error.strerror}: make room, or write "
+                "elsewhere",
+                err=True,
+            )
+            return 1
         click.echo(
             f"qcat: error: unexpected {type(error).__name__}: {' '.join(str(error).split())}: "
             "please report it with the traceback that QCAT_DEBUG=1 shows",
             err=True,
         )
         return 1
+
+
+def _while_printing(error: OSError) -> bool:
+    """Whether it was `click.echo` that failed: the error itself does not name the file."""
+    import traceback
+
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code is click.echo.__code__ for frame, _ in frames)
+
+
+def _drop_stdout() -> None:
+    """Keep Python from failing on its last flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import click
 
 from qcat.classifier import OLLAMA, Classifier
-from qcat.cli.output import given, timeout_option
+from qcat.cli.output import FloatRange, given, json_line, threads_option, timeout_option
 from qcat.errors import QuestionError, ReviewError, ServerError
 from qcat.prediction import Prediction
 
@@ -48,7 +47,7 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     metavar="P",
     help="Under this confidence leave the question to a person: print the abstain word (with "
     "--json or --top the labels all the same) and exit with 3. 0 answers every question.  "
@@ -63,7 +62,7 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
 )
 @click.option(
     "--coverage",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FloatRange(0, 1, min_open=True, max_open=True),
     default=0.95,
     show_default=True,
     metavar="P",
@@ -96,12 +95,7 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
     default="label",
     help="`free`: no constraint, show what the model would have said; without probabilities.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Threads; by default $QCAT_THREADS, or the physical cores that this process may use.",
-)
+@threads_option
 @click.option(
     "--log",
     metavar="FILE",
@@ -173,6 +167,8 @@ def command(
         raise click.UsageError("--log is not for --decode free, which gives no probabilities")
     groups = iter([list(questions)])
     if questions in ((), ("-",)):
+        if sys.stdin is None:
+            raise click.UsageError("stdin is closed: give a QUESTION, or questions on stdin")
         groups = _available_lines(sys.stdin.fileno())
     status, warned, unlogged = 0, False, False
     with Classifier.open(
@@ -193,17 +189,13 @@ def command(
         for number, question, answer in answers:
             if isinstance(answer, QuestionError):
                 # Its line is kept, so that line n of the output answers line n of the input.
-                click.echo(
-                    json.dumps({"question": question, "error": str(answer)}) if as_json else abstain
-                )
+                row = {"question": question, "error": str(answer)}
+                click.echo(json_line(row) if as_json else abstain)
                 click.echo(f"qcat: error: question {number}: {answer}", err=True)
                 status = 1
             elif isinstance(answer, str):
-                click.echo(
-                    json.dumps({"question": question, "said": answer}, ensure_ascii=False)
-                    if as_json
-                    else answer.replace("\n", "\\n")
-                )
+                row = {"question": question, "said": answer}
+                click.echo(json_line(row) if as_json else answer.replace("\n", "\\n"))
             else:
                 if answer.truncated:
                     click.echo(
@@ -267,7 +259,7 @@ def _line(question: str, answer: Prediction, as_json: bool, top: int | None, abs
     best = list(answer.probabilities.items())[:top]
     if as_json:
         row = {"question": question, **answer.to_dict(), "probabilities": dict(best)}
-        return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode()
+        return json_line(row)
     if answer.prediction_set is not None:
         return "\t".join(answer.prediction_set) or abstain
     if top and best:

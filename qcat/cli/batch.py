@@ -8,7 +8,7 @@ import click
 
 from qcat.batch import batch, check_paths
 from qcat.classifier import OLLAMA, Classifier
-from qcat.cli.output import Bars
+from qcat.cli.output import Bars, FloatRange, threads_option
 from qcat.prompt import QUESTION_ROOM
 
 STOPPED = 130
@@ -49,17 +49,12 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     metavar="P",
     help="Under this confidence mark the row as left to a person. 0 answers every question.  "
     "[default: what `qcat calibrate` put into the model]",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Threads; by default $QCAT_THREADS, or the physical cores that this process may use.",
-)
+@threads_option
 def command(
     source: Path,
     output: Path,

@@ -9,7 +9,7 @@ import click
 
 from qcat.bundle import Bundle
 from qcat.cli.output import Bars, check_writable, table
-from qcat.errors import DataError
+from qcat.errors import DataError, QuestionError
 from qcat.files import write_whole
 from qcat.measure import BATCHES, Measured, measure, questions_for
 from qcat.prompt import clean_question
@@ -34,9 +34,9 @@ from qcat.prompt import clean_question
 def command(
     gguf: Path, questions_file: Path | None, count: int, as_json: bool, png: Path | None
 ) -> None:
-    """Measure cold start, latency, throughput in batches, memory, and the best number of threads.
+    """Measure cold start, memory, and the latency one by one, in batches and by number of threads.
 
-    Anything else that runs meanwhile spoils the figures: the load is shown first.
+    Anything else that runs meanwhile spoils the figures: the load before them is told too.
 
     \b
     Examples:
@@ -62,15 +62,20 @@ def command(
 
 def _read(path: Path) -> list[str]:
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise DataError(f"{path}: {reason}: name a text file with one question a line") from None
-    questions = [line for line in lines if line.strip()]
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                clean_question(line)  # now, and not after minutes
+            except QuestionError as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+            questions.append(line)
     if not questions:
         raise DataError(f"{path}: no questions: write one a line")
-    for question in questions:
-        clean_question(question)  # now, and not after minutes
     return questions
 
 

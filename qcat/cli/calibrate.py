@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 from convert.calibrate import Asked, Judged, Question, ask_all, sections, summary
 from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, section, write_sections
 from qcat.classifier import read_calibration
-from qcat.cli.output import Bars, check_writable, given, table
+from qcat.cli.output import Bars, FloatRange, check_writable, given, json_line, table
 from qcat.errors import BundleError
 from qcat.files import write_whole
 from qcat.learn.dataset import read_examples
@@ -30,13 +29,13 @@ _FILE = click.Path(path_type=Path)
 @click.argument("questions", metavar="[QUESTIONS]", type=_FILE, required=False)
 @click.option(
     "--max-error",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FloatRange(0, 1, min_open=True, max_open=True),
     metavar="SHARE",
     help="Set the threshold above which at most this share of the answers is wrong.",
 )
 @click.option(
     "--level",
-    type=click.FloatRange(0.5, 1, max_open=True),
+    type=FloatRange(0.5, 1, max_open=True),
     default=LEVEL,
     show_default=True,
     metavar="P",
@@ -50,7 +49,7 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     metavar="P",
     help="Set the threshold by hand; 0 answers every question, off-topic ones too. QUESTIONS only "
     "measure it.",
@@ -145,9 +144,7 @@ def command(
             err=True,
         )
     found = _Found(asked, judged, calibration, fitted)
-    click.echo(
-        json.dumps(found.to_dict(), ensure_ascii=False) if as_json else "\n".join(found.lines())
-    )
+    click.echo(json_line(found.to_dict()) if as_json else "\n".join(found.lines()))
 
 
 def _known(bundle: Bundle, anew: bool) -> Calibration:

@@ -9,8 +9,12 @@ from importlib import metadata
 
 import click
 
-from qcat.errors import ServerError
+from qcat.errors import QcatError, ServerError
 
+_NO_REPACKING = (
+    "left out: llama.cpp is built with AMX, where that crashes; reinstall llama-cpp-python with "
+    "CMAKE_ARGS='-DCMAKE_CXX_FLAGS=\"-mno-amx-tile -mno-amx-int8 -mno-amx-bf16\"' to have it"
+)
 _PACKAGES = ("qcat", "llama-cpp-python", "numpy", "torch", "transformers", "peft", "gguf", "ollama")
 
 
@@ -32,8 +36,7 @@ def command() -> None:
 
     import llama_cpp
 
-    from qcat import cache
-    from qcat.backends.llama import capture_log
+    from qcat.backends.llama import capture_log, repacks
 
     capture_log(verbose=False)
     features = llama_cpp.llama_print_system_info().decode()
@@ -42,8 +45,9 @@ def command() -> None:
     ]
     rows += [
         ("llama.cpp", "compiled with " + ", ".join(on)),
+        ("repacking", "used" if repacks() else _NO_REPACKING),
         ("threads", _threads()),
-        ("cache", str(cache.folder())),
+        ("cache", _cache()),
         ("hub cache", _hub_cache()),
         ("ollama program", shutil.which("ollama") or "not found"),
         ("ollama server", _ollama()),
@@ -58,10 +62,23 @@ def _threads() -> str:
     logical, physical, quota = cores()
     limit = "" if quota is None else f", control group allows {quota:g}"
     said = f"; {VARIABLE} is set" if VARIABLE in os.environ else ""
+    try:
+        used = default_threads()
+    except QcatError as error:
+        return str(error)
     return (
-        f"{default_threads()} used: {physical} physical cores free to this process, "
+        f"{used} used: {physical} physical cores free to this process, "
         f"{logical} logical processors in all{limit}{said}"
     )
+
+
+def _cache() -> str:
+    from qcat import cache
+
+    try:
+        return str(cache.folder())
+    except RuntimeError:
+        return "none, since there is no home folder: set QCAT_CACHE"
 
 
 def _hub_cache() -> str:

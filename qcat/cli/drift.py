@@ -13,7 +13,7 @@ import click
 
 from qcat.bundle import REFERENCE_KEY, Bundle, identity, section
 from qcat.classifier import DEFAULT_MODEL, OLLAMA, Classifier
-from qcat.cli.output import Bars, check_writable, given, table
+from qcat.cli.output import Bars, FloatRange, check_writable, given, table
 from qcat.errors import BundleError, DataError
 from qcat.files import write_whole
 from qcat.learn.dataset import read_examples
@@ -74,7 +74,7 @@ def _ago(_: click.Context, __: click.Parameter, value: str | None) -> datetime |
 @click.option(
     "--level",
     metavar="SHARE",
-    type=click.FloatRange(0.001, 0.2),
+    type=FloatRange(0.001, 0.2),
     default=LEVEL,
     show_default=True,
     help="The most runs without drift that may call it drift.",

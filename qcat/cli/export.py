@@ -9,7 +9,7 @@ import click
 
 from convert.quantize import AUTO, QUANTIZATIONS
 from convert.trim import DEFAULT_MERGES
-from qcat.cli.output import Bars, given, table, timeout_option
+from qcat.cli.output import Bars, FloatRange, given, table, timeout_option
 from qcat.errors import ExportError
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
@@ -97,7 +97,7 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option(
     "--max-flips",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     default=0.02,
     show_default=True,
     metavar="SHARE",

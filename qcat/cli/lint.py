@@ -94,9 +94,9 @@ def _tokenizer(base: str | None, model: Path | None) -> Iterator[Tokenizer | Non
         yield HubTokenizer(base_folder(base, weights=False))
     elif model:
         from qcat.backends.llama import LlamaModel
-        from qcat.bundle import read_header
+        from qcat.bundle import check_model, read_header
 
-        read_header(model)  # llama.cpp can abort on a damaged file
+        check_model(model, read_header(model))  # llama.cpp can abort on what this refuses
         with LlamaModel(model, vocab_only=True) as loaded:
             yield loaded
     else:

@@ -1,7 +1,9 @@
-"""What commands share in talking to a person: progress bars and tables."""
+"""What commands share in talking to a person: options, progress bars, tables, lines of JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qcat.errors import QcatError
+from qcat.threads import MAX_THREADS
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -49,6 +52,24 @@ class Bars:
         self._bar.update(done - self._bar.n)
 
 
+class FloatRange(click.FloatRange):
+    """As click's, which lets NaN through: NaN is on neither side of a bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    metavar="N",
+    help="Threads; by default $QCAT_THREADS, or the physical cores that this process may use (on "
+    "Linux; elsewhere the logical processors).",
+)
+
 timeout_option = click.option(
     "--timeout",
     type=click.IntRange(1, 86_400),
@@ -63,6 +84,11 @@ def given(name: str) -> bool:
     """Whether an option of the running command stands on its command line."""
     source = click.get_current_context().get_parameter_source(name)
     return source is click.core.ParameterSource.COMMANDLINE
+
+
+def json_line(data: object) -> str:
+    """Data as a line of JSON that can be printed: a lone surrogate becomes a question mark."""
+    return json.dumps(data, ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def check_writable(path: Path) -> None:

@@ -12,7 +12,7 @@ import click
 
 from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, find_gguf, section
 from qcat.classifier import read_calibration
-from qcat.cli.output import ROWS, Bars, more, shown, table
+from qcat.cli.output import ROWS, Bars, FloatRange, more, shown, table
 from qcat.errors import BundleError, DataError, ExportError
 from qcat.learn.dataset import Example, read_examples
 
@@ -44,7 +44,7 @@ _FOLDER = click.Path(path_type=Path)
 )
 @click.option(
     "--max-loss",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     default=0.0,
     show_default=True,
     metavar="SHARE",

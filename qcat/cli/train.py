@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qcat.cli.output import Bars, given, table
+from qcat.cli.output import Bars, FloatRange, given, table
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
 
@@ -74,7 +74,7 @@ class _Layers(click.ParamType[int | str]):
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=FloatRange(0, min_open=True),
     metavar="RATE",
     help="The highest, after the warm-up.  [default: 2e-4 × 1024 / the model's width]",
 )
@@ -99,7 +99,7 @@ class _Layers(click.ParamType[int | str]):
 )
 @click.option(
     "--word-dropout",
-    type=click.FloatRange(0, 0.9),
+    type=FloatRange(0, 0.9),
     default=0.0,
     show_default=True,
     metavar="SHARE",
@@ -116,7 +116,7 @@ class _Layers(click.ParamType[int | str]):
 )
 @click.option(
     "--max-f1-loss",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     default=0.01,
     show_default=True,
     metavar="F1",
