@@ -28,7 +28,7 @@ from convert.choose import Trial, choose, try_all
 from convert.merge import Source, fingerprint, locate
 from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import AUTO, CANDIDATES, quantize
-from convert.stream import Job, Measured, convert, load_libraries
+from convert.stream import Job, Measured, convert, prepare_process
 from convert.trim import trim, whole_words
 from convert.verify import (
     Floats,
@@ -139,7 +139,7 @@ def export(
 
 def convert_apart() -> AbstractContextManager[Convert]:
     """`convert` in a process of its own."""
-    return apart(convert, load_libraries)
+    return apart(convert, prepare_process)
 
 
 def _way_out(request: Request) -> str:

@@ -64,13 +64,14 @@ class Measured:
     such questions."""
 
 
-def load_libraries() -> None:
-    """Import what `convert` needs: seconds of work."""
+def prepare_process() -> None:
+    """Import what `convert` needs, which takes seconds, and let torch have as many threads."""
     import peft
     import torch
     import transformers
 
-    _ = (peft.PeftModel, torch.Tensor, transformers.AutoModelForCausalLM)
+    _ = (peft.PeftModel, transformers.AutoModelForCausalLM)  # they load what they need when named
+    torch.set_num_threads(default_threads())
 
 
 def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured:
@@ -86,9 +87,6 @@ def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured
     Raises:
         ExportError, ModelError: what cannot be merged or converted, by name.
     """
-    import torch
-
-    torch.set_num_threads(default_threads())
     merger = Merger(job.source)
     importance = Importance(merger.architecture)
     training = Replay(job.prefix, job.training)

@@ -8,7 +8,7 @@ import click
 
 from qcat.batch import batch, check_paths
 from qcat.classifier import OLLAMA, Classifier
-from qcat.cli.output import Bars, FloatRange, threads_option
+from qcat.cli.output import Bars, FloatRange, given, threads_option, timeout_option
 from qcat.prompt import QUESTION_ROOM
 
 STOPPED = 130
@@ -55,6 +55,7 @@ _FILE = click.Path(path_type=Path)
     "[default: what `qcat calibrate` put into the model]",
 )
 @threads_option
+@timeout_option
 def command(
     source: Path,
     output: Path,
@@ -63,15 +64,17 @@ def command(
     prefix: str,
     threshold: float | None,
     threads: int | None,
+    timeout: int,
 ) -> int:
     """Put the question in each row of IN into one of the model's categories; write OUT.
 
     IN is CSV with a header line, JSONL or Parquet, by its suffix; Parquet needs pyarrow. OUT has
     all its columns and after them label, confidence, abstained, reason and error. Where abstained
     is true the row is left to a person: the label is then a guess, and reason says why. A row
-    without a question spoils only itself: it has no label, and error says why. A question of more
-    than 256 tokens is cut. No review queue is filled, whatever the model's task says: the rows are
-    in OUT.
+    without a question spoils only itself: it is for a person too, has no label, and error says
+    why. A line that cannot be read at all ends the command before any work. A question of more than
+    256 tokens is cut. No review queue is filled, whatever the model's task says: the rows are in
+    OUT.
 
     OUT appears when it is whole. Until then OUT.part holds the answers: if the command is stopped
     or killed, give it again to go on. Delete OUT.part to begin anew.
@@ -85,12 +88,21 @@ def command(
       qcat batch -m house.gguf --column question mails.parquet -o mails.jsonl
       qcat batch -m house.gguf labelled.jsonl -o compared.jsonl --prefix qcat_
     """
-    if threads and model is not None and model.startswith(OLLAMA):
+    served = model is not None and model.startswith(OLLAMA)
+    if served and threads:
         raise click.UsageError("--threads is for llama.cpp here: the Ollama server has its own")
+    if not served and given("timeout"):
+        raise click.UsageError("--timeout is for an Ollama server")
     check_paths(source, output)
     try:
         with (
-            Classifier.open(model, threshold=threshold, threads=threads, review=False) as asked,
+            Classifier.open(
+                model,
+                threshold=threshold,
+                threads=threads,
+                timeout=timeout if served else None,
+                review=False,
+            ) as asked,
             Bars() as bars,
         ):
             done = batch(asked, source, output, column=column, prefix=prefix, show=bars.show)

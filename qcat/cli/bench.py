@@ -22,7 +22,8 @@ from qcat.prompt import clean_question
     "questions_file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Questions to ask, one a line; by default some that name the labels.",
+    help="Questions to ask, one a line, of which --count are taken; by default some that name the "
+    "labels.",
 )
 @click.option(
     "--count", type=click.IntRange(20), default=60, show_default=True, help="Questions to ask."
@@ -36,7 +37,9 @@ def command(
 ) -> None:
     """Measure cold start, memory, and the latency one by one, in batches and by number of threads.
 
-    Anything else that runs meanwhile spoils the figures: the load before them is told too.
+    Cold start and memory are those of a fresh `qcat ask`; the rest is of one open model, with the
+    weights laid out anew where that is possible. Anything else that runs meanwhile spoils the
+    figures: the load before them is told too.
 
     \b
     Examples:
@@ -93,7 +96,7 @@ def _lines(found: Measured) -> list[str]:
     )
     facts = [
         ("model", f"{found.model}: {found.bytes / 1e6:.1f} MB, {found.labels} labels"),
-        ("processor", f"{found.processor}, {found.physical} physical cores free{quota}"),
+        ("processor", f"{found.processor}, {found.physical} cores for this process{quota}"),
         ("load", f"{load}: other work spoils these figures"),
         ("threads", str(found.threads)),
         ("tokens", f"{found.tokens:g} a question, with the words after it"),

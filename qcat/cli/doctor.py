@@ -11,9 +11,11 @@ import click
 
 from qcat.errors import QcatError, ServerError
 
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 _NO_REPACKING = (
-    "left out: llama.cpp is built with AMX, where that crashes; reinstall llama-cpp-python with "
-    "CMAKE_ARGS='-DCMAKE_CXX_FLAGS=\"-mno-amx-tile -mno-amx-int8 -mno-amx-bf16\"' to have it"
+    "left out: llama.cpp is built with AMX, where that crashes; to have it give "
+    f"CMAKE_ARGS=\"-DCMAKE_C_FLAGS='{_NO_AMX}' -DCMAKE_CXX_FLAGS='{_NO_AMX}'\" pip install "
+    "--force-reinstall --no-deps --no-cache-dir llama-cpp-python"
 )
 _PACKAGES = ("qcat", "llama-cpp-python", "numpy", "torch", "transformers", "peft", "gguf", "ollama")
 
@@ -67,7 +69,7 @@ def _threads() -> str:
     except QcatError as error:
         return str(error)
     return (
-        f"{used} used: {physical} physical cores free to this process, "
+        f"{used} used: {physical} physical cores for this process, "
         f"{logical} logical processors in all{limit}{said}"
     )
 
