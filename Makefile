@@ -29,7 +29,10 @@ types: $(STAMP)
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# llama-cpp-python is compiled here once (some minutes); pip keeps the wheel for the next time.
+# llama-cpp-python is compiled here once (some minutes); pip keeps the wheel for the next time. Where
+# the processor has AMX it is left out: llama.cpp crashes with it (repacks in qcat/backends/llama.py).
+NO_AMX := $(shell grep -qs amx_int8 /proc/cpuinfo && echo -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+$(CORE): export CMAKE_ARGS ?= $(if $(NO_AMX),-DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)')
 $(CORE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e .
