@@ -142,12 +142,13 @@ def convert_apart() -> AbstractContextManager[Convert]:
     return apart(convert, prepare_process)
 
 
-def _way_out(request: Request) -> str:
+def _way_out(request: Request, report: Mapping[str, Any]) -> str:
     """What may change fewer labels: what is larger, or has a matrix, and was not tried."""
     larger = [] if request.quantization == AUTO else ["q5_k_m", "q8_0"]
     if request.quantization in larger:
         del larger[: larger.index(request.quantization) + 1]
-    ways = ["--vocab full"] if request.merges is not None else []
+    trimmed = request.merges is not None and report["proof"]["f16"]["flips"]
+    ways = ["--vocab full"] if trimmed else []
     if larger:
         ways.append(f"--quant {' or '.join(larger)}")
     if not request.training:
@@ -171,7 +172,7 @@ def _check_flips(report: Mapping[str, Any], request: Request) -> None:
     write_whole(kept, _json(report).encode())
     raise ExportError(
         f"{_tried(report)}{flips} of {questions} labels changed, more than "
-        f"{request.max_flips:.1%}: export with {_way_out(request)}; the report, with the "
+        f"{request.max_flips:.1%}: export with {_way_out(request, report)}; the report, with the "
         f"accuracies, is {kept}"
     )
 

@@ -19,7 +19,7 @@ from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
-from qcat.classifier import Classifier
+from qcat.classifier import WINDOW, Classifier
 from qcat.errors import DataError, QuestionError, ServerError
 from qcat.journal import Answer, Journal
 from qcat.tables import Kind, Table, Values, check_names, open_table, suffix, write_table
@@ -217,11 +217,13 @@ def _ask(
     classifier: Classifier, table: Table, column: str, journal: Journal, done: int, show: Show
 ) -> None:
     """Put the answers that are not in the journal yet there."""
-    asked, values = tee(islice(table.values(column), done, None))
     show("questions", done, table.count)
+    # A question's neighbours round its probabilities: the same ones, whether stopped or not.
+    again = done % WINDOW if done < table.count else 0
+    asked, values = tee(islice(table.values(column), done - again, None))
     answers = classifier.ask_each(value if isinstance(value, str) else "" for value in asked)
     try:
-        for answer, value in zip(answers, values, strict=True):
+        for answer, value in islice(zip(answers, values, strict=True), again, None):
             if isinstance(answer, QuestionError):
                 journal.add(_failed(value, answer))
             else:

@@ -60,7 +60,9 @@ DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
 _MAX_CHARS = 20_000  # of a question, before it is tokenized to see how much of it fits
 OLLAMA = "ollama:"
 """How the name of a model on an Ollama server begins."""
-_WINDOW = 64  # questions tokenized ahead by ask_many
+WINDOW = 64
+"""Questions that `ask_many` and `ask_each` take at once: they share forward passes with each other,
+and with no others."""
 
 
 class Scorer(Protocol):
@@ -249,7 +251,7 @@ class Classifier:
     def ask_each(self, questions: Iterable[str]) -> Iterator[Prediction | QuestionError]:
         """As `ask_many`, but a question that cannot be asked gives its error in its place."""
         source = iter(questions)
-        while window := list(islice(source, _WINDOW)):
+        while window := list(islice(source, WINDOW)):
             encoded = [self._encode_or_error(question) for question in window]
             scores = self._scorer.score([e[0] for e in encoded if not isinstance(e, QuestionError)])
             for question, entry in zip(window, encoded, strict=True):

@@ -3,9 +3,9 @@
 A column comes out as it went in, in order and type, as far as the format written allows. Text
 stays text. CSV has nothing but text: what was none is written as JSON (`true`, `1.5`, `["a"]`),
 what is missing as nothing. In JSONL a row keeps the keys it has. In Parquet a column of JSONL has a
-type if all its values have that one; else, and for lists and objects, it holds their JSON. Dates,
-times and decimals of Parquet become text elsewhere. NaN and the infinities, which JSON lacks, are
-null where there is JSON, and missing in CSV.
+type if all its values have that one; else it is text, in which what was none is JSON. Dates, times
+and decimals of Parquet become text elsewhere. NaN and the infinities are `nan`, `inf` and `-inf` in
+CSV; JSON has no form for them, so there they are null.
 
 Knows nothing of questions. pyarrow is loaded for Parquet alone.
 """
@@ -279,6 +279,8 @@ def _write_parquet(
 
 def _cell(value: Any) -> str:
     """A value as CSV has it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return _utf8(value) if isinstance(value, str) else _json_if_any(value) or ""
 
 
@@ -363,7 +365,7 @@ def _record_batches(rows: Iterator[dict[str, Any]], kinds: Mapping[str, str]) ->
 def _fitting(value: Any, kind: str) -> Any:
     if value is None:
         return None
-    if kind == "text":
+    if kind == "text" or (kind == "json" and isinstance(value, str)):
         return _utf8(value)
     return _json_if_any(value) if kind == "json" else value
 

@@ -39,7 +39,7 @@ def default_threads() -> int:
     Raises:
         QcatError: the variable is set to something else than a number from 1 to `MAX_THREADS`.
     """
-    if (named := os.environ.get(VARIABLE)) is not None:
+    if named := os.environ.get(VARIABLE):
         # A number of thousands of digits is one that `int` refuses.
         count = int(named) if named.isascii() and named.isdigit() and len(named) < 10 else 0
         if not 1 <= count <= MAX_THREADS:

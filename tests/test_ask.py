@@ -182,3 +182,18 @@ def test_a_full_disk_under_stdout_is_one_line(args, unbuffered):
     assert done.returncode == 1
     assert done.stderr.startswith("qcat: error: stdout cannot be written: No space left")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_dash_stands_alone(qcat):
+    done = qcat("ask", "-", "who fixed it")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "- stands for stdin, alone" in done.stderr
+
+
+def test_stdout_that_is_closed_from_the_start():
+    program = Path(sys.executable).with_name("qcat")
+    done = subprocess.run(f"'{program}' ask x >&-", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "qcat: error: stdout is closed: send it somewhere\n",
+    )

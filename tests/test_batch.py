@@ -373,6 +373,16 @@ def test_half_done_work_is_not_mixed_with_other(folder, house):
     assert batch(house, source, target).before == 5
 
 
+@pytest.mark.parametrize("rows", [5, 64, 100])
+def test_stopped_and_given_again_is_not_stopped_to_the_last_digit(rows, folder, house):
+    """Neighbours share a forward pass, which rounds: they are the same ones."""
+    source = write(folder / "in.jsonl", MANY[:150])
+    batch(house, source, folder / "whole.csv")
+    stop(house, source, folder / "out.csv", rows)
+    assert batch(house, source, folder / "out.csv").before == rows
+    assert (folder / "out.csv").read_bytes() == (folder / "whole.csv").read_bytes()
+
+
 def test_the_same_bytes_under_another_suffix_are_another_input(folder, house):
     # As CSV each line has four fields, the second of them `text`.
     rows = [{"a,text,b": number, "text": "who fixed the gate latch"} for number in range(5)]

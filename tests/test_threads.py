@@ -97,7 +97,7 @@ def test_the_variable_decides(monkeypatch, qcat):
 
 @pytest.mark.parametrize(
     "value",
-    ["", "0", "-1", "two", "1.5", "²", "513", "100000", "9" * 5000, "x" * 5000],
+    ["0", "-1", "two", "1.5", "²", "513", "100000", "9" * 5000, "x" * 5000],
     ids=lambda value: value[:9],
 )
 def test_a_bad_variable_is_an_error(monkeypatch, qcat, value):

@@ -75,6 +75,9 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str] | None) -> int:
     """Run a command line and return its exit status."""
+    if sys.stdout is None:  # closed from the start, as by >&-
+        click.echo("qcat: error: stdout is closed: send it somewhere", err=True)
+        return 1
     debug = os.environ.get("QCAT_DEBUG") == "1"
     if not debug:
         warnings.simplefilter("ignore")  # of libraries: nothing that a user could act on

@@ -165,6 +165,8 @@ def command(
         raise click.UsageError("--log-text is for --log")
     if log is not None and decode == "free":
         raise click.UsageError("--log is not for --decode free, which gives no probabilities")
+    if "-" in questions and len(questions) > 1:
+        raise click.UsageError("- stands for stdin, alone")
     groups = iter([list(questions)])
     if questions in ((), ("-",)):
         if sys.stdin is None:

@@ -64,6 +64,8 @@ def command(
 
 
 def _read(path: Path) -> list[str]:
+    if path.suffix in (".csv", ".jsonl", ".parquet"):
+        raise DataError(f"{path}: a table: name a text file with one question a line")
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
