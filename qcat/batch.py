@@ -30,10 +30,11 @@ COLUMNS: dict[str, Kind] = {
     "confidence": "real",
     "abstained": "bool",
     "reason": "text",
+    "truncated": "bool",
     "error": "text",
 }
-"""The columns added. Where a row cannot be asked `error` says why, `abstained` is true, and the
-others are missing; where it can, they are as in `Prediction`."""
+"""The columns added, the fields of an `Answer`. Where a row cannot be asked `error` says why,
+`abstained` is true, `truncated` false, and the others are missing."""
 _SHOWN = 8  # names of columns in a message
 
 Show = Callable[[str, int, int], None]
@@ -268,7 +269,7 @@ def _write(
         for number, answer in enumerate(journal.answers(), 1):
             summary.count(answer)
             show("writing", number, table.count)
-            yield answer.label, answer.confidence, answer.abstained, answer.reason, answer.error
+            yield tuple(answer)
 
     with path.open("wb") as file:
         write_table(table, file, kind, names, values())

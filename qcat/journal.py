@@ -26,7 +26,7 @@ _MAX_HEAD = 1 << 16  # bytes of the first line
 
 
 class Answer(NamedTuple):
-    """What became of a row; the first four fields as in `Prediction`."""
+    """What became of a row; all but `error` as in `Prediction`."""
 
     label: str | None
     """None where the row could not be asked."""

@@ -121,16 +121,18 @@ def test_rows_are_answered_as_ask_does(kind, folder, house):
             assert (row["text"] or "") == (text or "")
             row = {name: None if row[name] == "" else row[name] for name in COLUMNS}
             if other == ".csv":
-                row["abstained"] = json.loads(row["abstained"])
+                row |= {name: json.loads(row[name]) for name in ("abstained", "truncated")}
                 row["confidence"] = row["confidence"] and float(row["confidence"])
             if answer is None:
                 assert "the question is empty" in row.pop("error")
-                assert row == {"label": None, "confidence": None, "abstained": True, "reason": None}
+                assert (row.pop("abstained"), row.pop("truncated")) == (True, False)
+                assert set(row.values()) == {None}
             else:
                 assert row["error"] is None
                 assert row["label"] == answer.label
                 assert row["confidence"] == pytest.approx(answer.confidence, abs=0.02)
                 assert (row["abstained"], row["reason"]) == (answer.abstained, answer.reason)
+                assert row["truncated"] == answer.truncated
 
 
 def test_the_command(folder, qcat):
@@ -142,7 +144,10 @@ def test_the_command(folder, qcat):
         f"{folder}/out.jsonl: 7 rows: 4 answered, 1 left to a person, 2 not asked "
         "(see the column qcat_error)\n"
     )
-    assert done.stderr == "qcat: warning: 1 questions of more than 256 tokens were cut\n"
+    assert done.stderr == (
+        "qcat: warning: 1 questions of more than 256 tokens were cut (see the column "
+        "qcat_truncated)\n"
+    )
     first = read_jsonl(folder / "out.jsonl")[0]
     assert list(first) == ["question", "label", *(f"qcat_{name}" for name in COLUMNS)]
     assert (first["label"], first["qcat_label"]) == ("x", "pool")

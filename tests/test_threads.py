@@ -144,6 +144,15 @@ def test_the_doctor_says_what_is_wrong_in_its_row(monkeypatch, call):
     assert "ollama server" in rows
 
 
+def test_the_doctor_says_that_the_cache_cannot_be_used(monkeypatch, call, tmp_path):
+    (tmp_path / "file").touch()
+    for place, usable in (("file", False), ("file/in", False), ("new/one", True), ("", True)):
+        monkeypatch.setenv("QCAT_CACHE", str(tmp_path / place))
+        said = call("doctor").stdout
+        assert f"{tmp_path / place}\n" in said or not usable
+        assert ("cannot be used: each start takes longer" in said) is not usable
+
+
 @pytest.mark.parametrize("possible", [True, False])
 def test_the_doctor_says_whether_weights_are_laid_out_anew(monkeypatch, call, possible):
     monkeypatch.setattr("qcat.backends.llama.repacks", lambda: possible)

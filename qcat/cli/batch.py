@@ -69,12 +69,12 @@ def command(
     """Put the question in each row of IN into one of the model's categories; write OUT.
 
     IN is CSV with a header line, JSONL or Parquet, by its suffix; Parquet needs pyarrow. OUT has
-    all its columns and after them label, confidence, abstained, reason and error. Where abstained
-    is true the row is left to a person: the label is then a guess, and reason says why. A row
-    without a question spoils only itself: it is for a person too, has no label, and error says
+    all its columns and after them label, confidence, abstained, reason, truncated and error. Where
+    abstained is true the row is left to a person: the label is then a guess, and reason says why. A
+    row without a question spoils only itself: it is for a person too, has no label, and error says
     why. A line that cannot be read at all ends the command before any work. A question of more than
-    256 tokens is cut. No review queue is filled, whatever the model's task says: the rows are in
-    OUT.
+    256 tokens is cut, and truncated is true. No review queue is filled, whatever the model's task
+    says: the rows are in OUT.
 
     OUT appears when it is whole. Until then OUT.part holds the answers: if the command is stopped
     or killed, give it again to go on. Delete OUT.part to begin anew.
@@ -112,7 +112,7 @@ def command(
     if done.truncated:
         click.echo(
             f"qcat: warning: {done.truncated} questions of more than {QUESTION_ROOM} tokens were "
-            "cut",
+            f"cut (see the column {prefix}truncated)",
             err=True,
         )
     parts = [f"{done.answered} answered", f"{done.abstained} left to a person"]

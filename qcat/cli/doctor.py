@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from importlib import metadata
+from pathlib import Path
 
 import click
 
@@ -78,9 +79,12 @@ def _cache() -> str:
     from qcat import cache
 
     try:
-        return str(cache.folder())
+        place = cache.folder()
     except RuntimeError:
         return "none, since there is no home folder: set QCAT_CACHE"
+    made = next(path for path in (place, *place.parents, Path()) if path.exists())
+    usable = made.is_dir() and os.access(made, os.W_OK | os.X_OK)
+    return str(place) if usable else f"{place} cannot be used: each start takes longer"
 
 
 def _hub_cache() -> str:

@@ -172,7 +172,8 @@ def command(
     kept = layers if isinstance(layers, int) else None
     if kept and kept > config.num_hidden_layers:
         raise click.BadParameter(
-            f"{base} has {config.num_hidden_layers} layers.", param_hint="'--layers'"
+            f"{base} has {config.num_hidden_layers} layers: give a number up to that.",
+            param_hint="'--layers'",
         )
     hyper_parameters(load_config(folder, kept), config.vocab_size)
     base_folder(base)
