@@ -31,11 +31,15 @@ clean:
 
 # llama-cpp-python is compiled here once (some minutes); pip keeps the wheel for the next time. Where
 # the processor has AMX it is left out: llama.cpp crashes with it (repacks in qcat/backends/llama.py).
+# A wheel that pip has from before is replaced then.
 NO_AMX := $(shell grep -qs amx_int8 /proc/cpuinfo && echo -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 $(CORE): export CMAKE_ARGS ?= $(if $(NO_AMX),-DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)')
 $(CORE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e .
+	$(BIN)/python -c "from qcat.backends.llama import repacks as r; exit(not r())" || { \
+	  $(BIN)/python -m pip cache remove llama_cpp_python; \
+	  $(BIN)/python -m pip install --force-reinstall --no-deps llama-cpp-python; }
 	touch $(CORE)
 
 $(STAMP): $(CORE)
