@@ -149,7 +149,7 @@ def test_trains_exports_and_asks_with_fewer_layers(qcat, call, easy_job, tmp_pat
         (("--layers", "0"), "Invalid value for '--layers': at least one layer has to stay."),
         (("--layers", "-3"), "Invalid value for '--layers': at least one layer has to stay."),
         (("--layers", "half"), "Invalid value for '--layers': 'half' is neither a number nor"),
-        (("--layers", "3"), "Invalid value for '--layers': {base} has 2 layers."),
+        (("--layers", "3"), "Invalid value for '--layers': {base} has 2 layers: give a number"),
         (("--layers", "1", "--max-f1-loss", "0.1"), "--max-f1-loss is for --layers auto"),
         (("--layers", "auto", "--max-f1-loss", "2"), "Invalid value for '--max-f1-loss'"),
     ],
