@@ -365,7 +365,7 @@ def _record_batches(rows: Iterator[dict[str, Any]], kinds: Mapping[str, str]) ->
 def _fitting(value: Any, kind: str) -> Any:
     if value is None:
         return None
-    if kind == "text" or (kind == "json" and isinstance(value, str)):
+    if isinstance(value, str):
         return _utf8(value)
     return _json_if_any(value) if kind == "json" else value
 
