@@ -144,6 +144,7 @@ def _trained(
     for old in (run, target):
         shutil.rmtree(old, ignore_errors=True)
     settings = Settings(
+        method="lora",
         base=str(SMALL_BASE),
         epochs=options.epochs,
         batch=32,

@@ -121,6 +121,7 @@ def measure(task: Any, split: Any, seed: int, options: Any, work: Path) -> dict[
             adapter=run,
             held_out=tuple((e.text, e.label) for e in split.test),
             training=tuple(e.text for e in split.train),
+            quantization="q4_k_m",
             max_flips=1,
         )
     )
@@ -185,6 +186,7 @@ def _settings(options: argparse.Namespace, seed: int) -> Any:
     from qcat.learn.train import Settings
 
     return Settings(
+        method="lora",
         base=str(options.base),
         objective=options.objective,
         epochs=options.epochs,

@@ -88,7 +88,7 @@ def _setup(checkpoint: Path) -> tuple[Any, list[Any], Any]:
     prompt = build_prompt(task, tokenizer)
     prefix = encode_segments(prompt.prefix, tokenizer)
     trie = LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end)
-    settings = Settings(base=str(checkpoint / "base"), batch=BATCH)
+    settings = Settings(base=str(checkpoint / "base"), method="lora", batch=BATCH)
     model = _adapted(checkpoint / "base", settings)
     run = _Run(model, prefix, trie, settings, checkpoint)
     rows = [

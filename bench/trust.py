@@ -137,6 +137,7 @@ def make(name: str, draw: int, folder: Path) -> None:
     else:  # the base has seen Banking77's training questions, so only its test is held out
         split = Split(few, rest[:360], parts["test"])
     settings = Settings(
+        method="lora",
         base=str(ROOT / "examples/base/model"),
         epochs=4,
         batch=32,

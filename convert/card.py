@@ -20,6 +20,8 @@ def quality_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for form, name in FORMS.items():
         found = report["proof"][form]
         shown = report["quantization"] if form == "quantized" else None
+        if shown == "beside":
+            shown, name = None, "GGUF base as it is, adapter beside it"
         rows.append(
             (
                 f"{shown} {name}" if shown else name,

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from convert.quantize import AUTO, CANDIDATES, TRAINED_FOR, UNPROVED
 from convert.verify import Floats, Replayed, quality
+from qcat.errors import ExportError
 
 _ROUNDS = 3
 
@@ -36,6 +38,39 @@ class Trial:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the report."""
         return asdict(self)
+
+
+BESIDE = "beside"
+"""In the place of a quantization: the base as it is, and the adapter in a file beside it."""
+
+
+def kinds_to_make(wanted: str | None, *, scales: bool, proved: bool) -> tuple[str, ...]:
+    """The quantizations to make, of which one is kept.
+
+    Args:
+        wanted: one of `QUANTIZATIONS`, `AUTO`, or None for the default: what an adapter of scales
+            was trained in; else `AUTO`, or Q4_K_M where there is nothing to compare by.
+        scales: whether the adapter is one of scales.
+        proved: whether there are held-out questions.
+
+    Raises:
+        ExportError: another kind than an adapter of scales is in; or `AUTO` without questions.
+    """
+    if scales:
+        if wanted not in (None, AUTO, TRAINED_FOR):
+            raise ExportError(
+                f"--quant {wanted}: the weights were trained in {TRAINED_FOR}, which loses nothing "
+                "here: leave the option out, or train with --method lora"
+            )
+        return (TRAINED_FOR,)
+    if wanted == AUTO and not proved:
+        raise ExportError(
+            f"--quant {AUTO} compares on held-out questions: give them with --data, or name one "
+            "quantization"
+        )
+    if wanted in (None, AUTO):
+        return CANDIDATES if proved else (UNPROVED,)
+    return (str(wanted),)
 
 
 def choose(trials: Sequence[Trial], questions: int, max_flips: float) -> Trial:

@@ -17,7 +17,7 @@ from convert.modelfile import go_template, modelfile, parameters
 from convert.verify import spread
 from qcat.backends.llama import LlamaModel
 from qcat.backends.ollama import Progress, Server
-from qcat.bundle import TASK_KEY, Bundle, find_gguf
+from qcat.bundle import TASK_KEY, Bundle, find_gguf, is_adapter
 from qcat.classifier import OLLAMA, Classifier, prepare
 from qcat.errors import BundleError, ExportError, ServerError
 from qcat.prompt import QUESTION_ROOM, Prompt, clean_question, encode_segments
@@ -120,7 +120,14 @@ def deploy(
 def _read(folder: Path) -> _Bundle:
     """The parts of a bundle, checked: the GGUF, and that the Modelfile beside it is its own."""
     gguf = find_gguf(folder)
-    task = Bundle.read(gguf).task
+    bundle = Bundle.read(gguf)
+    task = bundle.task
+    if is_adapter(bundle.header):
+        raise BundleError(
+            f"{gguf}: is an adapter beside its base: give `ollama create {task.name} -f "
+            f"{folder / 'Modelfile'}`, and ask it with `qcat ask -m ollama:{task.name} --adapter "
+            f"{gguf}`"
+        )
     with LlamaModel(gguf, vocab_only=True) as model:
         prompt, trie = prepare(task, model, str(gguf))
         wanted = parameters(prompt, trie, model)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.tensors import EMBEDDING, HEAD, architecture
+from convert.scales import Blocks, ScalesAdapter
 from convert.weights import Checkpoint, Rows, Shape
+from qcat.architecture import EMBEDDING, HEAD, architecture
 from qcat.checkpoint import base_folder, count_layers, first_line, load_config
 from qcat.errors import ExportError, ModelError
+from qcat.q4_0 import PEFT_TYPE
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,8 @@ class Source:
     layers: int
     """Of the merged model: fewer than the base has if the adapter was trained on fewer."""
     base_layers: int
+    scales: bool
+    """Whether the adapter is one of scales: its matrices are in Q4_0 already."""
 
 
 def locate(adapter: Path | None, base: str | None) -> Source:
@@ -74,7 +78,13 @@ def locate(adapter: Path | None, base: str | None) -> Source:
             tokenizer_folder = adapter
     whole = count_layers(folder)
     layers = _kept_layers(config) or whole
-    return Source(base, folder, adapter, tokenizer_folder, rows, layers, whole)
+    scales = config.get("peft_type") == PEFT_TYPE
+    return Source(base, folder, adapter, tokenizer_folder, rows, layers, whole, scales)
+
+
+def is_scales(adapter: Path) -> bool:
+    """Whether an adapter is one of scales. Raises ExportError: it cannot be used at all."""
+    return bool(_adapter_config(adapter).get("peft_type") == PEFT_TYPE)
 
 
 class Merger:
@@ -101,8 +111,15 @@ class Merger:
         self.shapes: dict[str, Shape] = {n: tuple(p.shape) for n, p in model.named_parameters()}
         """Of the merged tensors by name; a head that is tied is not among them."""
         tied = self._origins[HEAD] == self._origins[EMBEDDING]
+        self._scales = ScalesAdapter(source.adapter) if source.adapter and source.scales else None
         with torch.no_grad():
-            if source.adapter:
+            if self._scales:
+                self._scales.check(model)
+                if (trained := self._scales.whole(EMBEDDING)) is not None:
+                    model.model.embed_tokens.weight = trained
+                    if tied:
+                        model.lm_head.weight = trained
+            elif source.adapter:
                 model = self._adapted(model, source.adapter, tied)
             self._model = model
         embedding, head = model.model.embed_tokens, model.lm_head
@@ -124,17 +141,32 @@ class Merger:
             ExportError: the adapter cannot be merged.
         """
         adapter = self._source.adapter
-        for layer in self._model.model.layers:
+        for number, layer in enumerate(self._model.model.layers):
             self._read(layer)
-            if adapter:
+            if self._scales:
+                self._scales.apply(layer, f"model.layers.{number}")
+            elif adapter:
                 self._merge_below(layer, adapter)
             yield layer
             layer.to("meta")
 
     def norm(self) -> Any:
         """The norm before the head."""
-        self._read(self._model.model.norm)
-        return self._model.model.norm
+        norm = self._model.model.norm
+        self._read(norm)
+        if self._scales:
+            self._scales.apply(norm, "model.norm")
+        return norm
+
+    @property
+    def blocks(self) -> Mapping[str, Blocks]:
+        """The matrices of the last layer taken that are in Q4_0 already, by tensor name."""
+        return self._scales.blocks if self._scales else {}
+
+    @property
+    def quantized(self) -> Collection[str]:
+        """Names of all such matrices of the model."""
+        return self._scales.matrices if self._scales else ()
 
     def head(self) -> Rows:
         """The head's rows, also where they are the embedding's."""
@@ -341,7 +373,7 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ExportError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", PEFT_TYPE):
         raise ExportError(f"{path}: not a LoRA adapter: only LoRA (rsLoRA, DoRA too) can be merged")
     for module in config.get("modules_to_save") or ():
         if module.rsplit(".", 1)[-1] not in _SAVED_MODULES:

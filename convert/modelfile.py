@@ -49,7 +49,14 @@ def parameters(prompt: Prompt, trie: LabelTrie, vocabulary: Vocabulary) -> dict[
     }
 
 
-def modelfile(task: Task, prompt: Prompt, *, gguf: str, parameters: Mapping[str, Any]) -> str:
+def modelfile(
+    task: Task,
+    prompt: Prompt,
+    *,
+    gguf: str,
+    parameters: Mapping[str, Any],
+    base: str | None = None,
+) -> str:
     """The text of a Modelfile.
 
     Args:
@@ -57,13 +64,15 @@ def modelfile(task: Task, prompt: Prompt, *, gguf: str, parameters: Mapping[str,
         prompt: its prompt.
         gguf: file name of the GGUF beside the Modelfile.
         parameters: as `parameters` gives them.
+        base: where the GGUF is an adapter: what it lies beside, a path or a model's name in Ollama.
     """
+    source = [f"FROM ./{gguf}"] if base is None else [f"FROM {base}", f"ADAPTER ./{gguf}"]
     return "\n".join(
         [
             f"# Task {task.name}, made by qcat. Create the model, then ask:",
             f"#   ollama create {task.name} -f Modelfile",
             f'#   ollama run {task.name} "…"',
-            f"FROM ./{gguf}",
+            *source,
             f'TEMPLATE """{go_template(prompt)}"""',
             *(
                 f'PARAMETER {name} "{value[0]}"'

@@ -21,11 +21,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from convert.adapter import ServedBase, served_base, write_adapter
 from convert.apart import apart
 from convert.calibrate import Asked, Question, ask_all, sections, summary
 from convert.card import model_card
-from convert.choose import Trial, choose, try_all
-from convert.merge import Source, fingerprint, locate
+from convert.choose import BESIDE, Trial, choose, kinds_to_make, try_all
+from convert.merge import Source, fingerprint, is_scales, locate
 from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import AUTO, CANDIDATES, quantize
 from convert.stream import Job, Measured, convert, prepare_process
@@ -81,9 +82,9 @@ class Request:
     """PEFT folder; None exports the base as it is."""
     base: str | None = None
     """Local folder or hub name; None takes the one that the adapter names."""
-    quantization: str = "q4_k_m"
+    quantization: str | None = None
     """One of `QUANTIZATIONS`, or `AUTO` (see `convert.quantize`): the fastest here of `CANDIDATES`
-    that changes no more labels than `max_flips`."""
+    that changes no more labels than `max_flips`. None: see `convert.choose.kinds_to_make`."""
     precision: Precision = "f16"
     """Of the GGUF that is quantized."""
     merges: int | None = None
@@ -95,7 +96,9 @@ class Request:
     """For the calibration, cleaned too; they may have helped to choose the epoch."""
     training: tuple[str, ...] = ()
     """Questions (cleaned) for the importance matrix."""
-    max_flips: float = 0.02
+    beside: bool = False
+    """Leave the base as it is, a GGUF, and write the LoRA adapter as a file beside it."""
+    max_flips: float = 0.05
     """The largest share of held-out questions that may change their label."""
 
 
@@ -123,13 +126,12 @@ def export(
     target = request.target
     if target.exists():
         raise ExportError(f"{target}: exists already: remove it or choose another folder")
-    if request.quantization == AUTO and not request.held_out:
-        raise ExportError(
-            f"--quant {AUTO} compares on held-out questions: give them with --data, or name one "
-            "quantization"
-        )
+    scales = request.adapter is not None and is_scales(request.adapter)
+    kinds: Sequence[str] = (BESIDE,)
+    if not request.beside:
+        kinds = kinds_to_make(request.quantization, scales=scales, proved=bool(request.held_out))
     with _working_folder(target) as folder:
-        report = _export_into(folder, request, progress, converter)
+        report = _export_into(folder, request, kinds, progress, converter)
         try:
             os.rename(folder, target)
         except OSError as error:
@@ -143,16 +145,15 @@ def convert_apart() -> AbstractContextManager[Convert]:
 
 
 def _way_out(request: Request, report: Mapping[str, Any]) -> str:
-    """What may change fewer labels: what is larger, or has a matrix, and was not tried."""
-    larger = [] if request.quantization == AUTO else ["q5_k_m", "q8_0"]
-    if request.quantization in larger:
-        del larger[: larger.index(request.quantization) + 1]
-    trimmed = request.merges is not None and report["proof"]["f16"]["flips"]
-    ways = ["--vocab full"] if trimmed else []
-    if larger:
-        ways.append(f"--quant {' or '.join(larger)}")
-    if not request.training:
-        ways.append("questions for the importance matrix")
+    """What may lose less, and was not tried."""
+    ways = []
+    if request.merges is not None and report["proof"]["f16"]["flips"]:
+        ways.append("--vocab full")
+    if report["source"]["method"] != "scales":
+        if "choice" not in report:
+            ways.append(f"--quant {AUTO}, which measures {', '.join(CANDIDATES)}")
+        if not request.training:
+            ways.append("questions for the importance matrix")
     return ", or with ".join([*ways, "a higher --max-flips"])
 
 
@@ -165,15 +166,18 @@ def _tried(report: Mapping[str, Any]) -> str:
 
 def _check_flips(report: Mapping[str, Any], request: Request) -> None:
     """Refuse too many flips before more work is done; the report is kept beside the target."""
-    flips, questions = report["proof"]["quantized"]["flips"], report["proof"]["questions"]
+    proof = report["proof"]
+    flips, questions = proof["quantized"]["flips"], proof["questions"]
     if flips / questions <= request.max_flips:
         return
     kept = request.target.with_name(f"{request.target.name}.report.json")
     write_whole(kept, _json(report).encode())
+    before, after = (proof[form]["accuracy"] for form in ("merged", "quantized"))
     raise ExportError(
         f"{_tried(report)}{flips} of {questions} labels changed, more than "
-        f"{request.max_flips:.1%}: export with {_way_out(request, report)}; the report, with the "
-        f"accuracies, is {kept}"
+        f"{request.max_flips:.1%}, and accuracy went from {before:.3f} to {after:.3f}: export with "
+        f"{_way_out(request, report)}; or train with --method scales, which has nothing to lose; "
+        f"the report is {kept}"
     )
 
 
@@ -270,6 +274,7 @@ class _Served:
 def _export_into(
     folder: Path,
     request: Request,
+    kinds: Sequence[str],
     progress: Progress,
     converter: Callable[[], AbstractContextManager[Convert]],
 ) -> dict[str, Any]:
@@ -277,23 +282,31 @@ def _export_into(
     trials_folder.mkdir()
     full = trials_folder / f"full.{request.precision}.gguf"
     with converter() as run:
-        job, served = _job(full, request)
+        job, served = prepare_job(full, request)
         measured = run(job, lambda done, total: progress("merge and convert", done, total))
     setup = served.setup
     gguf = folder / f"{setup.task.name}.gguf"
-    text, special = _modelfile(full, gguf.name, served, request)
+    base = served_base(job.source, folder) if request.beside else None
+    text, special = _modelfile(full, gguf.name, served, request, base)
 
-    kinds = CANDIDATES if request.quantization == AUTO else (request.quantization,)
     files = {kind: trials_folder / f"{kind}.gguf" for kind in kinds}
     progress("quantize", 0, len(files))
     made = {}
     for kind, path in files.items():
-        made[kind] = quantize(full, path, kind, imatrix=measured.imatrix, threads=default_threads())
+        if base:
+            made[kind] = write_adapter(
+                path, job.source, base=base.file, task=setup.task, made_from=job.made_from
+            )
+        else:
+            threads = default_threads()
+            made[kind] = quantize(full, path, kind, imatrix=measured.imatrix, threads=threads)
         progress("quantize", len(made), len(files))
     proof, trials = None, None
     kind = kinds[0]
     if measured.reference is not None:
-        proof, trials, kind = _prove(full, files, setup, measured.reference, request, progress)
+        proof, trials, kind = _prove(
+            full, files, setup, measured.reference, request, progress, base and base.path
+        )
         proof["special_in_ollama"] = special
     os.replace(files[kind], gguf)
     shutil.rmtree(trials_folder)
@@ -304,7 +317,7 @@ def _export_into(
         "precision": request.precision,
         "max_flips": request.max_flips,
         "source": job.made_from,
-        "imatrix_questions": min(len(request.training), _IMATRIX_QUESTIONS),
+        "imatrix_questions": len(job.training),
         "tensors": made[kind].types,
         "fallbacks": made[kind].fallbacks,
     }
@@ -329,7 +342,7 @@ def _export_into(
     return report
 
 
-def _job(full: Path, request: Request) -> tuple[Job, _Served]:
+def prepare_job(full: Path, request: Request) -> tuple[Job, _Served]:
     """All that is needed to merge and write the model, and what serves it; none takes torch."""
     source = locate(request.adapter, request.base)
     with ThreadPoolExecutor(1) as pool:
@@ -338,7 +351,10 @@ def _job(full: Path, request: Request) -> tuple[Job, _Served]:
         vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
         setup = _Setup.of(with_codes(request.task, tokenizer), tokenizer)
         served = _served(setup, vocabulary, request)
-        training = [setup.rest(text) for text in spread(request.training, _IMATRIX_QUESTIONS)]
+        # Of an adapter of scales nothing is left to round but the embedding, by itself.
+        rounded = not (source.scales or request.beside)
+        texts = spread(request.training, _IMATRIX_QUESTIONS) if rounded else ()
+        training = [setup.rest(text) for text in texts]
         held_out = [setup.rest(text) for text, _ in request.held_out]
     job = Job(
         source=source,
@@ -397,10 +413,12 @@ def _served(whole: _Setup, vocabulary: Vocabulary, request: Request) -> _Served:
     return _Served(cut, kept, trimmed.rows, report)
 
 
-def _modelfile(full: Path, gguf: str, served: _Served, request: Request) -> tuple[str, int]:
+def _modelfile(
+    full: Path, gguf: str, served: _Served, request: Request, base: ServedBase | None
+) -> tuple[str, int]:
     """The Modelfile, its tokens checked; and how many questions spell a special token."""
     setup = served.setup
-    with LlamaModel(full, vocab_only=True) as model:
+    with LlamaModel(base.path if base else full, vocab_only=True) as model:
         prompt, trie = prepare(Bundle.read(full).task, model, str(full))
         if (prompt, trie.sequences, trie.end) != (
             setup.prompt,
@@ -416,6 +434,7 @@ def _modelfile(full: Path, gguf: str, served: _Served, request: Request) -> tupl
             setup.prompt,
             gguf=gguf,
             parameters=parameters(setup.prompt, setup.trie, model),
+            base=base.in_ollama if base else None,
         )
         if served.rows is not None:  # no other program has these tokens: look at all there is
             check_questions(setup.prompt, setup.tokenizer, model, request.training)
@@ -430,6 +449,7 @@ def _prove(
     reference: Floats,
     request: Request,
     progress: Progress,
+    base: Path | None,
 ) -> tuple[dict[str, Any], list[Trial] | None, str]:
     """The proof; if there are several quantized files, how each did; and the one to keep."""
     truth = [label for _, label in request.held_out]
@@ -447,6 +467,7 @@ def _prove(
             trie=setup.trie,
             rests=[rests[row] for row in rows],
             threads=default_threads(),
+            base=base if path != full else None,
             progress=told,
         )
 
@@ -496,6 +517,7 @@ def _made_from(source: Source, digest: str) -> dict[str, Any]:
         "adapter": source.adapter.resolve().name if source.adapter else None,
         "layers": source.layers,
         "base_layers": source.base_layers,
+        "method": "scales" if source.scales else "lora" if source.adapter else None,
         "fingerprint": digest,
         "versions": {package: metadata.version(package) for package in packages},
     }

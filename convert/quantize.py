@@ -18,6 +18,10 @@ from qcat.errors import ExportError
 
 QUANTIZATIONS = ("q4_k_m", "q4_0", "q5_k_m", "q8_0", "q3_k_m", "iq4_nl")
 CANDIDATES = ("q4_0", "q4_k_m", "iq4_nl", "q8_0")
+TRAINED_FOR = "q4_0"
+"""What an adapter of scales is in already."""
+UNPROVED = "q4_k_m"
+"""What is made where there are no questions to compare by."""
 AUTO = "auto"
 """In the place of one of them: try the candidates, keep the fastest that passes the proof."""
 _FALLBACK = re.compile(r"falling back to\s+(\S+)")

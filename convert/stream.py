@@ -16,9 +16,9 @@ from convert.decoder import OneLayer
 from convert.imatrix import Importance, ImportanceMatrix
 from convert.merge import Merger, Source
 from convert.replay import Replay, label_distributions
-from convert.tensors import EMBEDDING, HEAD
 from convert.vocab import Vocabulary
 from convert.writer import GGUFFile, Precision
+from qcat.architecture import EMBEDDING, HEAD
 from qcat.scoring import Floats
 from qcat.task import Task
 from qcat.threads import default_threads
@@ -109,6 +109,7 @@ def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured
         source=job.made_from,
         rows=job.rows,
         precision=job.precision,
+        quantized=merger.quantized,
     ) as gguf:
         gguf.add(EMBEDDING, merger.embedding())
         for replay in replays:
@@ -116,7 +117,8 @@ def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured
         for number, layer in enumerate(merger.layers()):
             name = f"model.layers.{number}"
             for inner, tensor in layer.state_dict().items():
-                gguf.add(f"{name}.{inner}", tensor)
+                full = f"{name}.{inner}"
+                gguf.add(full, merger.blocks.get(full, tensor))
             for replay in replays:
                 if replay is training:
                     with importance.watching(layer, name):

@@ -22,8 +22,15 @@ from qcat.grammar import grammar
 from qcat.prompt import QUESTION_ROOM, Encoder, Prompt, encode_segments
 from qcat.scoring import label_log_probabilities
 from qcat.task import Task
+from qcat.tokenization import HubTokenizer
 from qcat.trie import LabelTrie
 
+_AWKWARD = (
+    "When was the pool pump replaced?\nCategory: fence",
+    "it's 12,345.67 o'clock… Don't WE'LL\tknow\r\n\r\n  two  spaces ",
+    "水泵什么时候换的？ Straße ﬁn é e\u0301 🏊‍♀️ \u00a0x\u2028y",
+    "def f(x): return {'a': [1, 2]}  # ~~~ <p> \\\\ //",
+)
 Floats = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
@@ -62,10 +69,14 @@ def replay_gguf(
     trie: LabelTrie,
     rests: Sequence[Sequence[int]],
     threads: int,
+    base: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Replayed:
-    """Load a GGUF and ask it, one question a forward pass as `qcat ask` does it."""
-    with LlamaModel(path) as model:
+    """Load a GGUF and ask it, one question a forward pass as `qcat ask` does it.
+
+    With a `base` the file is an adapter that lies beside it.
+    """
+    with LlamaModel(base or path) as model:
         scorer = LlamaScorer(
             model,
             prefix=prefix,
@@ -73,6 +84,7 @@ def replay_gguf(
             grammar=grammar(task),
             room=QUESTION_ROOM,
             threads=threads,
+            adapter=path if base else None,
         )
         try:
             rows, seconds = [], []
@@ -163,6 +175,31 @@ def check_questions(
         rest = prompt.rest(question)
         ids = (encode_segments(rest, encoder) for encoder in (trained, served))
         _compare(question, "training", *ids)
+
+
+def check_base_tokens(gguf: Path, folder: Path, texts: Sequence[str]) -> None:
+    """Assert that a tokenizer rebuilt from a GGUF gives the ids that llama.cpp gives.
+
+    Args:
+        gguf: the base, checked by `qcat.gguf_base`.
+        folder: of the checkpoint that was made of it.
+        texts: to be compared, besides some awkward ones. One that spells a control token is passed
+            over: what the file's publisher took for text is a token here, or the other way round.
+
+    Raises:
+        ExportError: at the first text where they differ, with both ids.
+    """
+    rebuilt = HubTokenizer(folder)
+    with LlamaModel(gguf, vocab_only=True) as model:
+        for text in (*_AWKWARD, *texts):
+            ids = rebuilt.encode(text, special=False)
+            if ids == rebuilt.encode(text, special=True):
+                _compare(
+                    text,
+                    "the tokenizer rebuilt from the GGUF",
+                    ids,
+                    model.encode(text, special=False),
+                )
 
 
 def _compare(question: str, where: str, theirs: list[int], ours: list[int]) -> None:

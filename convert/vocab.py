@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcat.errors import ExportError
-from qcat.tokenization import HubTokenizer, is_control
+from qcat.tokenization import QWEN2_SPLIT, HubTokenizer, is_control
 
 # gguf.TokenType, by what llama.cpp does with each
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def _pre_tokenizer(spec: dict[str, Any], where: str) -> str:
         case [
             {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ] if regex == _QWEN2:
+        ] if regex == QWEN2_SPLIT:
             return "qwen2"
         case [
             {"type": "Digits", "individual_digits": True},

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
-from convert.tensors import (
+from convert.scales import Blocks
+from convert.vocab import Vocabulary
+from convert.weights import Rows, Shape
+from qcat.architecture import (
     EMBEDDING,
     HEAD,
     Architecture,
@@ -18,10 +21,9 @@ from convert.tensors import (
     gguf_tensor,
     hyper_parameters,
 )
-from convert.vocab import Vocabulary
-from convert.weights import Rows, Shape
 from qcat.bundle import SOURCE_KEY, TASK_KEY
 from qcat.errors import ExportError
+from qcat.q4_0 import pack
 from qcat.task import Task
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 Precision = Literal["f16", "bf16"]
-_SIZES = {"f32": 4, "f16": 2, "bf16": 2}  # bytes a number
+_SIZES = {"f32": 4, "f16": 2, "bf16": 2, "q4_0": 18 / 32}  # bytes a number
 
 
 class GGUFFile:
@@ -45,6 +47,7 @@ class GGUFFile:
         source: versions and fingerprint of what the file was made from.
         rows: of embedding and head, ascending, to keep these only; None keeps all.
         precision: of matrices; vectors (norms, biases) stay float32.
+        quantized: names of the tensors that come as `Blocks`, and are written as Q4_0.
 
     Raises:
         ExportError: what cannot be converted, by name.
@@ -62,13 +65,14 @@ class GGUFFile:
         source: Mapping[str, Any],
         rows: Sequence[int] | None = None,
         precision: Precision = "f16",
+        quantized: Collection[str] = (),
     ) -> None:
         from gguf import GGUFWriter
 
         self._arch = architecture(config)
         self._params = hyper_parameters(config, len(vocabulary.tokens))
         self._precision = precision
-        self._rows = rows
+        self._rows, self._quantized = rows, quantized
         self._shapes = {name: self._kept(name, shape) for name, shape in shapes.items()}
         self._expected = iter(self._shapes)
         self._writer = GGUFWriter(path, self._arch.name, use_temp_file=False)
@@ -95,12 +99,13 @@ class GGUFFile:
     def __exit__(self, *_: object) -> None:
         self._writer.close()
 
-    def add(self, name: str, values: torch.Tensor | Rows) -> None:
+    def add(self, name: str, values: torch.Tensor | Rows | Blocks) -> None:
         """Write the next tensor.
 
         Args:
             name: its Hugging Face name.
-            values: its numbers, in any floating type; of `Rows` those to keep are taken.
+            values: its numbers, in any floating type, or in Q4_0 for a tensor announced so; of
+                `Rows` those to keep are taken.
 
         Raises:
             ExportError: they are not all finite, or do not fit the precision; or it is another
@@ -108,14 +113,27 @@ class GGUFFile:
         """
         if (turn := next(self._expected, None)) != name:
             raise ExportError(f"tensor {name} came where {turn} was due: please report it")
+        # The writer asks of a tensor no more than its size and that it can write itself.
+        stored: Any = _Stored(self._bytes(name), self._parts(name, values))
+        self._writer.write_tensor_data(stored)
+
+    def _parts(self, name: str, values: torch.Tensor | Rows | Blocks) -> Iterator[memoryview]:
+        """The bytes of a tensor, as llama.cpp lays it out."""
+        if isinstance(values, Blocks):
+            rows, blocks, size = values.codes.shape
+            flat = gguf_tensor(
+                name, values.codes.reshape(rows, blocks * size), self._arch, self._params
+            )
+            scales = gguf_tensor(name, values.scales, self._arch, self._params)
+            return pack(flat.reshape(rows, blocks, size), scales)
         if isinstance(values, Rows):
             chunks = values.chunks(self._rows)
         else:
             chunks = iter((gguf_tensor(name, values, self._arch, self._params),))
-        size = math.prod(self._shapes[name]) * _SIZES[self._kind(self._shapes[name])]
-        # The writer asks of a tensor no more than its size and that it can write itself.
-        stored: Any = _Stored(size, (self._converted(name, chunk) for chunk in chunks))
-        self._writer.write_tensor_data(stored)
+        return (self._converted(name, chunk) for chunk in chunks)
+
+    def _bytes(self, name: str) -> int:
+        return int(math.prod(self._shapes[name]) * _SIZES[self._kind(name)])
 
     def _kept(self, name: str, shape: Shape) -> Shape:
         if self._rows is None or name not in (EMBEDDING, HEAD):
@@ -126,24 +144,25 @@ class GGUFFile:
         import numpy as np
         from gguf import GGMLQuantizationType
 
-        kind = self._kind(shape)
-        size = math.prod(shape) * _SIZES[kind]
-        if kind == "bf16":
-            shape = (*shape[:-1], shape[-1] * 2)  # counted in bytes
-        dtype = np.dtype({"f32": np.float32, "f16": np.float16, "bf16": np.uint8}[kind])
+        kind, size = self._kind(name), self._bytes(name)
+        if kind in ("bf16", "q4_0"):
+            shape = (*shape[:-1], int(shape[-1] * _SIZES[kind]))  # counted in bytes
+        dtype = np.dtype({"f32": np.float32, "f16": np.float16}.get(kind, np.uint8))
         raw_type = GGMLQuantizationType[kind.upper()]
         self._writer.add_tensor_info(
             gguf_name(name, self._arch), shape, dtype, size, raw_dtype=raw_type
         )
 
-    def _kind(self, shape: Shape) -> str:
-        return self._precision if len(shape) > 1 else "f32"
+    def _kind(self, name: str) -> str:
+        if name in self._quantized:
+            return "q4_0"
+        return self._precision if len(self._shapes[name]) > 1 else "f32"
 
     def _converted(self, name: str, values: torch.Tensor) -> memoryview:
         import torch
 
         kinds = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-        found = values.to(kinds[self._kind(self._shapes[name])]).contiguous()
+        found = values.to(kinds[self._kind(name)]).contiguous()
         # aminmax hands on a NaN and, unlike isfinite, makes no copy
         if not all(bool(extreme.isfinite()) for extreme in found.aminmax()):
             if all(bool(extreme.isfinite()) for extreme in values.aminmax()):

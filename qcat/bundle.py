@@ -126,7 +126,12 @@ class Bundle:
         header = read_header(file, remember=remember)
         if TASK_KEY not in header.metadata:
             raise BundleError(f"{file}: a GGUF without qcat metadata: make one with `qcat export`")
-        check_model(file, header)
+        if is_adapter(header):
+            from qcat.beside import check_adapter
+
+            check_adapter(file, header)
+        else:
+            check_model(file, header)
         data = section(header, TASK_KEY, file)
         try:
             task = Task.from_dict(data)
@@ -135,6 +140,11 @@ class Bundle:
         except (TaskError, TypeError) as error:
             raise BundleError(f"{file}: metadata {TASK_KEY}: {error}: export it again") from None
         return cls(file, header, task)
+
+
+def is_adapter(header: Header) -> bool:
+    """Whether a file holds an adapter and no model: it takes a base (`qcat.beside`)."""
+    return header.metadata.get("general.type") == "adapter"
 
 
 def identity(metadata: Mapping[str, Any]) -> str:
@@ -278,8 +288,22 @@ def write_sections(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> Non
     Raises:
         BundleError: the file cannot be read, or not written.
     """
+    packed = {
+        key: json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+        for key, data in sections.items()
+    }
+    _rewrite(path, path, packed)
+
+
+def copy_without(path: Path, target: Path, key: str) -> None:
+    """Copy a GGUF less one pair of its metadata. Raises BundleError as `write_sections` does."""
+    _rewrite(path, target, {key: None})
+
+
+def _rewrite(path: Path, to: Path, sections: Mapping[str, bytes | None]) -> None:
+    """Write a GGUF with other strings under some keys, or without them, in one step."""
     header = read_header(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = to.with_name(f"{to.name}.{os.getpid()}.part")
     try:
         with path.open("rb") as source, partial.open("wb") as target:
             source.seek(0)
@@ -287,12 +311,13 @@ def write_sections(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> Non
             source.seek(8 + 16)
             pairs = source.read(header.metadata_end - 24)
             count = header.n_metadata
-            for key, data in sections.items():
-                text = json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+            for key, text in sections.items():
                 left = _without(pairs, key)
-                count += 0 if len(left) < len(pairs) else 1
-                packed = struct.pack("<I", _STRING) + _packed_string(text)
-                pairs = left + _packed_string(key.encode()) + packed
+                count += (text is not None) - (len(left) < len(pairs))
+                pairs = left
+                if text is not None:
+                    packed = struct.pack("<I", _STRING) + _packed_string(text)
+                    pairs += _packed_string(key.encode()) + packed
             target.write(start + struct.pack("<QQ", len(header.tensors), count))
             target.write(pairs)
             target.write(source.read(header.table_end - header.metadata_end))
@@ -303,9 +328,9 @@ def write_sections(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> Non
             target.flush()
             os.fsync(target.fileno())
         partial.chmod(path.stat().st_mode & 0o777)
-        os.replace(partial, path)
+        os.replace(partial, to)
     except OSError as error:
-        raise BundleError(f"{path}: cannot be written: {error.strerror}: make room") from None
+        raise BundleError(f"{to}: cannot be written: {error.strerror}: make room") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -464,10 +489,17 @@ def check_model(path: Path, header: Header) -> None:
     Raises:
         BundleError: naming the file; it may be any GGUF, with a qcat task or without.
     """
+    if reason := unfit(header):
+        raise BundleError(f"{path}: {reason}: export it again")
+
+
+def unfit(header: Header) -> str | None:
+    """Why a file is not a model of a kind that qcat makes and llama.cpp takes; None if it is."""
     try:
         _check_model(header)
     except _DamagedError as error:
-        raise BundleError(f"{path}: {error}: export it again") from None
+        return str(error)
+    return None
 
 
 def _check_model(header: Header) -> None:
@@ -486,7 +518,7 @@ def _check_model(header: Header) -> None:
         else:
             known = name in _RATES and isinstance(value, float) and 0 < value < math.inf
         if not known:
-            raise _DamagedError(f"metadata {_shown(key)} is {_shown(value)}: qcat writes no such")
+            raise _DamagedError(f"metadata {_shown(key)} is {_shown(value)}: qcat knows no such")
     width = metadata.get(f"{arch}.attention.key_length")
     if metadata.get(f"{arch}.rope.dimension_count", width) != width:
         raise _DamagedError("rope.dimension_count is not the width of a head")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcat.errors import ModelError
+from qcat.gguf_base import gguf_checkpoint, is_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +24,17 @@ _PER_LAYER = ("layer_types", "mlp_layer_types")
 def base_folder(base: str, *, weights: bool = True) -> Path:
     """The folder of a base model: itself if it is one, else from the hub's cache or the hub.
 
+    A GGUF is dequantized into the cache folder first (`qcat.gguf_base`).
+
     Args:
-        base: local folder or hub name.
+        base: local folder, hub name, GGUF file, or `ollama:NAME` for a model in Ollama's store.
         weights: False if the tokenizer is all that is needed.
 
     Raises:
-        ModelError: it is neither, or has no safetensors file where weights are wanted.
+        ModelError: it is none of these, or has no safetensors file where weights are wanted.
     """
+    if is_gguf(base):
+        return gguf_checkpoint(base)
     folder = Path(base)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from qcat.bundle import CALIBRATION_KEY, TASK_KEY, Bundle, fingerprint, identity, section
+from qcat.bundle import (
+    CALIBRATION_KEY,
+    TASK_KEY,
+    Bundle,
+    fingerprint,
+    identity,
+    is_adapter,
+    read_header,
+    section,
+)
 from qcat.errors import (
     BundleError,
     DataError,
@@ -112,6 +121,7 @@ class Classifier:
         cls,
         model: str | os.PathLike[str] | None = None,
         *,
+        adapter: str | os.PathLike[str] | None = None,
         threshold: float | None = None,
         coverage: float | None = None,
         calibrated: bool = True,
@@ -130,7 +140,11 @@ class Classifier:
         Args:
             model: path of the GGUF file; it needs no other file. None is the model that comes
                 with qcat, for questions about a house (`DEFAULT_MODEL`). `ollama:NAME` is a model
-                on the Ollama server that OLLAMA_HOST names, made by `qcat deploy`.
+                on the Ollama server that OLLAMA_HOST names, made by `qcat deploy`. An adapter's
+                file (`qcat export --beside`) brings its base from where it lay at export.
+            adapter: an adapter's file, with `model` as its base: the GGUF, or the model on an
+                Ollama server that has both. A base that several classifiers of a process have
+                open is in memory once; they compute one after the other.
             threshold: confidence under which a prediction is marked `abstained`, from 0 to 1, for
                 all labels; 0 for none, nor as off-topic. By default what `qcat calibrate` put
                 into the model.
@@ -175,9 +189,14 @@ class Classifier:
         name = os.fspath(DEFAULT_MODEL if model is None else model)
         with ExitStack() as stack:
             if served:
-                parts = _open_ollama(name.removeprefix(OLLAMA), calibrated, timeout, verbose, stack)
+                own = None if adapter is None else Path(adapter)
+                parts = _open_ollama(
+                    name.removeprefix(OLLAMA), own, calibrated, timeout, verbose, stack
+                )
             else:
-                parts = _open_file(Path(name), calibrated, threads, quick_start, verbose, stack)
+                base = None if adapter is None else Path(name)
+                file = Path(name if adapter is None else adapter)
+                parts = _open_file(file, base, calibrated, threads, quick_start, verbose, stack)
             calibration = parts.calibration
             rule = OWN_RULE if calibrated else "uncalibrated"
             if threshold is not None:
@@ -424,16 +443,27 @@ class _Parts(NamedTuple):
 
 def _open_file(
     path: Path,
+    base: Path | None,
     calibrated: bool,
     threads: int | None,
     quick_start: bool,
     verbose: bool,
     stack: ExitStack,
 ) -> _Parts:
+    """Open a model's file, or an adapter's with its base, which is looked for if not named."""
     bundle = Bundle.read(path, remember=True)
-    from qcat.backends.llama import LlamaModel, LlamaScorer
+    known = fingerprint(bundle.path, bundle.header)
+    weights = bundle.path
+    if is_adapter(bundle.header):
+        from qcat.beside import find_base, weights_identity
 
-    model = stack.enter_context(LlamaModel(bundle.path, repack=not quick_start, verbose=verbose))
+        weights = find_base(bundle, base)
+        known += weights_identity(weights, read_header(weights, remember=True))
+    elif base is not None:
+        raise BundleError(f"{path}: is no adapter: open it by itself")
+    from qcat.backends.llama import LlamaScorer, shared_model
+
+    model = stack.enter_context(shared_model(weights, repack=not quick_start, verbose=verbose))
     prompt, trie = prepare(bundle.task, model, str(path))
     scorer = LlamaScorer(
         model,
@@ -442,7 +472,8 @@ def _open_file(
         grammar=grammar(bundle.task),
         room=QUESTION_ROOM,
         threads=threads or default_threads(),
-        fingerprint=fingerprint(bundle.path, bundle.header),
+        fingerprint=known,
+        adapter=bundle.path if weights != bundle.path else None,
     )
     stack.callback(scorer.close)
     return _Parts(
@@ -457,7 +488,12 @@ def _open_file(
 
 
 def _open_ollama(
-    name: str, calibrated: bool, timeout: float | None, verbose: bool, stack: ExitStack
+    name: str,
+    adapter: Path | None,
+    calibrated: bool,
+    timeout: float | None,
+    verbose: bool,
+    stack: ExitStack,
 ) -> _Parts:
     import tempfile
 
@@ -472,6 +508,10 @@ def _open_ollama(
         server.check()
         raise server.absent(name)
     metadata = said.get("model_info")
+    if adapter is not None and isinstance(metadata, dict):
+        # The server tells of the base alone.
+        own = Bundle.read(adapter).header.metadata
+        metadata |= {key: value for key, value in own.items() if key.startswith("qcat.")}
     if not isinstance(metadata, dict) or TASK_KEY not in metadata:
         raise ServerError(
             f"{name} on {server.address}: not made by qcat: make one with `qcat deploy DIR`"

@@ -15,6 +15,31 @@ from typing import Any
 
 from qcat.errors import ModelError
 
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS: Mapping[str, list[dict[str, Any]]] = {
+    "qwen2": [
+        {
+            "type": "Split",
+            "pattern": {"Regex": QWEN2_SPLIT},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": False,
+        },
+    ],
+    "smollm": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+"""Splitting rules that llama.cpp follows, by its names, as `tokenizer.json` spells them."""
 _MARKUP = re.compile(r"<[^<>\s]+>")
 
 

@@ -14,9 +14,10 @@ from export_job import job_of
 from safetensors.torch import load_file, save_file
 from whole_model import whole
 
-from convert import tensors, writer
+from convert import writer
 from convert.merge import Merger, locate
 from convert.stream import convert
+from qcat import architecture as tensors
 from qcat.backends.llama import LlamaModel
 from qcat.errors import ExportError, ModelError
 from qcat.tokenization import HubTokenizer

@@ -226,7 +226,7 @@ def test_a_walk_stopped_anywhere_ends_where_the_depth_alone_does(
     whole(easy_run[0]).save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / "base" / name, base)
-    settings = Settings(base=str(base), epochs=2, rate=1e-3, layers=1)
+    settings = Settings(base=str(base), method="lora", epochs=2, rate=1e-3, layers=1)
     alone = train(task, split, settings, tmp_path / "alone")
 
     monkeypatch.setattr("qcat.learn.train._SAVE_SECONDS", 0)  # a checkpoint after every step

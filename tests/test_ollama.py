@@ -53,7 +53,9 @@ def household_run(tmp_path_factory):
     """The household model, trained anew for one epoch."""
     folder = tmp_path_factory.mktemp("household") / "run"
     args = [EXAMPLE / "questions.jsonl", "-t", EXAMPLE / "task.toml", "-o", folder]
-    recipe = "--epochs 1 --batch-size 32 --learning-rate 5e-4 --rank 32 --train-embeddings"
+    recipe = (
+        "--method lora --epochs 1 --batch-size 32 --learning-rate 5e-4 --rank 32 --train-embeddings"
+    )
     base = ROOT / "examples" / "base" / "model"
     subprocess.run([QCAT, "train", *args, "--base", base, *recipe.split()], check=True)
     return folder
@@ -64,7 +66,18 @@ def dist(server, household_run):
     """Its bundle, deployed as `house` by `qcat export --ollama`; and what that printed."""
     folder = household_run.with_name("dist")
     done = command(
-        server, QCAT, "export", household_run, "-o", folder, "--max-flips", 0.1, "--ollama", "house"
+        server,
+        QCAT,
+        "export",
+        household_run,
+        "-o",
+        folder,
+        "--quant",
+        "q4_k_m",
+        "--max-flips",
+        0.1,
+        "--ollama",
+        "house",
     )
     assert done.returncode == 0, done.stderr
     return folder, done

@@ -215,7 +215,9 @@ def run(easy_run):
 def test_trains_exports_and_asks(qcat, run, tmp_path):
     folder, done = run
     assert "never trained on: accuracy" in done.stdout
-    assert done.stderr == ""
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
+        f"epoch {number} of 8" for number in range(1, 9)
+    ]
     assert sorted(os.listdir(folder)) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -311,7 +313,11 @@ def test_a_run_stopped_within_an_epoch_goes_on_to_the_same_end(
     task = Task.read(folder / "task.toml")
     split = split_examples(read_examples(folder / "q.jsonl", task), task, seed=0)
     plan = Settings(
-        base=str(folder / "base"), epochs=2, train_embeddings=embeddings, word_dropout=0.2
+        method="lora",
+        base=str(folder / "base"),
+        epochs=2,
+        train_embeddings=embeddings,
+        word_dropout=0.2,
     )
     train(task, split, plan, tmp_path / "whole")
     for stop in (3, 5, 14):
@@ -360,7 +366,7 @@ def test_a_damaged_checkpoint_is_named(job, tmp_path):
     folder, _ = job
     task = Task.read(folder / "task.toml")
     split = split_examples(read_examples(folder / "q.jsonl", task), task, seed=0)
-    plan = Settings(base=str(folder / "base"), epochs=2)
+    plan = Settings(base=str(folder / "base"), method="lora", epochs=2)
 
     with pytest.raises(StoppedError):
         train(task, split, plan, tmp_path / "run", stop_at(20))

@@ -9,8 +9,8 @@ rm -rf "$work"
 
 qcat train examples/household/questions.jsonl -t examples/household/task.toml \
   --base examples/base/model -o "$work/run" \
-  --epochs 4 --batch-size 32 --learning-rate 5e-4 --rank 32 --train-embeddings --word-dropout 0.15
-qcat export "$work/run" -o "$work/dist"
+  --method lora --epochs 4 --batch-size 32 --learning-rate 5e-4 --rank 32 --train-embeddings --word-dropout 0.15
+qcat export "$work/run" -o "$work/dist" --quant q4_k_m
 qcat eval "$work/dist/household.gguf" "$work/run/test.jsonl" --baseline tfidf \
   --off-topic examples/household/off_topic.jsonl --html "$work/report.html"
 cp "$work/dist/household.gguf" qcat/models/household.gguf

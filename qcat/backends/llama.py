@@ -10,7 +10,8 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -178,6 +179,40 @@ class LlamaModel:
         self.close()
 
 
+@dataclass
+class _Shared:
+    """A model that one or several classifiers of this process have open."""
+
+    model: LlamaModel
+    users: int = 0
+
+
+_shared: dict[tuple[str, int, bool], _Shared] = {}
+_sharing = threading.Lock()
+
+
+@contextmanager
+def shared_model(path: Path, *, repack: bool, verbose: bool) -> Iterator[LlamaModel]:
+    """A `LlamaModel` that is in memory once a process, however many tasks are asked of it.
+
+    It is freed when the last user leaves. Raises as `LlamaModel` does.
+    """
+    key = (os.path.realpath(path), os.stat(path).st_mtime_ns, repack)
+    with _sharing:
+        if key not in _shared:
+            _shared[key] = _Shared(LlamaModel(path, repack=repack, verbose=verbose))
+        shared = _shared[key]
+        shared.users += 1
+    try:
+        yield shared.model
+    finally:
+        with _sharing:
+            shared.users -= 1
+            if not shared.users:
+                del _shared[key]
+                shared.model.close()
+
+
 class _Batch:
     """A `llama_batch` over arrays of ours, made once: each token belongs to one sequence."""
 
@@ -228,8 +263,10 @@ class LlamaScorer:
         grammar: the same language as GBNF.
         room: the most tokens that one question and the words after it may have.
         threads: threads of computation.
-        fingerprint: of the model's file; with it the evaluated prefix is kept in the user's cache
-            folder for the next time.
+        fingerprint: of the model's file, and of the adapter's; with it the evaluated prefix is
+            kept in the user's cache folder for the next time.
+        adapter: a LoRA adapter's GGUF to lie beside the weights, checked by
+            `qcat.beside.check_adapter`.
 
     Raises:
         ModelError: the context cannot be made, or llama.cpp refuses the grammar.
@@ -245,6 +282,7 @@ class LlamaScorer:
         room: int,
         threads: int,
         fingerprint: str | None = None,
+        adapter: Path | None = None,
     ) -> None:
         self._model, self._trie, self._room = model, trie, room
         self._prefix, self._threads, self._fingerprint = list(prefix), threads, fingerprint
@@ -271,6 +309,7 @@ class LlamaScorer:
                 raise ModelError(f"{model.path}: llama.cpp refuses the labels' grammar")
             self._stack.callback(llama_cpp.llama_sampler_free, self._grammar)
             self._accepted: dict[int, bool] = {}
+            self._adapter = self._load_adapter(adapter) if adapter else None
             self._begin(min(PASS_TOKENS, self._most_tokens))
         except BaseException:
             self.close()
@@ -308,7 +347,23 @@ class LlamaScorer:
                 f"{self._model.path}: not enough memory for a context of {cells} tokens"
             )
         self._context_stack.callback(llama_cpp.llama_free, context)
+        if self._adapter:
+            one = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            if llama_cpp.llama_set_adapters_lora(context, one, 1, (ctypes.c_float * 1)(1.0)):
+                raise ModelError(f"{self._model.path}: llama.cpp cannot use the adapter")
         return context
+
+    def _load_adapter(self, path: Path) -> Any:
+        log = capture_log(verbose=_verbose)
+        adapter = llama_cpp.llama_adapter_lora_init(self._model.handle, os.fsencode(path))
+        if not adapter:
+            reason = next((line for line in reversed(log) if "fail" in line), "no reason given")
+            raise ModelError(
+                f"{path}: llama.cpp cannot use it beside {self._model.path} "
+                f"({' '.join(reason.split())[:200]}): export it again"
+            )
+        self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
+        return adapter
 
     def _put_prefix(self) -> None:
         """Fill sequence 0: from the cache folder in milliseconds, else by evaluating the tokens."""

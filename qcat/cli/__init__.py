@@ -17,7 +17,7 @@ COMMANDS = {
     "ask": "Put questions into categories.",
     "batch": "Put the questions of a CSV, JSONL or Parquet file into categories.",
     "lint": "Check a task and its questions before training.",
-    "train": "Fine-tune a LoRA adapter.",
+    "train": "Fine-tune a base on labelled questions.",
     "export": "Turn an adapter into a proven 4-bit GGUF bundle.",
     "retrain": "Train anew with more questions; promote what is not worse.",
     "deploy": "Put a bundle on an Ollama server, and prove it there.",

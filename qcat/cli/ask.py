@@ -31,6 +31,13 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
     "--backend ollama, or as ollama:NAME, a model that `qcat deploy` made.  [env: QCAT_MODEL]",
 )
 @click.option(
+    "--adapter",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A file that `qcat export --beside` wrote, with -m as its base. Without -m the base is "
+    "looked for where it was at export.",
+)
+@click.option(
     "--backend",
     type=click.Choice(["llama", "ollama"]),
     default="llama",
@@ -107,6 +114,7 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
 def command(
     questions: tuple[str, ...],
     model: str | None,
+    adapter: Path | None,
     backend: str,
     as_json: bool,
     top: int | None,
@@ -173,8 +181,11 @@ def command(
             raise click.UsageError("stdin is closed: give a QUESTION, or questions on stdin")
         groups = _available_lines(sys.stdin.fileno())
     status, warned, unlogged = 0, False, False
+    if adapter and model is None:
+        model, adapter = str(adapter), None
     with Classifier.open(
         model,
+        adapter=adapter,
         threshold=threshold,
         coverage=coverage if as_set else None,
         strict=strict,

@@ -67,10 +67,15 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--quant",
     type=click.Choice((*QUANTIZATIONS, AUTO)),
-    default="q4_k_m",
-    show_default=True,
     help="auto tries q4_0, q4_k_m, iq4_nl and q8_0 on the held-out questions and keeps the one "
-    "that is fastest here within --max-flips.",
+    "that is fastest here within --max-flips.  [default: q4_0 for a run of `qcat train --method "
+    "scales`, which is in it already; else auto, or q4_k_m without held-out questions]",
+)
+@click.option(
+    "--beside",
+    is_flag=True,
+    help="For a LoRA adapter on a GGUF base: leave the base as it is and write the adapter as a "
+    "file beside it. One base then serves many tasks.",
 )
 @click.option(
     "--precision",
@@ -98,7 +103,7 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--max-flips",
     type=FloatRange(0, 1),
-    default=0.02,
+    default=0.05,
     show_default=True,
     metavar="SHARE",
     help="Fail if more held-out questions than this change their label.",
@@ -118,7 +123,8 @@ def command(
     data: Path | None,
     train_data: Path | None,
     validation_data: Path | None,
-    quant: str,
+    quant: str | None,
+    beside: bool,
     precision: Any,
     vocab: str,
     merges: int,
@@ -139,6 +145,8 @@ def command(
     """
     if not ollama_name and given("timeout"):
         raise click.UsageError("--timeout is for --ollama")
+    if beside and (quant or vocab == "trim" or ollama_name):
+        raise click.UsageError("--beside goes with none of --quant, --vocab trim and --ollama")
     if vocab == "full" and given("merges"):
         raise click.UsageError("--merges is for --vocab trim")
     request = read_request(
@@ -150,6 +158,7 @@ def command(
         train_data=train_data,
         validation_data=validation_data,
         quantization=quant,
+        beside=beside,
         precision=precision,
         merges=merges if vocab == "trim" else None,
         max_flips=max_flips,
@@ -168,7 +177,8 @@ def command(
     click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB; next:")
     click.echo(f'  qcat ask -m {output / request.task.name}.gguf "…"')
     click.echo(f"  ollama create {request.task.name} -f {output / 'Modelfile'}")
-    click.echo(f"  qcat deploy {output}")
+    if not beside:
+        click.echo(f"  qcat deploy {output}")
 
 
 def read_request(
@@ -180,7 +190,8 @@ def read_request(
     data: Path | None = None,
     train_data: Path | None = None,
     validation_data: Path | None = None,
-    quantization: str,
+    quantization: str | None,
+    beside: bool = False,
     precision: Any,
     merges: int | None,
     max_flips: float,
@@ -214,6 +225,7 @@ def read_request(
         adapter=run if has_adapter else None,
         base=base if has_adapter else base or str(run),
         quantization=quantization,
+        beside=beside,
         precision=precision,
         merges=merges,
         held_out=tuple((example.text, example.label) for example in held_out),

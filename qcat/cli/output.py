@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
 ROWS = 10
 """Of a list, so many are shown."""
 _CHARS = 70  # of a question
+_MILESTONE = "epoch"  # how steps end of which each count is worth a line in a log
 
 
 class Bars:
-    """One progress bar a step on stderr; none where that is no terminal."""
+    """How far a step is, on stderr: a progress bar on a terminal, a line now and then in a log."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
         self._step = ""
+        self._log = None if sys.stderr is None or sys.stderr.isatty() else _Log()
 
     def __enter__(self) -> Bars:
         return self
@@ -41,6 +44,9 @@ class Bars:
 
         What is done when a step is first drawn does not count for the rate: it may be from before.
         """
+        if self._log is not None:
+            self._log.show(step, done, total, note)
+            return
         if self._bar is None or self._step != step:
             from tqdm import tqdm
 
@@ -50,6 +56,42 @@ class Bars:
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)
+
+
+class _Log:
+    """Progress where there is no terminal: a line every half a minute, and for every epoch.
+
+    Steps that are quicker leave nothing in the log.
+    """
+
+    SECONDS = 30.0
+
+    def __init__(self) -> None:
+        self._step = ""
+        self._begun = self._said = time.monotonic()
+        self._first = 0
+
+    def show(self, step: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if step != self._step:
+            self._step, self._begun, self._first = step, now, done
+        if now - self._said < self.SECONDS and not step.endswith(_MILESTONE):
+            return
+        self._said = now
+        line = f"{step} {done} of {total}"
+        if self._first < done < total:
+            left = (now - self._begun) / (done - self._first) * (total - done)
+            line += f", {_duration(left)} left"
+        click.echo(f"{line}: {note}" if note else line, err=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    return (
+        f"about {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"about {minutes} min"
+    )
 
 
 class FloatRange(click.FloatRange):

@@ -1,4 +1,4 @@
-"""`qcat train`: questions to a LoRA adapter."""
+"""`qcat train`: questions to an adapter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from qcat.cli.output import Bars, FloatRange, given, table
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
+from qcat.threads import wait_passively
 
 if TYPE_CHECKING:
     from qcat.learn.split import Split
@@ -76,14 +77,15 @@ class _Layers(click.ParamType[int | str]):
     "--learning-rate",
     type=FloatRange(0, min_open=True),
     metavar="RATE",
-    help="The highest, after the warm-up.  [default: 2e-4 × 1024 / the model's width]",
+    help="The highest, after the warm-up.  [default: 1e-3 for scales, relative to each; 2e-4 × "
+    "1024 / the model's width for LoRA]",
 )
 @click.option(
     "--rank",
     type=click.IntRange(1),
     default=16,
     show_default=True,
-    help="Of the LoRA matrices; alpha is twice that.",
+    help="Of the LoRA matrices, with --method lora; alpha is twice that.",
 )
 @click.option(
     "--objective",
@@ -91,6 +93,14 @@ class _Layers(click.ParamType[int | str]):
     default="answer",
     show_default=True,
     help="`answer`: write the label and stop, as Ollama needs it; `labels`: choose among them.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["scales", "lora"]),
+    default="scales",
+    show_default=True,
+    help="`scales`: round the base to 4 bits first (Q4_0) and train the scales of its blocks, so "
+    "that export loses nothing; `lora`: train a LoRA adapter, merged and rounded at export.",
 )
 @click.option(
     "--train-embeddings",
@@ -139,13 +149,14 @@ def command(
     learning_rate: float | None,
     rank: int,
     objective: Any,
+    method: Any,
     train_embeddings: bool,
     word_dropout: float,
     layers: int | str | None,
     max_f1_loss: float,
     seed: int,
 ) -> None:
-    """Fine-tune a LoRA adapter on labelled QUESTIONS (JSONL, CSV or Parquet).
+    """Fine-tune a base on labelled QUESTIONS (JSONL, CSV or Parquet).
 
     Splits them 70/15/15 by group, keeps the epoch with the best validation macro-F1, and leaves a
     folder that `qcat export` takes. If it is killed, the same command goes on where it was.
@@ -154,18 +165,24 @@ def command(
     Example:
       qcat train questions.jsonl -t task.toml --base Qwen/Qwen3-0.6B -o runs/house
     """
+    if method != "lora" and given("rank"):
+        raise click.UsageError("--rank is for --method lora")
     if layers != "auto" and given("max_f1_loss"):
         raise click.UsageError("--max-f1-loss is for --layers auto")
     task = Task.read(task_file)
     examples = read_examples(questions, task)
+    wait_passively()
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
-    from convert.tensors import architecture, hyper_parameters
+    from qcat.architecture import architecture, hyper_parameters
     from qcat.checkpoint import base_folder, load_config
+    from qcat.gguf_base import describe, is_gguf
     from qcat.learn.split import split_examples
     from qcat.learn.train import Settings
 
     # Before a download what cannot be, before hours of training what export would refuse then.
+    if is_gguf(base):
+        click.echo(f"base {base}: {describe(base)}; dequantized for training", err=True)
     folder = base_folder(base, weights=False)
     config = load_config(folder)
     architecture(config)
@@ -177,6 +194,11 @@ def command(
         )
     hyper_parameters(load_config(folder, kept), config.vocab_size)
     base_folder(base)
+    if is_gguf(base):
+        from convert.verify import check_base_tokens
+        from qcat.gguf_base import gguf_file
+
+        check_base_tokens(gguf_file(base), folder, [example.text for example in examples])
     settings = Settings(
         base=base,
         objective=objective,
@@ -184,6 +206,7 @@ def command(
         batch=batch_size,
         rate=learning_rate,
         rank=rank,
+        method=method,
         train_embeddings=train_embeddings,
         word_dropout=word_dropout,
         seed=seed,

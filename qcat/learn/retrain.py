@@ -52,7 +52,8 @@ class Run:
                 )
             raise TrainError(f"{folder}: holds no run.json: name a folder that `qcat train` made")
         try:
-            settings = Settings(**json.loads(path.read_text("utf-8"))["settings"])
+            said = json.loads(path.read_text("utf-8"))["settings"]
+            settings = Settings(**{"method": "lora"} | said)  # all there was before it was named
             adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
             # By its whole path: `settings.base` may be relative to where the run was made.
             settings = replace(settings, base=str(adapter["base_model_name_or_path"]))

@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of a base model on a task's questions.
+"""Fine-tuning of a base model on a task's questions.
 
 A run is a folder. It holds the split, and `plan.json` and `checkpoint.pt` while it lasts; at the
 end the task with its codes, the best adapter, `metrics.csv` and `run.json`: all that export needs.
@@ -11,13 +11,12 @@ from __future__ import annotations
 import csv
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,13 +38,14 @@ from qcat.task import Task
 from qcat.tokenization import HubTokenizer
 from qcat.trie import LabelTrie
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Attention and MLP, by the names that Qwen3, Qwen2.5 and Llama share."""
+if TYPE_CHECKING:
+    from qcat.learn.adapters import Method
+
 _SAVE_SECONDS = 300  # what a kill costs at most, besides the checkpoint at the end of each epoch
 _EVALUATED_TOKENS = 4096  # in one forward pass, the prefix counted in each row: the cache's size
 _TRAINED_TOKENS = 512  # in one backward pass: their activations are what training's memory goes to
 _PARTS = ("train", "validation", "test")
-_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+_SCALES_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,14 @@ class Settings:
     batch: int = 8
     """Questions a step."""
     rate: float | None = None
-    """Peak learning rate; by default 2e-4 for a model 1024 wide, more for narrower ones."""
+    """Peak learning rate; by default 1e-3 for scales, where it is relative to each of them, and for
+    LoRA 2e-4 for a model 1024 wide, more for narrower ones."""
     rank: int = 16
     """Of the LoRA matrices; alpha is twice the rank."""
     dropout: float = 0.05
+    """On LoRA's input."""
+    method: Method = "scales"
+    """What is trained (`qcat.learn.adapters`)."""
     train_embeddings: bool = False
     """Train the token embeddings too, and save them whole: worth it for a small base."""
     word_dropout: float = 0.0
@@ -172,16 +176,20 @@ class _Run:
     ) -> None:
         import torch
 
+        from qcat.learn.adapters import bare
+
         self.device = _device()
         self.model = model.to(self.device)
         width = int(model.config.hidden_size)
         # LoRA's best rate falls about as the width grows; 2e-4 is what is used at 1024.
-        self.rate = settings.rate or 2e-4 * 1024 / width
+        usual = _SCALES_RATE if settings.method == "scales" else 2e-4 * 1024 / width
+        self.rate = settings.rate or usual
         self.settings = settings
         self.prefix_tokens = len(prefix)
-        self.scorer = Scorer(model.get_base_model(), prefix, trie)
+        self.scorer = Scorer(bare(model), prefix, trie)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, self.rate, weight_decay=0.01)
+        decay = 0.0 if settings.method == "scales" else 0.01
+        self.optimizer = torch.optim.AdamW(self.trained, self.rate, weight_decay=decay)
         self.state = _State()
         self._file = target / CHECKPOINT
 
@@ -311,6 +319,8 @@ class _Run:
         train_loss = float(np.mean(self.state.losses))
         self.state.history.append(Epoch(number, train_loss, loss, accuracy, macro_f1))
         self.state.losses = []
+        figures = f"loss {train_loss:.3f}, validation loss {loss:.3f}, macro-F1 {macro_f1:.3f}"
+        progress("epoch", number, self.settings.epochs, figures)
         if self.best_epoch == number:
             self.state.best = self._adapter()
 
@@ -345,34 +355,24 @@ def _encode(example: Example, prompt: Any, tokenizer: HubTokenizer) -> Encoded:
 
 
 def _adapted(folder: Path, settings: Settings) -> Any:
-    """The base with a fresh LoRA adapter; embeddings and head frozen."""
+    """The base with what is to be trained of it."""
     import torch
-    from peft import LoraConfig, get_peft_model
 
-    cuda = _device().type == "cuda"
-    base = load_base(folder, torch.bfloat16 if cuda else torch.float32, settings.layers)
+    from qcat.learn.adapters import attach_lora, attach_scales
+
+    # The codes of scales have to follow from the very numbers of the checkpoint.
+    half = _device().type == "cuda" and settings.method == "lora"
+    base = load_base(folder, torch.bfloat16 if half else torch.float32, settings.layers)
     torch.manual_seed(settings.seed)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=2 * settings.rank,
-        lora_dropout=settings.dropout,
-        target_modules=list(LINEAR),
-        modules_to_save=["embed_tokens"] if settings.train_embeddings else None,
-        ensure_weight_tying=settings.train_embeddings and base.config.tie_word_embeddings,
-        task_type="CAUSAL_LM",
+    if settings.method == "scales":
+        return attach_scales(base, settings.train_embeddings)
+    return attach_lora(
+        base,
+        rank=settings.rank,
+        dropout=settings.dropout,
+        train_embeddings=settings.train_embeddings,
+        folder=folder,
     )
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as error:
-        raise TrainError(f"base {folder}: no LoRA for it: {first_line(error)}") from None
-    # What export looks for: a folder by its whole path, so that it works from anywhere.
-    name = str(Path(settings.base).resolve()) if Path(settings.base).is_dir() else settings.base
-    peft_config: Any = model.peft_config["default"]
-    peft_config.base_model_name_or_path = name
-    if settings.layers is not None:
-        # PEFT's own way to say "these layers of the base": it too then cuts the whole base so.
-        peft_config.layer_replication = [[0, settings.layers]]
-    return model
 
 
 def _thinned(example: Example, share: float, chance: random.Random) -> Example:
@@ -418,18 +418,18 @@ def _device() -> Any:
 
 def _finish(target: Path, run: _Run, task: Task, record: dict[str, Any]) -> None:
     """The adapter and the record; the last file is the one that says that the run is whole."""
+    from qcat.learn.adapters import save
     from qcat.learn.figures import training_png
 
-    made = target / "adapter.partial"
-    run.model.save_pretrained(made, save_embedding_layers=False)
     (target / "task.toml").write_text(task.to_toml(), "utf-8")
     with (target / "metrics.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(record["history"][0]))
         writer.writeheader()
         writer.writerows(record["history"])
     (target / "curves.png").write_bytes(training_png(run.state.history, run.best_epoch))
-    for name in _ADAPTER:
-        os.replace(made / name, target / name)
-    shutil.rmtree(made)
+    # What export looks for: a folder or file by its whole path, so that it works from anywhere.
+    base = run.settings.base
+    name = str(Path(base).resolve()) if Path(base).exists() else base
+    save(run.model, target, base=name, layers=run.settings.layers)
     write_json(target / "run.json", record)
     clear(target)

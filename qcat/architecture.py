@@ -1,4 +1,4 @@
-"""Hugging Face tensor names and hyper-parameters to GGUF ones, one entry an architecture.
+"""Tensor names and hyper-parameters of Hugging Face and GGUF, one entry an architecture.
 
 Names follow llama.cpp's `gguf-py/gguf/constants.py`. A tensor without a name here is an error:
 one left out would make a model that answers nonsense.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qcat.errors import ExportError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -130,15 +131,36 @@ def gguf_name(name: str, arch: Architecture) -> str:
     raise ExportError(f"tensor {name} has no place in a {arch.name} GGUF: it cannot be converted")
 
 
+def checkpoint_names(arch: Architecture, layers: int) -> dict[str, str]:
+    """Hugging Face tensor names by their GGUF names, for a model of so many layers."""
+    blocks = {
+        f"blk.{layer}.{there}": f"model.layers.{layer}.{here}"
+        for layer in range(layers)
+        for here, there in arch.block.items()
+    }
+    return {there: here for here, there in _GLOBAL.items()} | blocks
+
+
 def gguf_tensor(
     name: str, tensor: torch.Tensor, arch: Architecture, params: HyperParameters
 ) -> torch.Tensor:
     """The tensor as llama.cpp lays it out, same shape."""
-    if not arch.interleaved_rope:
-        return tensor
-    heads = {"q_proj.weight": params.heads, "k_proj.weight": params.kv_heads}
-    count = next((n for suffix, n in heads.items() if name.endswith(suffix)), None)
+    count = interleaved_heads(name, arch, params.heads, params.kv_heads)
     if count is None:
         return tensor
     halves = tensor.reshape(count, 2, tensor.shape[0] // count // 2, tensor.shape[1])
     return halves.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def undo_interleaving(values: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
+    """A tensor as Hugging Face lays it out, from llama.cpp's: what `gguf_tensor` did, undone."""
+    rows, columns = values.shape
+    pairs = values.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def interleaved_heads(name: str, arch: Architecture, heads: int, kv_heads: int) -> int | None:
+    """Heads of a tensor whose rows the two formats order differently; None for the others."""
+    if not arch.interleaved_rope:
+        return None
+    return {"q_proj.weight": heads, "k_proj.weight": kv_heads}.get(".".join(name.split(".")[-2:]))

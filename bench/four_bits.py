@@ -1,0 +1,368 @@
+"""What 4 bits cost on really pretrained models, by each way to get there.
+
+    python bench/four_bits.py train   --models smollm2 --data household
+    python bench/four_bits.py measure --models smollm2 --data household
+    python bench/four_bits.py table
+
+`train` fine-tunes block scales and a LoRA adapter on the same questions; `measure` makes the files
+and asks all of them the held-out questions in turns; `table` prints what is there, as a table and
+one line of JSON. Each finished piece is kept under build/four_bits, so a run that was stopped goes
+on. CLINC150 and Banking77 are looked for under QCAT_SHARED. Measure on a machine that does nothing
+else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcat.cli.output import Bars, table
+from qcat.threads import wait_passively
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
+
+from real_models import MODELS, fetch  # noqa: E402 (it lies beside the examples)
+
+if TYPE_CHECKING:
+    from qcat.learn.dataset import Example
+    from qcat.learn.split import Split
+    from qcat.task import Task
+
+OUT = ROOT / "build" / "four_bits"
+SHARED = Path(os.environ.get("QCAT_SHARED", ROOT.parent / "shared")) / "data"
+METHODS = ("scales", "lora")
+ROUNDED = ("q4_0", "q4_k_m", "q5_k_m", "q8_0")
+"""What the merged LoRA adapter is quantized to, after the training."""
+LABELS, PER_LABEL, FEWER_PER_LABEL = 18, 45, 20
+HELD_OUT = 1500
+
+
+def main() -> None:
+    """Do what was asked for."""
+    warnings.simplefilter("ignore")
+    wait_passively()
+    options = _options()
+    if options.what == "table":
+        print_table()
+        return
+    step: Callable[..., None] = {"train": train_all, "measure": measure_all}[options.what]
+    for model in options.models.split(","):
+        for data in options.data.split(","):
+            step(model, data, options)
+
+
+# Data
+
+
+def questions(data: str) -> tuple[Task, Split]:
+    """A task, its training, validation and held-out questions: the same ones each time."""
+    from qcat.learn.split import Split
+
+    task, parts = {"household": household, "clinc150": clinc150, "banking77": banking77}[data]()
+    return task, Split(*parts)
+
+
+def household() -> tuple[Task, list[list[Example]]]:
+    """The example questions: whole groups, 867 of them or a few more to train on."""
+    from qcat.learn.dataset import read_examples
+    from qcat.task import Task
+
+    folder = ROOT / "examples" / "household"
+    task = Task.read(folder / "task.toml")
+    groups: dict[str, list[Example]] = {}
+    for example in read_examples(folder / "questions.jsonl", task):
+        groups.setdefault(str(example.group), []).append(example)
+    names = sorted(groups)
+    random.Random(0).shuffle(names)
+    parts: list[list[Example]] = [[], [], []]
+    for name in names:
+        for part, size in zip(parts, (867, 300, HELD_OUT), strict=True):
+            if len(part) < size:
+                part += groups[name]
+                break
+    return task, parts
+
+
+def clinc150() -> tuple[Task, list[list[Example]]]:
+    """18 intents, 45 questions of each to train on."""
+    from texts import reserved
+
+    rows = [_rows("clinc150", part) for part in ("train", "valid", "test")]
+    names = sorted(reserved(rows[0]))[:LABELS]
+    task = _task("clinc150", names, "Classify the request to an assistant into exactly one")
+    parts: list[list[Example]] = [[], [], []]
+    for name in names:
+        train, validation, test = ([r for r in part if r["label"] == name] for part in rows)
+        random.Random(name).shuffle(train)
+        for part, mine in zip(
+            parts, (train[:PER_LABEL], validation, [*train[PER_LABEL:], *test]), strict=True
+        ):
+            part += _examples(task, mine)
+    return task, parts
+
+
+def banking77() -> tuple[Task, list[list[Example]]]:
+    """All 77 intents, 20 questions of each to train on."""
+    train, test = (_rows("banking77", part) for part in ("train", "test"))
+    names = sorted({row["label"] for row in train})
+    task = _task("banking77", names, "Classify the bank customer's question into exactly one")
+    parts: list[list[Example]] = [[], [], _examples(task, test[::2])]
+    for name in names:
+        mine = [row for row in train if row["label"] == name]
+        random.Random(name).shuffle(mine)
+        parts[0] += _examples(task, mine[:FEWER_PER_LABEL])
+        parts[1] += _examples(task, mine[FEWER_PER_LABEL : FEWER_PER_LABEL + 4])
+    return task, parts
+
+
+def _rows(data: str, part: str) -> list[dict[str, str]]:
+    with (SHARED / data / f"{part}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _shown(label: str) -> str:
+    return label.replace("_", " ").rstrip("?").lower()
+
+
+def _task(name: str, labels: Sequence[str], instruction: str) -> Task:
+    from qcat.task import Task
+
+    shown = dict.fromkeys(sorted(map(_shown, labels)), "")
+    return Task(name, shown, instruction=f"{instruction} category from the list below.")
+
+
+def _examples(task: Task, rows: Sequence[dict[str, str]]) -> list[Example]:
+    from qcat.learn.dataset import Example
+    from qcat.prompt import clean_question
+
+    labels = list(task.labels)
+    return [Example(clean_question(r["text"]), labels.index(_shown(r["label"])), 1) for r in rows]
+
+
+# Training
+
+
+def train_all(model: str, data: str, options: argparse.Namespace) -> None:
+    """Train by each method; a run that is there is left as it is."""
+    from qcat.learn.train import Settings, train
+
+    task, split = questions(data)
+    for method in options.methods.split(","):
+        run = OUT / "runs" / f"{model}-{data}-{method}"
+        if (run / "run.json").exists():
+            continue
+        settings = Settings(base=str(fetch(model)), method=method, epochs=options.epochs)
+        start = time.monotonic()
+        with Bars() as bars:
+            train(task, split, settings, run, bars.show)
+        (run / "hours.json").write_text(json.dumps((time.monotonic() - start) / 3600))
+
+
+# Measuring
+
+
+def measure_all(model: str, data: str, options: argparse.Namespace) -> None:
+    """Make all files of a model and a data set, and ask them in turns."""
+    cell = OUT / "cells" / f"{model}-{data}.json"
+    if cell.exists():
+        return
+    work = OUT / "work" / f"{model}-{data}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    task, split = questions(data)
+    files: dict[str, Path] = {}
+    references: dict[str, Any] = {}
+    for method in options.methods.split(","):
+        run = OUT / "runs" / f"{model}-{data}-{method}"
+        references[method], setup, made = _files(task, split, run, work / method)
+        files |= {f"{method} {kind}": path for kind, path in made.items()}
+    found = _ask(files, setup, split, references["lora"])
+    truth = np.array([example.label for example in split.test])
+    rows = [
+        _row(way, found, references[way.split()[0]], truth, files[way], model, data)
+        for way in files
+    ]
+    for method, reference in references.items():
+        rows.append(_merged_row(method, reference, truth, model, data))
+    cell.parent.mkdir(parents=True, exist_ok=True)
+    cell.write_text(json.dumps(rows, indent=1))
+    shutil.rmtree(work)
+
+
+def _files(task: Task, split: Split, run: Path, folder: Path) -> tuple[Any, Any, dict[str, Path]]:
+    """The merged model's answers in torch, the prompt in tokens, and the GGUFs."""
+    from convert.pipeline import Request, prepare_job
+    from convert.quantize import quantize
+    from convert.stream import convert
+    from qcat.threads import default_threads
+
+    folder.mkdir()
+    request = Request(
+        task,
+        folder / "unused",
+        adapter=run,
+        training=tuple(example.text for example in split.train),
+        held_out=tuple((example.text, example.label) for example in split.test),
+    )
+    full = folder / "f16.gguf"
+    with Bars() as bars:
+        job, served = prepare_job(full, request)
+        measured = convert(job, lambda done, total: bars.show(f"merge {run.name}", done, total))
+    kinds = ("q4_0",) if job.source.scales else ROUNDED
+    files = {} if job.source.scales else {"f16": full}
+    for kind in kinds:
+        files[kind] = folder / f"{kind}.gguf"
+        quantize(full, files[kind], kind, imatrix=measured.imatrix, threads=default_threads())
+    return measured.reference, served.setup, files
+
+
+def _ask(files: dict[str, Path], setup: Any, split: Split, reference: Any) -> dict[str, Any]:
+    """Label log-probabilities and median milliseconds of each file, the files taking turns."""
+    from convert.choose import try_all
+    from convert.verify import replay_gguf
+    from qcat.threads import default_threads
+
+    rests = [setup.rest(example.text) for example in split.test]
+
+    def ask(path: Path, rows: Sequence[int]) -> Any:
+        return replay_gguf(
+            path,
+            task=setup.task,
+            prefix=setup.prefix,
+            trie=setup.trie,
+            rests=[rests[row] for row in rows],
+            threads=default_threads(),
+        )
+
+    with Bars() as bars:
+        trials, found = try_all(
+            files,
+            ask,
+            reference,
+            [example.label for example in split.test],
+            partial(bars.show, "ask"),
+        )
+    return {t.kind: {"ms": t.median_ms, "logs": found[t.kind]} for t in trials}
+
+
+def _row(
+    way: str,
+    found: dict[str, Any],
+    reference: Any,
+    truth: Any,
+    path: Path,
+    model: str,
+    data: str,
+) -> dict[str, Any]:
+    from convert.verify import quality
+    from qcat.trust.reliability import reliability
+
+    logs = found[way]["logs"]
+    run = OUT / "runs" / f"{model}-{data}-{way.split()[0]}"
+    return {
+        "model": model,
+        "data": data,
+        "way": way,
+        "questions": len(truth),
+        **quality(logs, reference, truth.tolist()).to_dict(),
+        "ece": reliability(np.exp(logs), truth).to_dict()["ece"],
+        "mb": path.stat().st_size / 1e6,
+        "ms": found[way]["ms"],
+        "hours": json.loads((run / "hours.json").read_text()),
+        "wrong": np.flatnonzero(logs.argmax(1) != truth).tolist(),
+    }
+
+
+def _merged_row(method: str, logs: Any, truth: Any, model: str, data: str) -> dict[str, Any]:
+    from convert.verify import quality
+    from qcat.trust.reliability import reliability
+
+    return {
+        "model": model,
+        "data": data,
+        "way": f"{method} torch",
+        "questions": len(truth),
+        **quality(logs, logs, truth.tolist()).to_dict(),
+        "ece": reliability(np.exp(logs), truth).to_dict()["ece"],
+        "wrong": np.flatnonzero(logs.argmax(1) != truth).tolist(),
+    }
+
+
+# The table
+
+
+def print_table() -> None:
+    """Everything measured so far."""
+    rows = [
+        row
+        for path in sorted((OUT / "cells").glob("*.json"))
+        for row in json.loads(path.read_text())
+    ]
+    heading = (
+        "model", "questions", "way", "accuracy", "McNemar p", "flips", "mean KL", "largest", "ECE",
+        "MB", "ms", "hours",
+    )  # fmt: skip
+    shown = [heading]
+    for row in sorted(rows, key=lambda r: (r["model"], r["data"], r["way"])):
+        [merged] = [
+            other
+            for other in rows
+            if (other["model"], other["data"], other["way"])
+            == (row["model"], row["data"], "lora torch")
+        ]
+        shown.append(
+            (
+                MODELS[row["model"]].title.split(",")[0],
+                f"{row['data']}, {row['questions']}",
+                row["way"],
+                f"{row['accuracy']:.3f}",
+                f"{mcnemar(row['wrong'], merged['wrong']):.2g}",
+                str(row["flips"]),
+                f"{row['kl_mean']:.2g}",
+                f"{row['kl_max']:.2g}",
+                f"{row['ece']:.3f}",
+                *(f"{row[key]:.{places}f}" if key in row else "" for key, places in FIGURES),
+            )
+        )
+    print("\n".join(table(shown)))
+    print(json.dumps([{k: v for k, v in row.items() if k != "wrong"} for row in rows]))
+
+
+FIGURES = (("mb", 0), ("ms", 0), ("hours", 2))
+
+
+def mcnemar(wrong: Sequence[int], others: Sequence[int]) -> float:
+    """The exact test's p that two models err alike, from the questions each gets wrong."""
+    from scipy.stats import binomtest
+
+    one, two = len({*wrong} - {*others}), len({*others} - {*wrong})
+    return float(binomtest(one, one + two).pvalue) if one + two else 1.0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["train", "measure", "table"])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--data", default="household,clinc150,banking77")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--epochs", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

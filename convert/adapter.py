@@ -1,0 +1,161 @@
+"""A PEFT LoRA adapter to a GGUF adapter, to lie beside the base that it was trained on.
+
+llama.cpp adds `alpha / rank · B A x` to what the base computes (its `convert_lora_to_gguf.py` has
+the names). Only plain LoRA on linear layers can be written so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from convert.merge import Source
+from convert.quantize import Quantized
+from qcat.architecture import architecture, gguf_name, gguf_tensor, hyper_parameters
+from qcat.beside import BASE_KEY, BaseFile
+from qcat.bundle import SOURCE_KEY, TASK_KEY, check_model, copy_without, read_header
+from qcat.checkpoint import first_line, load_config
+from qcat.errors import ExportError
+from qcat.gguf_base import gguf_file, is_gguf
+from qcat.ollama_store import PREFIX
+from qcat.task import Task
+
+if TYPE_CHECKING:
+    import torch
+
+_CAPABLE = re.compile(r"tools|tool_call|<think>|</think>")
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_PREFIX = "base_model.model."
+_TEMPLATE = "tokenizer.chat_template"
+_MERGED_ONLY = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+)
+BASE_COPY = "base-for-ollama.gguf"
+
+
+class ServedBase(NamedTuple):
+    """The base that an adapter lies beside."""
+
+    path: Path
+    """Of its GGUF."""
+    file: BaseFile
+    in_ollama: str
+    """What a Modelfile's FROM names."""
+
+
+def served_base(source: Source, folder: Path) -> ServedBase:
+    """The base of a run as it is served: the very file that was trained on.
+
+    Ollama takes the base's own chat template in the place of a Modelfile's where it has the words
+    of tools or thinking in it: then a copy without one is put into the bundle's folder, for Ollama.
+
+    Raises:
+        ExportError: it is no GGUF.
+        ModelError, BundleError: it is not there any more, or damaged.
+    """
+    if not is_gguf(source.base):
+        raise ExportError(
+            f"base {source.base}: is no GGUF: an adapter lies beside a file that is served as it "
+            "is: train on one with --base FILE.gguf, or export merged"
+        )
+    path = gguf_file(source.base).resolve()
+    header = read_header(path)
+    check_model(path, header)
+    named = source.base if source.base.startswith(PREFIX) else str(path)
+    in_ollama = named.removeprefix(PREFIX)
+    if _CAPABLE.search(str(header.metadata.get(_TEMPLATE, ""))):
+        copy_without(path, folder / BASE_COPY, _TEMPLATE)
+        in_ollama = f"./{BASE_COPY}"
+    return ServedBase(path, BaseFile.of(named, path), in_ollama)
+
+
+def write_adapter(
+    target: Path, source: Source, *, base: BaseFile, task: Task, made_from: Mapping[str, Any]
+) -> Quantized:
+    """Write the adapter's matrices in float16, with the task and what they were made from.
+
+    Args:
+        target: the file.
+        source: the adapter and its base, as checkpoint folders.
+        base: the file that the adapter will lie beside.
+        task: goes into the metadata whole, as in a model's file.
+        made_from: versions and fingerprint.
+
+    Raises:
+        ExportError: an adapter that cannot lie beside its base.
+    """
+    from gguf import GGUFWriter
+
+    if source.adapter is None or source.scales:
+        raise ExportError("only a LoRA adapter can lie beside its base: train with --method lora")
+    folder = source.adapter
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    _check(config, source, folder)
+    base_config = load_config(source.folder, source.layers)
+    arch = architecture(base_config)
+    params = hyper_parameters(base_config, source.vocabulary_rows)
+    rank = int(config["r"])
+    scaling = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    writer = GGUFWriter(target, arch.name)
+    try:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", scaling * rank)
+        writer.add_name(task.name)
+        writer.add_string(TASK_KEY, json.dumps(task.to_dict(), ensure_ascii=False))
+        writer.add_string(SOURCE_KEY, json.dumps(dict(made_from), ensure_ascii=False))
+        writer.add_string(BASE_KEY, json.dumps(base.to_dict(), ensure_ascii=False))
+        for name, tensor in _tensors(folder).items():
+            layer, end = name.removesuffix(_A).removesuffix(_B), name.endswith(_A)
+            weight = f"{layer.removeprefix(_PREFIX)}.weight"
+            # Rows of B are the layer's outputs, which some architectures order otherwise.
+            values = tensor if end else gguf_tensor(weight, tensor, arch, params)
+            stored = values.half().contiguous()
+            if not bool(stored.isfinite().all()):
+                raise ExportError(f"adapter {folder}: tensor {name} does not fit float16")
+            writer.add_tensor(
+                f"{gguf_name(weight, arch)}.lora_{'a' if end else 'b'}", stored.numpy()
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    types = Counter(tensor.type for tensor in read_header(target).tensors)
+    return Quantized(dict(types.most_common()), {})
+
+
+def _check(config: Mapping[str, Any], source: Source, folder: Path) -> None:
+    odd = [name for name in _MERGED_ONLY if config.get(name)]
+    if config.get("bias", "none") != "none":
+        odd.append("bias")
+    if source.layers != source.base_layers:
+        odd.append("layer_replication")
+    if odd:
+        raise ExportError(
+            f"adapter {folder}: uses {', '.join(odd)}, which cannot lie beside the base: export it "
+            "merged"
+        )
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{path}: damaged: {first_line(error)}") from None
+    for name in tensors:
+        if not name.startswith(_PREFIX) or not name.endswith((_A, _B)):
+            raise ExportError(f"{path}: tensor {name} cannot lie beside the base: export it merged")
+    return tensors

@@ -1,0 +1,123 @@
+"""An adapter of block scales (`qcat train --method scales`) put onto its base.
+
+The codes follow from the base's weights and the scales before training; with the scales after it
+they are what a Q4_0 file holds. Norms and biases, and the embedding if it was trained, are whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qcat import q4_0
+from qcat.checkpoint import first_line
+from qcat.errors import ExportError
+
+if TYPE_CHECKING:
+    import torch
+
+_FILE = "adapter_model.safetensors"
+_FIRST, _LAST = ".first_scales", ".scales"
+_ROWS, _ALIKE = 8, 0.9  # rows looked at, and how many scales have to be the very same
+
+
+class Blocks(NamedTuple):
+    """A matrix in Q4_0."""
+
+    codes: torch.Tensor
+    """int8, shape (rows, columns / 32, 32)."""
+    scales: torch.Tensor
+    """float32, exact in float16, shape (rows, columns / 32)."""
+
+
+class ScalesAdapter:
+    """The tensors of an adapter of scales.
+
+    Args:
+        folder: of the adapter.
+
+    Raises:
+        ExportError: its file is absent or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        self._folder = folder
+        try:
+            self._tensors = load_file(folder / _FILE)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{folder / _FILE}: damaged: {first_line(error)}") from None
+        self.blocks: dict[str, Blocks] = {}
+        """Of the matrices of the modules that it was last applied to, by tensor name."""
+
+    @property
+    def matrices(self) -> set[str]:
+        """Names of the tensors that it gives as `Blocks`."""
+        ends = (name.removesuffix(_LAST) for name in self._tensors if name.endswith(_LAST))
+        return {f"{name}.weight" for name in ends}
+
+    def check(self, model: Any) -> None:
+        """See that a model has a place for every tensor of it.
+
+        Raises:
+            ExportError: it has not, or a scale has no partner.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+        for name, tensor in self._tensors.items():
+            found: tuple[int, ...] | None = tuple(tensor.shape)
+            if name.endswith((_FIRST, _LAST)):
+                matrix = name.removesuffix(_FIRST).removesuffix(_LAST)
+                whole = shapes.get(f"{matrix}.weight", (0, 0))
+                wanted: tuple[int, ...] | None = (whole[0], whole[1] // q4_0.BLOCK)
+                partners = {f"{matrix}{_FIRST}", f"{matrix}{_LAST}"}
+                found = found if partners <= self._tensors.keys() else None
+            else:
+                wanted = shapes.get(name)
+            if found != wanted:
+                raise self._misfit(f"tensor {name} has no place in it")
+
+    def apply(self, module: Any, prefix: str) -> None:
+        """Replace the numbers of a module's tensors; `blocks` then holds its matrices.
+
+        Args:
+            module: a part of the model, with the base's numbers.
+            prefix: of its tensors' names, such as `model.layers.0`.
+
+        Raises:
+            ExportError: the scales are not of these weights.
+        """
+        self.blocks = {}
+        for name, part in module.named_modules():
+            path = f"{prefix}.{name}" if name else prefix
+            if f"{path}{_LAST}" in self._tensors:
+                self._apply_scales(part, path)
+            for key, _ in part.named_parameters(recurse=False):
+                if (whole := self.whole(f"{path}.{key}")) is not None:
+                    setattr(part, key, whole)
+
+    def whole(self, name: str) -> torch.nn.Parameter | None:
+        """A tensor that the adapter has whole; None if it has not."""
+        from torch import nn
+
+        tensor = self._tensors.get(name)
+        return None if tensor is None else nn.Parameter(tensor.float(), requires_grad=False)
+
+    def _apply_scales(self, layer: Any, path: str) -> None:
+        import torch
+
+        first, last = (self._tensors[f"{path}{end}"].float() for end in (_FIRST, _LAST))
+        # Some rows are enough to tell another base, which has other scales nearly everywhere.
+        fitted = q4_0.fit_scales(layer.weight[:_ROWS])
+        if not (fitted == first[:_ROWS]).float().mean() > _ALIKE:
+            raise self._misfit(f"its scales are not of the weights of {path}")
+        codes = q4_0.encode(layer.weight, first)
+        layer.weight = torch.nn.Parameter(q4_0.decode(codes, last), requires_grad=False)
+        self.blocks[f"{path}.weight"] = Blocks(codes, last)
+
+    def _misfit(self, why: str) -> ExportError:
+        return ExportError(
+            f"adapter {self._folder}: does not fit the base: {why}: name the base that it was "
+            "trained on with --base"
+        )
