@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcat.cli.output import Bars, table
-from qcat.threads import wait_passively
+from qcat.threads import wait_briefly
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
@@ -46,6 +46,8 @@ SHARED = Path(os.environ.get("QCAT_SHARED", ROOT.parent / "shared")) / "data"
 METHODS = ("scales", "lora")
 ROUNDED = ("q4_0", "q4_k_m", "q5_k_m", "q8_0")
 """What the merged LoRA adapter is quantized to, after the training."""
+BESIDE = "beside"
+"""The base's own file as it came, and the LoRA adapter in float16 beside it."""
 LABELS, PER_LABEL, FEWER_PER_LABEL = 18, 45, 20
 HELD_OUT = 1500
 
@@ -53,7 +55,7 @@ HELD_OUT = 1500
 def main() -> None:
     """Do what was asked for."""
     warnings.simplefilter("ignore")
-    wait_passively()
+    wait_briefly()
     options = _options()
     if options.what == "table":
         print_table()
@@ -189,7 +191,7 @@ def measure_all(model: str, data: str, options: argparse.Namespace) -> None:
         run = OUT / "runs" / f"{model}-{data}-{method}"
         references[method], setup, made = _files(task, split, run, work / method)
         files |= {f"{method} {kind}": path for kind, path in made.items()}
-    found = _ask(files, setup, split, references["lora"])
+    found = _ask(files, fetch(model), setup, split, references["lora"])
     truth = np.array([example.label for example in split.test])
     rows = [
         _row(way, found, references[way.split()[0]], truth, files[way], model, data)
@@ -204,6 +206,7 @@ def measure_all(model: str, data: str, options: argparse.Namespace) -> None:
 
 def _files(task: Task, split: Split, run: Path, folder: Path) -> tuple[Any, Any, dict[str, Path]]:
     """The merged model's answers in torch, the prompt in tokens, and the GGUFs."""
+    from convert.adapter import served_base, write_adapter
     from convert.pipeline import Request, prepare_job
     from convert.quantize import quantize
     from convert.stream import convert
@@ -226,10 +229,16 @@ def _files(task: Task, split: Split, run: Path, folder: Path) -> tuple[Any, Any,
     for kind in kinds:
         files[kind] = folder / f"{kind}.gguf"
         quantize(full, files[kind], kind, imatrix=measured.imatrix, threads=default_threads())
+    if not job.source.scales:
+        files[BESIDE] = folder / f"{BESIDE}.gguf"
+        file = served_base(job.source, folder).file
+        write_adapter(files[BESIDE], job.source, base=file, task=served.setup.task, made_from={})
     return measured.reference, served.setup, files
 
 
-def _ask(files: dict[str, Path], setup: Any, split: Split, reference: Any) -> dict[str, Any]:
+def _ask(
+    files: dict[str, Path], base: Path, setup: Any, split: Split, reference: Any
+) -> dict[str, Any]:
     """Label log-probabilities and median milliseconds of each file, the files taking turns."""
     from convert.choose import try_all
     from convert.verify import replay_gguf
@@ -245,6 +254,7 @@ def _ask(files: dict[str, Path], setup: Any, split: Split, reference: Any) -> di
             trie=setup.trie,
             rests=[rests[row] for row in rows],
             threads=default_threads(),
+            base=base if path.stem == BESIDE else None,
         )
 
     with Bars() as bars:
@@ -279,7 +289,7 @@ def _row(
         "questions": len(truth),
         **quality(logs, reference, truth.tolist()).to_dict(),
         "ece": reliability(np.exp(logs), truth).to_dict()["ece"],
-        "mb": path.stat().st_size / 1e6,
+        "mb": (path.stat().st_size + (fetch(model).stat().st_size if BESIDE in way else 0)) / 1e6,
         "ms": found[way]["ms"],
         "hours": json.loads((run / "hours.json").read_text()),
         "wrong": np.flatnonzero(logs.argmax(1) != truth).tolist(),

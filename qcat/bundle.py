@@ -519,10 +519,11 @@ def _check_model(header: Header) -> None:
             known = name in _RATES and isinstance(value, float) and 0 < value < math.inf
         if not known:
             raise _DamagedError(f"metadata {_shown(key)} is {_shown(value)}: qcat knows no such")
-    width = metadata.get(f"{arch}.attention.key_length")
+    heads = metadata.get(f"{arch}.attention.head_count", 0)
+    hidden = metadata.get(f"{arch}.embedding_length", 0)
+    width = metadata.get(f"{arch}.attention.key_length", hidden // heads if heads else None)
     if metadata.get(f"{arch}.rope.dimension_count", width) != width:
         raise _DamagedError("rope.dimension_count is not the width of a head")
-    heads = metadata.get(f"{arch}.attention.head_count", 0)
     kv_heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
     rows = {"attn_q": heads * (width or 0), "attn_k": kv_heads * (width or 0)}
     for tensor in header.tensors:

@@ -96,6 +96,41 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., C
 
 
 @pytest.fixture(scope="session")
+def make_pair(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_checkpoint: Callable[..., Checkpoint],
+    household: Task,
+) -> Callable[..., tuple[Path, Path]]:
+    """`make_pair(kind)`: a Q4_0 base as a GGUF, and an adapter trained on it."""
+    import tiny_model
+    from export_job import job_of
+
+    from convert.quantize import quantize
+    from convert.stream import convert
+    from qcat.checkpoint import base_folder
+
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(kind: str = "qwen3") -> tuple[Path, Path]:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            checkpoint = make_checkpoint(kind)
+            convert(job_of(household, folder / "whole.gguf", None, checkpoint.base))
+            quantize(folder / "whole.gguf", folder / "base.gguf", "q4_0", threads=1)
+            base = folder / "base.gguf"
+            model = type(checkpoint.model).from_pretrained(base_folder(str(base)))
+            checkpoint_folder = str(base_folder(str(base)))
+            tiny_model.make_adapter(folder / "adapter", model, checkpoint_folder)
+            config = folder / "adapter" / "adapter_config.json"
+            said = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
+            config.write_text(json.dumps(said))
+            made[kind] = base, folder / "adapter"
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def bundle_file(
     tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Checkpoint]
 ) -> Callable[..., Path]:

@@ -7,44 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_model
-from export_job import job_of
 
 from convert.pipeline import Request, export
-from convert.quantize import quantize
-from convert.stream import convert
 from qcat import Classifier
 from qcat.backends import llama
 from qcat.bundle import Bundle, read_header
-from qcat.checkpoint import base_folder
 from qcat.errors import BundleError, ExportError
 
 KINDS = ("qwen3", "qwen2", "llama")
 QUESTIONS = tuple((f"who fixed the {word} again", 0) for word in ("pool", "gate", "car", "AC"))
-
-
-@pytest.fixture(scope="module")
-def make_pair(tmp_path_factory, make_checkpoint, household):
-    """`make_pair(kind)`: a Q4_0 base as a GGUF, and an adapter trained on it."""
-    made = {}
-
-    def make(kind="qwen3"):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            checkpoint = make_checkpoint(kind)
-            convert(job_of(household, folder / "whole.gguf", None, checkpoint.base))
-            quantize(folder / "whole.gguf", folder / "base.gguf", "q4_0", threads=1)
-            base = folder / "base.gguf"
-            model = type(checkpoint.model).from_pretrained(base_folder(str(base)))
-            checkpoint_folder = str(base_folder(str(base)))
-            tiny_model.make_adapter(folder / "adapter", model, checkpoint_folder)
-            config = folder / "adapter" / "adapter_config.json"
-            said = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
-            config.write_text(json.dumps(said))
-            made[kind] = base, folder / "adapter"
-        return made[kind]
-
-    return make
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from qcat import Classifier, QcatError, threads
-from qcat.threads import MAX_THREADS, Cores, cores, default_threads
+from qcat.threads import MAX_THREADS, Cores, cores, default_threads, wait_briefly
 
 
 @pytest.fixture
@@ -161,3 +161,14 @@ def test_the_doctor_says_whether_weights_are_laid_out_anew(monkeypatch, call, po
     assert lines[at - 1].startswith("llama.cpp ")
     said = lines[at].split(maxsplit=1)[1]
     assert said == "used" if possible else "-mno-amx-tile" in said
+
+
+@pytest.mark.parametrize(
+    ("before", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_wait_as_the_user_says_or_else_briefly(before, spins, monkeypatch):
+    environment = dict(before)
+    monkeypatch.setattr(os, "environ", environment)
+    wait_briefly()
+    assert environment.get("GOMP_SPINCOUNT") == spins

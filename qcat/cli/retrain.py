@@ -15,7 +15,7 @@ from qcat.classifier import read_calibration
 from qcat.cli.output import ROWS, Bars, FloatRange, more, shown, table
 from qcat.errors import BundleError, DataError, ExportError
 from qcat.learn.dataset import Example, read_examples
-from qcat.threads import wait_passively
+from qcat.threads import wait_briefly
 
 if TYPE_CHECKING:
     from qcat.learn.evaluate import Abstaining, Comparison, Evaluation, Flip
@@ -70,7 +70,7 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
     Example:
       qcat retrain runs/house --add more.jsonl -o runs/house-2 --bundle dist/house
     """
-    wait_passively()
+    wait_briefly()
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
     from convert.merge import fingerprint

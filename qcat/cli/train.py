@@ -12,7 +12,7 @@ import click
 from qcat.cli.output import Bars, FloatRange, given, table
 from qcat.learn.dataset import read_examples
 from qcat.task import Task
-from qcat.threads import wait_passively
+from qcat.threads import wait_briefly
 
 if TYPE_CHECKING:
     from qcat.learn.split import Split
@@ -171,7 +171,7 @@ def command(
         raise click.UsageError("--max-f1-loss is for --layers auto")
     task = Task.read(task_file)
     examples = read_examples(questions, task)
-    wait_passively()
+    wait_briefly()
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
     from qcat.architecture import architecture, hyper_parameters
