@@ -10,17 +10,29 @@ import urllib.request
 
 import numpy as np
 import pytest
-from ollama_server import PROGRAM, command, create, free_port, needs_ollama, ollama_server, post
+from export_job import job_of
+from ollama_server import (
+    PROGRAM,
+    QCAT,
+    command,
+    create,
+    free_port,
+    needs_ollama,
+    ollama_server,
+    post,
+)
 
-from convert.pipeline import Request, export
+from convert.quantize import quantize
+from convert.stream import convert
 from qcat import Classifier
 from qcat.backends.llama import LlamaModel
 from qcat.bundle import Bundle
 from qcat.classifier import prepare
 from qcat.prompt import encode_segments
+from qcat.task import Task
 
 pytestmark = needs_ollama
-QUESTIONS = ("When was the pool pump replaced?", "who fixed the gate", "12 'é'…", "ok")
+QUESTIONS = ("who did the motor here", "why is the gate today", "how much for the tires", "12 'é'…")
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +42,18 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bundle(make_pair, household, tmp_path_factory):
-    """The adapter's bundle, and its base."""
-    base, adapter = make_pair()
-    target = tmp_path_factory.mktemp("beside") / "out"
-    export(Request(household, target, adapter=adapter, beside=True))
-    return target, base
+def bundle(easy_job, tmp_path_factory):
+    """The bundle of an adapter that was trained on a Q8_0 base, and the base."""
+    job, args = easy_job
+    folder = tmp_path_factory.mktemp("beside")
+    task = Task.read(job / "task.toml")
+    convert(job_of(task, folder / "whole.gguf", None, job / "base"))
+    quantize(folder / "whole.gguf", folder / "base.gguf", "q8_0", threads=1)
+    args = [folder / "base.gguf" if arg == job / "base" else arg for arg in args]
+    subprocess.run([QCAT, *map(str, args), "-o", folder / "run"], check=True)
+    made = [QCAT, "export", folder / "run", "--beside", "-o", folder / "out"]
+    subprocess.run(made, check=True)
+    return folder / "out", folder / "base.gguf"
 
 
 def expected_ids(file, base, question):
@@ -47,27 +65,27 @@ def expected_ids(file, base, question):
 
 def test_ollama_with_adapter(server, bundle):
     folder, base = bundle
-    file = folder / "household.gguf"
+    file = folder / "sorts.gguf"
     create(server, "beside", folder)
-    for question in QUESTIONS:
-        body = {"model": "beside", "prompt": question, "stream": False}
-        answer = post(server, "/api/generate", body)
-        ids = expected_ids(file, base, question)
-        assert answer["context"][: len(ids) - 1] == ids[:-1]
     with (
         Classifier.open(file, calibrated=False) as here,
         Classifier.open("ollama:beside", adapter=file, calibrated=False) as there,
     ):
         for question in QUESTIONS:
-            ours, theirs = here.ask(question), there.ask(question)
-            assert theirs.label == ours.label or ours.margin < 0.02
+            status, answer = post(server, "/api/generate", model="beside", prompt=question)
+            assert status == 200
+            ids = expected_ids(file, base, question)
+            assert answer["context"][: len(ids) - 1] == ids[:-1]
+            assert answer["response"].startswith(here.say(question, limit=1))
+            if question.isascii():  # of the kind that it was trained on
+                assert there.ask(question).label == here.ask(question).label
     listed = command(server, PROGRAM, "show", "beside", "--modelfile")
     assert "ADAPTER" in listed.stdout
 
 
 def test_llama_server_with_lora(bundle):
     folder, base = bundle
-    file = folder / "household.gguf"
+    file = folder / "sorts.gguf"
     port = free_port()
     program = PROGRAM.parent.parent / "lib" / "ollama" / "llama-server"
     args = ("-m", base, "--lora", file, "--port", port, "-t", 2, "-c", 1024, "-fa", "off")

@@ -111,8 +111,8 @@ def test_better_than_untrained(bundle, server, job, held_out):
             return sum(a.label == label for a, (_, label) in zip(answers, held_out, strict=True))
 
     before, after = right(folder / "untrained" / "six.gguf"), right(bundle / "six.gguf")
-    assert after > before
-    assert after >= 0.75 * len(held_out)
+    assert after >= before + 6
+    assert after >= 0.5 * len(held_out)  # by chance a sixth; the questions are hard on purpose
 
 
 def test_ollama_gives_the_same_labels(bundle, server, job, held_out):
