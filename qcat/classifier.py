@@ -143,8 +143,8 @@ class Classifier:
                 on the Ollama server that OLLAMA_HOST names, made by `qcat deploy`. An adapter's
                 file (`qcat export --beside`) brings its base from where it lay at export.
             adapter: an adapter's file, with `model` as its base: the GGUF, or the model on an
-                Ollama server that has both. A base that several classifiers of a process have
-                open is in memory once; they compute one after the other.
+                Ollama server that has both. Without `model` it stands for that. A file that
+                several classifiers of a process have open is in memory once.
             threshold: confidence under which a prediction is marked `abstained`, from 0 to 1, for
                 all labels; 0 for none, nor as off-topic. By default what `qcat calibrate` put
                 into the model.
@@ -186,7 +186,9 @@ class Classifier:
             raise ValueError("threads are the server's own affair")
         if timeout is not None and not (served and 0 < timeout < float("inf")):
             raise ValueError("timeout expected for an Ollama model only, in seconds, more than 0")
-        name = os.fspath(DEFAULT_MODEL if model is None else model)
+        if model is None:  # an adapter by itself knows its base
+            model, adapter = adapter or DEFAULT_MODEL, None
+        name = os.fspath(model)
         with ExitStack() as stack:
             if served:
                 own = None if adapter is None else Path(adapter)

@@ -222,7 +222,7 @@ def test_what_does_not_fit_its_base_is_refused(trained, make_checkpoint, tmp_pat
         Merger(locate(tmp_path / "copy", None))
 
 
-def test_trains_embeddings_too_and_resumes(call, easy_job, tmp_path):
+def test_trains_embeddings_too(call, easy_job, tmp_path):
     """A random base has nothing that scales alone bring out: its embeddings learn."""
     args = [*easy_job[1]]
     args[args.index("--method") + 1] = "scales"

@@ -304,16 +304,18 @@ def stop_at(step_number):
     return progress
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize(
+    ("method", "embeddings"), [("lora", False), ("lora", True), ("scales", False)]
+)
 def test_a_run_stopped_within_an_epoch_goes_on_to_the_same_end(
-    job, tmp_path, monkeypatch, embeddings
+    job, tmp_path, monkeypatch, method, embeddings
 ):
     monkeypatch.setattr("qcat.learn.train._SAVE_SECONDS", 0)  # a checkpoint after every step
     folder, _ = job
     task = Task.read(folder / "task.toml")
     split = split_examples(read_examples(folder / "q.jsonl", task), task, seed=0)
     plan = Settings(
-        method="lora",
+        method=method,
         base=str(folder / "base"),
         epochs=2,
         train_embeddings=embeddings,

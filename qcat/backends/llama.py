@@ -197,7 +197,7 @@ def shared_model(path: Path, *, repack: bool, verbose: bool) -> Iterator[LlamaMo
 
     It is freed when the last user leaves. Raises as `LlamaModel` does.
     """
-    key = (os.path.realpath(path), os.stat(path).st_mtime_ns, repack)
+    key = (os.path.realpath(path), os.stat(path).st_mtime_ns, repack and repacks())
     with _sharing:
         if key not in _shared:
             _shared[key] = _Shared(LlamaModel(path, repack=repack, verbose=verbose))
@@ -287,7 +287,7 @@ class LlamaScorer:
         self._model, self._trie, self._room = model, trie, room
         self._prefix, self._threads, self._fingerprint = list(prefix), threads, fingerprint
         self._n_prefix = len(prefix)
-        self._lock = model.lock
+        self._lock = threading.RLock()  # not the model's, which other scorers may use meanwhile
         self._stack, self._context_stack = ExitStack(), ExitStack()
         deep = trie.deep_branches
         paths = [len(branch.path) for branch in deep]

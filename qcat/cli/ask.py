@@ -181,8 +181,6 @@ def command(
             raise click.UsageError("stdin is closed: give a QUESTION, or questions on stdin")
         groups = _available_lines(sys.stdin.fileno())
     status, warned, unlogged = 0, False, False
-    if adapter and model is None:
-        model, adapter = str(adapter), None
     with Classifier.open(
         model,
         adapter=adapter,

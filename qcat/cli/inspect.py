@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from convert.card import layers_text, vocabulary_line
-from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, section
+from qcat.beside import BASE_KEY
+from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, is_adapter, section
 from qcat.classifier import read_calibration
 from qcat.errors import BundleError
 from qcat.task import Task
@@ -38,6 +39,7 @@ def command(gguf: Path, as_json: bool) -> None:
         "bytes": gguf.stat().st_size,
         "architecture": metadata.get("general.architecture"),
         "vocabulary": metadata.get("tokenizer.ggml.tokens"),
+        "model": _model(bundle),
         "tensors": dict(types.most_common()),
     }
     if as_json:
@@ -59,6 +61,15 @@ def command(gguf: Path, as_json: bool) -> None:
         click.echo(f"  {code}{label}" + (f": {description}" if description else ""))
 
 
+def _model(bundle: Bundle) -> str:
+    """What kind of file it is."""
+    metadata = bundle.header.metadata
+    if is_adapter(bundle.header):
+        base = section(bundle.header, BASE_KEY, bundle.path).get("path")
+        return f"a LoRA adapter beside {base}"
+    return f"{metadata.get('tokenizer.ggml.tokens')} tokens in the vocabulary"
+
+
 def _rows(
     gguf: Path,
     task: Task,
@@ -69,7 +80,7 @@ def _rows(
 ) -> list[tuple[str, str]]:
     rows = [
         ("file", f"{gguf} ({gguf.stat().st_size / 1e6:.1f} MB)"),
-        ("model", f"{facts['architecture']}, {facts['vocabulary']} tokens in the vocabulary"),
+        ("model", f"{facts['architecture']}, {facts['model']}"),
         ("tensors", ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())),
         (
             "task",

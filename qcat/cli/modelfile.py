@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from qcat.bundle import Bundle
+from qcat.bundle import Bundle, is_adapter
 from qcat.classifier import prepare
+from qcat.errors import BundleError
 
 
 @click.command()
@@ -20,6 +21,8 @@ def command(gguf: Path) -> None:
       qcat modelfile house.gguf > Modelfile && ollama create house -f Modelfile
     """
     bundle = Bundle.read(gguf)
+    if is_adapter(bundle.header):
+        raise BundleError(f"{gguf}: is an adapter: `qcat export` wrote its Modelfile beside it")
     from convert.modelfile import modelfile, parameters
     from qcat.backends.llama import LlamaModel
 
