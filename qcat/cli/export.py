@@ -41,7 +41,8 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--base",
     metavar="MODEL",
-    help="Base model, folder or hub name.  [default: what the adapter names]",
+    help="Base model: a folder, a hub name, a GGUF file, or ollama:NAME.  "
+    "[default: what the adapter names]",
 )
 @click.option(
     "--data",

@@ -56,7 +56,7 @@ class _Layers(click.ParamType[int | str]):
     default="Qwen/Qwen3-0.6B",
     show_default=True,
     metavar="MODEL",
-    help="Base model, folder or hub name.",
+    help="Base model: a folder, a hub name, a GGUF file, or ollama:NAME for one in Ollama's store.",
 )
 @click.option("-o", "--output", required=True, metavar="DIR", type=_FILE, help="Folder of the run.")
 @click.option(
