@@ -19,6 +19,7 @@ from torch import nn
 from convert.choose import kinds_to_make
 from convert.merge import Merger, locate
 from qcat import q4_0
+from qcat.architecture import architecture, gguf_name, gguf_tensor, hyper_parameters
 from qcat.bundle import read_header
 from qcat.checkpoint import load_base
 from qcat.errors import ExportError, TrainError
@@ -166,9 +167,15 @@ def test_the_file_holds_the_trained_numbers(trained, qcat, household, tmp_path):
     kinds = {t.name: t.type for t in read_header(gguf).tensors}
     assert {kind for name, kind in kinds.items() if "blk" in name} == {"Q4_0", "F32"}
     reader = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
-    down = model.model.layers[1].mlp.down_proj  # rows that no architecture reorders
-    found = dequantize(reader["blk.1.ffn_down.weight"].data, Q4_0)
-    np.testing.assert_array_equal(found, q4_0.decode(down.codes, down.scales()).detach().numpy())
+    arch = architecture(model.config)
+    params = hyper_parameters(model.config, model.config.vocab_size)
+    for name, module in model.named_modules():
+        if isinstance(module, ScaledLinear):
+            weight = f"{name}.weight"
+            found = dequantize(reader[gguf_name(weight, arch)].data, Q4_0)
+            trained_as = q4_0.decode(module.codes, module.scales()).detach()
+            wanted = gguf_tensor(weight, trained_as, arch, params)
+            np.testing.assert_array_equal(found, wanted.numpy())
 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["quantization"] == "q4_0"
