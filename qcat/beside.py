@@ -7,18 +7,15 @@ weights under it, it would answer nonsense.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from qcat.bundle import Bundle, Header, Tensor, check_model, read_header, section
+from qcat.bundle import Bundle, Header, Tensor, check_model, fingerprint, read_header, section
 from qcat.errors import BundleError
 
 BASE_KEY = "qcat.base"
-_SAMPLES, _SAMPLE = 64, 4096  # places in the tensor data that an identity reads, bytes of each
 _A, _B = ".lora_a", ".lora_b"
 _TYPES = ("F32", "F16", "Q8_0")
 
@@ -30,37 +27,16 @@ class BaseFile:
     path: str
     """Where it lay at export: a path, or `ollama:NAME`."""
     identity: str
-    """As `weights_identity` gives it."""
+    """Its fingerprint, wherever it lies."""
 
     @classmethod
     def of(cls, name: str, path: Path) -> Self:
         """The base in a file. Raises BundleError: it cannot be read."""
-        return cls(name, weights_identity(path, read_header(path)))
+        return cls(name, fingerprint(path, read_header(path), anywhere=True))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the adapter's metadata."""
         return asdict(self)
-
-
-def weights_identity(path: Path, header: Header) -> str:
-    """What tells a model's file from others wherever it lies, in milliseconds, in hexadecimal.
-
-    SHA-256 over its header, its size, and samples of its tensor data.
-
-    Raises:
-        BundleError: the file cannot be read any more.
-    """
-    try:
-        size = os.stat(path).st_size
-        digest = hashlib.sha256(f"{header.digest} {size}".encode())
-        step = max(_SAMPLE, (size - header.data_start) // _SAMPLES)
-        with path.open("rb") as file:
-            for at in range(header.data_start, size, step):
-                file.seek(at)
-                digest.update(file.read(_SAMPLE))
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return digest.hexdigest()
 
 
 def find_base(bundle: Bundle, named: Path | None) -> Path:
@@ -89,7 +65,7 @@ def find_base(bundle: Bundle, named: Path | None) -> Path:
             f"{bundle.path}: is an adapter, and its base is not to be had ({error}): name the base "
             "as the model, and this file as its adapter"
         ) from None
-    if weights_identity(path, header) != base.identity:
+    if fingerprint(path, header, anywhere=True) != base.identity:
         raise BundleError(
             f"{path}: is not the base that {bundle.path} was trained on, which was {base.path}"
         )

@@ -162,17 +162,23 @@ def identity(metadata: Mapping[str, Any]) -> str:
     return f"{json.loads(said[TASK_KEY])['name']}-{digest[:12]}"
 
 
-def fingerprint(path: Path, header: Header) -> str:
+def fingerprint(path: Path, header: Header, *, anywhere: bool = False) -> str:
     """What tells a file from others, in milliseconds, in hexadecimal.
 
     SHA-256 over its header, its size and time of last change, and samples of its tensor data.
+
+    Args:
+        path: of the file.
+        header: its header.
+        anywhere: leave the time of last change out, so that a copy has the same.
 
     Raises:
         BundleError: the file cannot be read any more.
     """
     try:
         status = os.stat(path)
-        digest = hashlib.sha256(f"{header.digest} {status.st_size} {status.st_mtime_ns}".encode())
+        changed = "" if anywhere else f" {status.st_mtime_ns}"
+        digest = hashlib.sha256(f"{header.digest} {status.st_size}{changed}".encode())
         step = max(_SAMPLE, (status.st_size - header.data_start) // _SAMPLES)
         with path.open("rb") as file:
             for at in range(header.data_start, status.st_size, step):

@@ -457,10 +457,10 @@ def _open_file(
     known = fingerprint(bundle.path, bundle.header)
     weights = bundle.path
     if is_adapter(bundle.header):
-        from qcat.beside import find_base, weights_identity
+        from qcat.beside import find_base
 
         weights = find_base(bundle, base)
-        known += weights_identity(weights, read_header(weights, remember=True))
+        known += fingerprint(weights, read_header(weights, remember=True))
     elif base is not None:
         raise BundleError(f"{path}: is no adapter: open it by itself")
     from qcat.backends.llama import LlamaScorer, shared_model
