@@ -17,7 +17,14 @@ from convert.merge import Source
 from convert.quantize import Quantized
 from qcat.architecture import architecture, gguf_name, gguf_tensor, hyper_parameters
 from qcat.beside import BASE_KEY, BaseFile
-from qcat.bundle import SOURCE_KEY, TASK_KEY, check_model, copy_without, read_header
+from qcat.bundle import (
+    SOURCE_KEY,
+    TASK_KEY,
+    check_model,
+    copy_without,
+    fingerprint,
+    read_header,
+)
 from qcat.checkpoint import first_line, load_config
 from qcat.errors import ExportError
 from qcat.gguf_base import gguf_file, is_gguf
@@ -74,7 +81,8 @@ def served_base(source: Source, folder: Path) -> ServedBase:
     if _CAPABLE.search(str(header.metadata.get(_TEMPLATE, ""))):
         copy_without(path, folder / BASE_COPY, _TEMPLATE)
         in_ollama = f"./{BASE_COPY}"
-    return ServedBase(path, BaseFile.of(named, path), in_ollama)
+    base = BaseFile(named, fingerprint(path, header, anywhere=True))
+    return ServedBase(path, base, in_ollama)
 
 
 def write_adapter(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from qcat.bundle import Bundle, Header, Tensor, check_model, fingerprint, read_header, section
 from qcat.errors import BundleError
@@ -29,18 +29,13 @@ class BaseFile:
     identity: str
     """Its fingerprint, wherever it lies."""
 
-    @classmethod
-    def of(cls, name: str, path: Path) -> Self:
-        """The base in a file. Raises BundleError: it cannot be read."""
-        return cls(name, fingerprint(path, read_header(path), anywhere=True))
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the adapter's metadata."""
         return asdict(self)
 
 
-def find_base(bundle: Bundle, named: Path | None) -> Path:
-    """The base of an adapter, checked: it is the very one, and llama.cpp may see it.
+def find_base(bundle: Bundle, named: Path | None) -> tuple[Path, Header]:
+    """The base of an adapter and its header, checked: the very one, and llama.cpp may see it.
 
     Args:
         bundle: the adapter.
@@ -70,7 +65,7 @@ def find_base(bundle: Bundle, named: Path | None) -> Path:
             f"{path}: is not the base that {bundle.path} was trained on, which was {base.path}"
         )
     check_model(path, header)
-    return path
+    return path, header
 
 
 def check_adapter(path: Path, header: Header) -> None:

@@ -22,7 +22,6 @@ from qcat.bundle import (
     fingerprint,
     identity,
     is_adapter,
-    read_header,
     section,
 )
 from qcat.errors import (
@@ -34,6 +33,7 @@ from qcat.errors import (
     ServerError,
 )
 from qcat.grammar import grammar
+from qcat.ollama_store import PREFIX
 from qcat.prediction import Prediction
 from qcat.prompt import (
     QUESTION_ROOM,
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
 """The model that comes with qcat."""
 _MAX_CHARS = 20_000  # of a question, before it is tokenized to see how much of it fits
-OLLAMA = "ollama:"
+OLLAMA = PREFIX
 """How the name of a model on an Ollama server begins."""
 WINDOW = 64
 """Questions that `ask_many` and `ask_each` take at once: they share forward passes with each other,
@@ -459,8 +459,8 @@ def _open_file(
     if is_adapter(bundle.header):
         from qcat.beside import find_base
 
-        weights = find_base(bundle, base)
-        known += fingerprint(weights, read_header(weights, remember=True))
+        weights, header = find_base(bundle, base)
+        known += fingerprint(weights, header)
     elif base is not None:
         raise BundleError(f"{path}: is no adapter: open it by itself")
     from qcat.backends.llama import LlamaScorer, shared_model
