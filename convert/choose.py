@@ -73,6 +73,23 @@ def kinds_to_make(wanted: str | None, *, scales: bool, proved: bool) -> tuple[st
     return (str(wanted),)
 
 
+def within_size(files: Mapping[str, Path], limit: float | None) -> dict[str, Path]:
+    """The files of at most so many megabytes; all of them without a limit.
+
+    Raises:
+        ExportError: none is.
+    """
+    sizes = {kind: path.stat().st_size / 1e6 for kind, path in files.items()}
+    small = {kind: path for kind, path in files.items() if limit is None or sizes[kind] <= limit}
+    if not small:
+        smallest = min(sizes, key=lambda kind: sizes[kind])
+        raise ExportError(
+            f"{smallest} makes a file of {sizes[smallest]:.1f} MB, more than the {limit:g} of "
+            "--max-mb: allow more, or trim the vocabulary with --vocab trim"
+        )
+    return small
+
+
 def choose(trials: Sequence[Trial], questions: int, max_flips: float) -> Trial:
     """The fastest of those that change few enough labels; if none does, the one with the fewest.
 

@@ -25,7 +25,7 @@ from convert.adapter import ServedBase, served_base, write_adapter
 from convert.apart import apart
 from convert.calibrate import Asked, Question, ask_all, sections, summary
 from convert.card import model_card
-from convert.choose import BESIDE, Trial, choose, kinds_to_make, try_all
+from convert.choose import BESIDE, Trial, choose, kinds_to_make, try_all, within_size
 from convert.merge import Source, fingerprint, is_scales, locate
 from convert.modelfile import chat_template, modelfile, parameters
 from convert.quantize import AUTO, CANDIDATES, quantize
@@ -100,6 +100,8 @@ class Request:
     """Leave the base as it is, a GGUF, and write the LoRA adapter as a file beside it."""
     max_flips: float = 0.05
     """The largest share of held-out questions that may change their label."""
+    max_mb: float | None = None
+    """The largest file that may be made, in megabytes; None for any size."""
 
 
 def export(
@@ -301,8 +303,9 @@ def _export_into(
             threads = default_threads()
             made[kind] = quantize(full, path, kind, imatrix=measured.imatrix, threads=threads)
         progress("quantize", len(made), len(files))
+    files = within_size(files, request.max_mb)
     proof, trials = None, None
-    kind = kinds[0]
+    kind = next(iter(files))
     if measured.reference is not None:
         proof, trials, kind = _prove(
             full, files, setup, measured.reference, request, progress, base and base.path

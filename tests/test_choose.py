@@ -10,7 +10,7 @@ from conftest import EXAMPLE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.choose import Trial, choose, try_all
+from convert.choose import Trial, choose, try_all, within_size
 from convert.pipeline import Request, export
 from convert.quantize import CANDIDATES
 from convert.verify import Replayed
@@ -62,6 +62,16 @@ def test_examples_of_the_choice():
     assert choose([q4, q8], QUESTIONS, 0.074) is q8
     assert choose([q4, trial("iq4_nl", 1.0, 2)], QUESTIONS, 0).kind == "iq4_nl"  # the fewest
     assert choose([trial("a", 5.0, 0, 9), trial("b", 5.0, 0, 2)], QUESTIONS, 0).kind == "b"
+
+
+def test_files_that_are_too_large_are_left_out(tmp_path):
+    files = {kind: tmp_path / kind for kind in ("q8_0", "q4_0", "q4_k_m")}
+    for path, size in zip(files.values(), (3_000_000, 1_000_000, 1_500_000), strict=True):
+        path.write_bytes(bytes(size))
+    assert within_size(files, None) == files
+    assert [*within_size(files, 1.5)] == ["q4_0", "q4_k_m"]
+    with pytest.raises(ExportError, match=r"q4_0 makes a file of 1\.0 MB, more than the 0\.9 of"):
+        within_size(files, 0.9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10])
@@ -133,11 +143,18 @@ def test_the_budget_decides_and_none_that_passes_is_refused(make_checkpoint, hou
     rows = [json.loads(line) for line in held_out(109)]
     questions = tuple((row["text"], labels.index(row["label"])) for row in rows)
 
-    def exported(name, max_flips):
+    def exported(name, max_flips, max_mb=None):
         more = {"quantization": "auto", "held_out": questions, "max_flips": max_flips}
+        more["max_mb"] = max_mb
         return export(Request(household, tmp_path / name, adapter=adapter, **more))
 
     report = exported("any", 1.0)
+    sizes = sorted(t["bytes"] / 1e6 for t in report["choice"])
+    small = exported("small", 1.0, max_mb=sizes[1])
+    assert 1 <= len(small["choice"]) < 4
+    assert all(t["bytes"] / 1e6 <= sizes[1] for t in small["choice"])
+    with pytest.raises(ExportError, match="--max-mb"):
+        exported("none", 1.0, max_mb=sizes[0] / 2)
     flips = [t["flips"] for t in report["choice"]]
     assert 0 < min(flips) < max(flips)  # or this test says nothing
     exact = exported("exact", min(flips) / len(questions))
@@ -148,7 +165,7 @@ def test_the_budget_decides_and_none_that_passes_is_refused(make_checkpoint, hou
     assert f"{min(flips)} of {len(questions)} labels changed" in str(refused.value)
     assert "or with a higher --max-flips" in str(refused.value)
     assert "--quant" not in str(refused.value)  # all that could help was tried
-    assert {path.name for path in tmp_path.iterdir()} == {"any", "exact", "no.report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"any", "small", "exact", "no.report.json"}
     assert len(json.loads((tmp_path / "no.report.json").read_text())["choice"]) == 4
 
 

@@ -110,6 +110,12 @@ _FILE = click.Path(path_type=Path)
     help="Fail if more held-out questions than this change their label.",
 )
 @click.option(
+    "--max-mb",
+    type=FloatRange(0, min_open=True),
+    metavar="N",
+    help="Make no file of more megabytes than this; --quant auto chooses among the others.",
+)
+@click.option(
     "--ollama",
     "ollama_name",
     metavar="NAME",
@@ -130,6 +136,7 @@ def command(
     vocab: str,
     merges: int,
     max_flips: float,
+    max_mb: float | None,
     ollama_name: str | None,
     timeout: int,
 ) -> None:
@@ -146,8 +153,10 @@ def command(
     """
     if not ollama_name and given("timeout"):
         raise click.UsageError("--timeout is for --ollama")
-    if beside and (quant or vocab == "trim" or ollama_name):
-        raise click.UsageError("--beside goes with none of --quant, --vocab trim and --ollama")
+    if beside and (quant or max_mb or vocab == "trim" or ollama_name):
+        raise click.UsageError(
+            "--beside goes with none of --quant, --max-mb, --vocab trim and --ollama"
+        )
     if vocab == "full" and given("merges"):
         raise click.UsageError("--merges is for --vocab trim")
     request = read_request(
@@ -163,6 +172,7 @@ def command(
         precision=precision,
         merges=merges if vocab == "trim" else None,
         max_flips=max_flips,
+        max_mb=max_mb,
     )
     if ollama_name:
         from convert.deploy import check_server
@@ -196,6 +206,7 @@ def read_request(
     precision: Any,
     merges: int | None,
     max_flips: float,
+    max_mb: float | None = None,
 ) -> Request:
     """What to export, with the files of the run in the place of those that are not named.
 
@@ -233,6 +244,7 @@ def read_request(
         validation=tuple(Question(e.text, e.label, e.group) for e in validation),
         training=tuple(example.text for example in training),
         max_flips=max_flips,
+        max_mb=max_mb,
     )
 
 
