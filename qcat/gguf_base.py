@@ -41,6 +41,8 @@ SUFFIX = ".gguf"
 _BASES = "bases"
 """Folder in the cache folder."""
 _CONFIG = "config.json"
+_MADE_FROM = "qcat_gguf"
+"""Key of config.json: the fingerprint of the file."""
 _ROWS = 1 << 22  # numbers dequantized at once
 _SAME_HEAD = 0.1  # relative difference up to which head and embedding are one matrix, rounded twice
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # gguf.TokenType
@@ -80,7 +82,8 @@ def gguf_checkpoint(base: str, target: Path | None = None) -> Path:
             long as the file is the same.
 
     Raises:
-        ModelError: the file cannot be used as a base; one line says why.
+        ModelError: the file cannot be used as a base, or `target` holds something else; one line
+            says why.
     """
     from filelock import FileLock
 
@@ -88,16 +91,21 @@ def gguf_checkpoint(base: str, target: Path | None = None) -> Path:
     try:
         header = read_header(path)
         digest = fingerprint(path, header)
+        lasting = fingerprint(path, header, anywhere=True)
     except BundleError as error:
         raise ModelError(f"base {error}") from None
     made = target or cache.folder() / _BASES / f"{path.stem[:40]}-{digest[:16]}"
-    if (made / _CONFIG).is_file():
+    if made.exists():
+        if target and not _is_made_from(lasting, target):
+            raise ModelError(
+                f"{target}: exists, and is not the checkpoint of {base}: choose another folder"
+            )
         return made
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(made.with_name(f".{made.name}.lock")):
-            if not (made / _CONFIG).is_file():
-                _make(path, header, made)
+            if not made.exists():
+                _make(path, header, made, lasting)
     except OSError as error:
         raise ModelError(
             f"{made}: cannot be written: {error.strerror or error}: make room, or name another "
@@ -125,15 +133,23 @@ def describe(base: str) -> str:
     )
 
 
-def _make(path: Path, header: Header, target: Path) -> None:
+def _is_made_from(digest: str, folder: Path) -> bool:
+    try:
+        config = json.loads((folder / _CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get(_MADE_FROM) == digest
+
+
+def _make(path: Path, header: Header, target: Path, digest: str) -> None:
     """Write the checkpoint into a folder beside the target, and rename it."""
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         source = _Source.read(path, header)
         source.write_tokenizer(folder)
         tied = source.write_weights(folder)
-        # Last, since a folder with it counts as whole
-        (folder / _CONFIG).write_text(json.dumps(source.config(tied), indent=1), "utf-8")
+        config = source.config(tied) | {_MADE_FROM: digest}
+        (folder / _CONFIG).write_text(json.dumps(config, indent=1), "utf-8")
         folder.chmod(0o755)
         os.rename(folder, target)
     finally:

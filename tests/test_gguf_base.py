@@ -14,6 +14,7 @@ from conftest import EXAMPLE, Checkpoint
 from export_job import job_of
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_convert import PROMPT, gguf_log_probabilities, torch_log_probabilities
 
 from convert.quantize import quantize
@@ -86,10 +87,14 @@ def test_it_is_made_once_and_anew_for_another_file(base_gguf):
 def test_a_named_folder(base_gguf, tmp_path):
     path = base_gguf("qwen3", "q8_0", hidden=64)
     assert gguf_checkpoint(str(path), tmp_path / "made") == tmp_path / "made"
-    assert os.listdir(tmp_path) == [".made.lock", "made"] or os.listdir(tmp_path) == [
-        "made",
-        ".made.lock",
-    ]
+    assert sorted(os.listdir(tmp_path)) == [".made.lock", "made"]
+    os.utime(path, ns=(1, 1))  # as a copy of it has
+    assert gguf_checkpoint(str(path), tmp_path / "made") == tmp_path / "made"
+    other = base_gguf("qwen3", "q4_0", hidden=64)
+    for config in ("{}", "no"):
+        with pytest.raises(ModelError, match="is not the checkpoint of"):
+            gguf_checkpoint(str(other), tmp_path / "made")
+        (tmp_path / "made" / "config.json").write_text(config)
 
 
 def test_what_it_says_of_a_file(base_gguf):
@@ -177,6 +182,18 @@ def test_trains_exports_and_asks_on_nothing_but_a_gguf(call, base_gguf, easy_job
     assert f"base {path}: 15 Q8_0: next to nothing is lost" in done.stderr
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(path)
+
+    kept = ("--checkpoint", tmp_path / "kept", "--epochs", 1)
+    named = call("train", questions, "-t", task, "--base", path, *kept, "-o", tmp_path / "named")
+    assert named.returncode == 0, named.stderr
+    config = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "kept")
+    scales = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("run", "named")]
+    assert all(torch.equal(scales[1][name], tensor) for name, tensor in scales[0].items())
+    args = ("train", questions, "-t", task, "--base", tmp_path / "kept", *kept)
+    refused = call(*args, "-o", tmp_path / "no")
+    assert (refused.returncode, "for a GGUF base" in refused.stderr) == (2, True)
+
     made = call("export", tmp_path / "run", "-o", tmp_path / "out")
     assert made.returncode == 0, made.stderr
     answer = call("ask", "-m", tmp_path / "out" / "sorts.gguf", "who did the motor here")

@@ -58,6 +58,13 @@ class _Layers(click.ParamType[int | str]):
     metavar="MODEL",
     help="Base model: a folder, a hub name, a GGUF file, or ollama:NAME for one in Ollama's store.",
 )
+@click.option(
+    "--checkpoint",
+    metavar="DIR",
+    type=_FILE,
+    help="Keep the dequantized checkpoint of a GGUF base here, where other programs can use it.  "
+    "[default: qcat's cache folder]",
+)
 @click.option("-o", "--output", required=True, metavar="DIR", type=_FILE, help="Folder of the run.")
 @click.option(
     "--epochs",
@@ -143,6 +150,7 @@ def command(
     questions: Path,
     task_file: Path,
     base: str,
+    checkpoint: Path | None,
     output: Path,
     epochs: int,
     batch_size: int,
@@ -176,13 +184,18 @@ def command(
         click.echo("loading torch and transformers …", err=True)
     from qcat.architecture import architecture, hyper_parameters
     from qcat.checkpoint import base_folder, load_config
-    from qcat.gguf_base import describe, is_gguf
+    from qcat.gguf_base import describe, gguf_checkpoint, gguf_file, is_gguf
     from qcat.learn.split import split_examples
     from qcat.learn.train import Settings
 
     # Before a download what cannot be, before hours of training what export would refuse then.
-    if is_gguf(base):
+    gguf = gguf_file(base) if is_gguf(base) else None
+    if gguf:
         click.echo(f"base {base}: {describe(base)}; dequantized for training", err=True)
+    if checkpoint:
+        if not gguf:
+            raise click.UsageError("--checkpoint is for a GGUF base")
+        base = str(gguf_checkpoint(base, checkpoint))
     folder = base_folder(base, weights=False)
     config = load_config(folder)
     architecture(config)
@@ -194,11 +207,10 @@ def command(
         )
     hyper_parameters(load_config(folder, kept), config.vocab_size)
     base_folder(base)
-    if is_gguf(base):
+    if gguf:
         from convert.verify import check_base_tokens
-        from qcat.gguf_base import gguf_file
 
-        check_base_tokens(gguf_file(base), folder, [example.text for example in examples])
+        check_base_tokens(gguf, folder, [example.text for example in examples])
     settings = Settings(
         base=base,
         objective=objective,
