@@ -12,6 +12,7 @@ from convert.pipeline import Request, export
 from qcat import Classifier
 from qcat.backends import llama
 from qcat.bundle import Bundle, read_header
+from qcat.cli.retrain import _recipe
 from qcat.errors import BundleError, ExportError
 
 KINDS = ("qwen3", "qwen2", "llama")
@@ -75,6 +76,11 @@ def test_what_the_bundle_says(beside, make_pair):
     assert f"FROM {base}" in lines
     assert "ADAPTER ./household.gguf" in lines
     assert "adapter beside it" in (folder / "MODEL_CARD.md").read_text("utf-8")
+
+
+def test_it_is_not_retrained_in_place(beside):
+    with pytest.raises(BundleError, match="export that with --beside"):
+        _recipe(Bundle.read(beside()[0] / "household.gguf"))
 
 
 def test_several_tasks_share_one_base_in_memory(beside, make_pair, household, tmp_path):

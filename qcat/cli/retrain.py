@@ -186,11 +186,17 @@ def _way_out(problems: Iterable[str], serving: Path) -> str:
 
 def _recipe(serving: Bundle) -> dict[str, Any]:
     """How a bundle was exported; what it does not say was the default."""
+    from convert.choose import BESIDE
     from convert.quantize import QUANTIZATIONS
 
     report = section(serving.header, REPORT_KEY, serving.path)
     defaults = {"quantization": "q4_k_m", "precision": "f16", "max_flips": 0.02}
     recipe = {key: report.get(key, default) for key, default in defaults.items()}
+    if recipe["quantization"] == BESIDE:
+        raise BundleError(
+            f"{serving.path}: is an adapter beside its base, which is not replaced in place: train "
+            "with all questions, and export that with --beside"
+        )
     vocabulary = report.get("vocabulary")  # absent if it is whole
     recipe["merges"] = vocabulary.get("merges") if isinstance(vocabulary, dict) else None
     if (
