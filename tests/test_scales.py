@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,22 +232,48 @@ def test_what_does_not_fit_its_base_is_refused(trained, make_checkpoint, tmp_pat
         Merger(locate(tmp_path / "copy", None))
 
 
-def test_trains_embeddings_too(call, easy_job, tmp_path):
+@pytest.fixture(scope="module")
+def run(easy_job, tmp_path_factory):
     """A random base has nothing that scales alone bring out: its embeddings learn."""
     args = [*easy_job[1]]
     args[args.index("--method") + 1] = "scales"
-    done = call(*args, "--train-embeddings", "-o", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    folder = tmp_path_factory.mktemp("run") / "run"
+    command = [Path(sys.executable).with_name("qcat"), *args, "--train-embeddings", "-o", folder]
+    subprocess.run(command, capture_output=True, check=True)
+    return folder
+
+
+def test_trains_embeddings_too(call, run, tmp_path):
+    record = json.loads((run / "run.json").read_text())
     assert record["settings"]["method"] == "scales"
     assert record["test"]["accuracy"] > 0.8  # by chance 0.25
-    made = call("export", tmp_path / "run", "-o", tmp_path / "out")
+    made = call("export", run, "-o", tmp_path / "out")
     assert made.returncode == 0, made.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["proof"]["merged"]["accuracy"] == record["test"]["accuracy"]
     assert report["proof"]["quantized"]["flips"] == 0
     answer = call("ask", "-m", tmp_path / "out" / "sorts.gguf", "who did the motor here")
     assert answer.stdout == "pool pump\n"
+
+
+def test_with_a_trimmed_vocabulary_and_trained_again(call, run, tmp_path):
+    bundle = tmp_path / "house"
+    made = call("export", run, "--vocab", "trim", "--merges", 0, "-o", bundle)
+    assert made.returncode == 0, made.stderr
+    before = json.loads((bundle / "report.json").read_text())
+    assert before["vocabulary"]["tokens"] < before["vocabulary"]["of"]
+    assert before["proof"]["quantized"]["flips"] == 0
+
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"text": "how is the motor doing", "label": "pool pump"}\n', "utf-8")
+    done = call("retrain", run, "--add", more, "-o", tmp_path / "run-2", "--bundle", bundle)
+    assert done.returncode == 0, done.stderr
+    after = json.loads((bundle / "report.json").read_text())
+    assert after["source"]["fingerprint"] != before["source"]["fingerprint"]
+    assert (after["source"]["method"], after["quantization"]) == ("scales", "q4_0")
+    assert after["vocabulary"]["merges"] == 0
+    settings = json.loads((tmp_path / "run-2" / "run.json").read_text())["settings"]
+    assert (settings["method"], settings["train_embeddings"]) == ("scales", True)
 
 
 def test_rank_is_for_lora(call, easy_job, tmp_path):
