@@ -8,48 +8,44 @@
 and asks all of them the held-out questions in turns; `table` prints what is there, as a table and
 one line of JSON. Each finished piece is kept under build/four_bits, so a run that was stopped goes
 on. CLINC150 and Banking77 are looked for under QCAT_SHARED. Measure on a machine that does nothing
-else.
+else. Besides the pretrained models there are their rotated forms and the small base that comes with
+qcat, whose weights never lay on a grid (`bases.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from bases import base_of, title
+from data_sets import DATA_SETS, questions
 
 from qcat.cli.output import Bars, table
 from qcat.threads import wait_briefly
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
-
-from real_models import MODELS, fetch  # noqa: E402 (it lies beside the examples)
-
 if TYPE_CHECKING:
-    from qcat.learn.dataset import Example
     from qcat.learn.split import Split
     from qcat.task import Task
 
-OUT = ROOT / "build" / "four_bits"
-SHARED = Path(os.environ.get("QCAT_SHARED", ROOT.parent / "shared")) / "data"
+OUT = Path(__file__).resolve().parent.parent / "build" / "four_bits"
 METHODS = ("scales", "lora")
-ROUNDED = ("q4_0", "q4_k_m", "q5_k_m", "q8_0")
-"""What the merged LoRA adapter is quantized to, after the training."""
+FEW = 100
+PRETRAINED = ("smollm2", "qwen2.5-coder")
 BESIDE = "beside"
 """The base's own file as it came, and the LoRA adapter in float16 beside it."""
-LABELS, PER_LABEL, FEWER_PER_LABEL = 18, 45, 20
-HELD_OUT = 1500
+ROUNDED = ("q4_0", "q4_k_m", "q5_k_m", "q8_0")
+"""What the merged LoRA adapter is quantized to, after the training."""
+WAYS = ("f16", *ROUNDED, BESIDE)
+"""Of the merged LoRA adapter; block scales are in Q4_0 alone."""
 
 
 def main() -> None:
@@ -66,94 +62,6 @@ def main() -> None:
             step(model, data, options)
 
 
-# Data
-
-
-def questions(data: str) -> tuple[Task, Split]:
-    """A task, its training, validation and held-out questions: the same ones each time."""
-    from qcat.learn.split import Split
-
-    task, parts = {"household": household, "clinc150": clinc150, "banking77": banking77}[data]()
-    return task, Split(*parts)
-
-
-def household() -> tuple[Task, list[list[Example]]]:
-    """The example questions: whole groups, 867 of them or a few more to train on."""
-    from qcat.learn.dataset import read_examples
-    from qcat.task import Task
-
-    folder = ROOT / "examples" / "household"
-    task = Task.read(folder / "task.toml")
-    groups: dict[str, list[Example]] = {}
-    for example in read_examples(folder / "questions.jsonl", task):
-        groups.setdefault(str(example.group), []).append(example)
-    names = sorted(groups)
-    random.Random(0).shuffle(names)
-    parts: list[list[Example]] = [[], [], []]
-    for name in names:
-        for part, size in zip(parts, (867, 300, HELD_OUT), strict=True):
-            if len(part) < size:
-                part += groups[name]
-                break
-    return task, parts
-
-
-def clinc150() -> tuple[Task, list[list[Example]]]:
-    """18 intents, 45 questions of each to train on."""
-    from texts import reserved
-
-    rows = [_rows("clinc150", part) for part in ("train", "valid", "test")]
-    names = sorted(reserved(rows[0]))[:LABELS]
-    task = _task("clinc150", names, "Classify the request to an assistant into exactly one")
-    parts: list[list[Example]] = [[], [], []]
-    for name in names:
-        train, validation, test = ([r for r in part if r["label"] == name] for part in rows)
-        random.Random(name).shuffle(train)
-        for part, mine in zip(
-            parts, (train[:PER_LABEL], validation, [*train[PER_LABEL:], *test]), strict=True
-        ):
-            part += _examples(task, mine)
-    return task, parts
-
-
-def banking77() -> tuple[Task, list[list[Example]]]:
-    """All 77 intents, 20 questions of each to train on."""
-    train, test = (_rows("banking77", part) for part in ("train", "test"))
-    names = sorted({row["label"] for row in train})
-    task = _task("banking77", names, "Classify the bank customer's question into exactly one")
-    parts: list[list[Example]] = [[], [], _examples(task, test[::2])]
-    for name in names:
-        mine = [row for row in train if row["label"] == name]
-        random.Random(name).shuffle(mine)
-        parts[0] += _examples(task, mine[:FEWER_PER_LABEL])
-        parts[1] += _examples(task, mine[FEWER_PER_LABEL : FEWER_PER_LABEL + 4])
-    return task, parts
-
-
-def _rows(data: str, part: str) -> list[dict[str, str]]:
-    with (SHARED / data / f"{part}.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def _shown(label: str) -> str:
-    return label.replace("_", " ").rstrip("?").lower()
-
-
-def _task(name: str, labels: Sequence[str], instruction: str) -> Task:
-    from qcat.task import Task
-
-    shown = dict.fromkeys(sorted(map(_shown, labels)), "")
-    return Task(name, shown, instruction=f"{instruction} category from the list below.")
-
-
-def _examples(task: Task, rows: Sequence[dict[str, str]]) -> list[Example]:
-    from qcat.learn.dataset import Example
-    from qcat.prompt import clean_question
-
-    labels = list(task.labels)
-    return [Example(clean_question(r["text"]), labels.index(_shown(r["label"])), 1) for r in rows]
-
-
 # Training
 
 
@@ -162,11 +70,12 @@ def train_all(model: str, data: str, options: argparse.Namespace) -> None:
     from qcat.learn.train import Settings, train
 
     task, split = questions(data)
+    split = replace(split, test=split.test[:FEW])  # `measure` asks them all
     for method in options.methods.split(","):
         run = OUT / "runs" / f"{model}-{data}-{method}"
         if (run / "run.json").exists():
             continue
-        settings = Settings(base=str(fetch(model)), method=method, epochs=options.epochs)
+        settings = Settings(base=str(base_of(model)), method=method, epochs=options.epochs)
         start = time.monotonic()
         with Bars() as bars:
             train(task, split, settings, run, bars.show)
@@ -189,9 +98,11 @@ def measure_all(model: str, data: str, options: argparse.Namespace) -> None:
     references: dict[str, Any] = {}
     for method in options.methods.split(","):
         run = OUT / "runs" / f"{model}-{data}-{method}"
-        references[method], setup, made = _files(task, split, run, work / method)
+        references[method], setup, made = _files(
+            task, split, run, work / method, options.ways.split(",")
+        )
         files |= {f"{method} {kind}": path for kind, path in made.items()}
-    found = _ask(files, fetch(model), setup, split, references["lora"])
+    found = _ask(files, base_of(model), setup, split, next(iter(references.values())))
     truth = np.array([example.label for example in split.test])
     rows = [
         _row(way, found, references[way.split()[0]], truth, files[way], model, data)
@@ -204,7 +115,9 @@ def measure_all(model: str, data: str, options: argparse.Namespace) -> None:
     shutil.rmtree(work)
 
 
-def _files(task: Task, split: Split, run: Path, folder: Path) -> tuple[Any, Any, dict[str, Path]]:
+def _files(
+    task: Task, split: Split, run: Path, folder: Path, ways: Sequence[str]
+) -> tuple[Any, Any, dict[str, Path]]:
     """The merged model's answers in torch, the prompt in tokens, and the GGUFs."""
     from convert.adapter import served_base, write_adapter
     from convert.pipeline import Request, prepare_job
@@ -224,12 +137,12 @@ def _files(task: Task, split: Split, run: Path, folder: Path) -> tuple[Any, Any,
     with Bars() as bars:
         job, served = prepare_job(full, request)
         measured = convert(job, lambda done, total: bars.show(f"merge {run.name}", done, total))
-    kinds = ("q4_0",) if job.source.scales else ROUNDED
-    files = {} if job.source.scales else {"f16": full}
-    for kind in kinds:
+    ways = ("q4_0",) if job.source.scales else ways
+    files = {"f16": full} if "f16" in ways else {}
+    for kind in (kind for kind in ROUNDED if kind in ways):
         files[kind] = folder / f"{kind}.gguf"
         quantize(full, files[kind], kind, imatrix=measured.imatrix, threads=default_threads())
-    if not job.source.scales:
+    if BESIDE in ways:
         files[BESIDE] = folder / f"{BESIDE}.gguf"
         file = served_base(job.source, folder).file
         write_adapter(files[BESIDE], job.source, base=file, task=served.setup.task, made_from={})
@@ -289,7 +202,7 @@ def _row(
         "questions": len(truth),
         **quality(logs, reference, truth.tolist()).to_dict(),
         "ece": reliability(np.exp(logs), truth).to_dict()["ece"],
-        "mb": (path.stat().st_size + (fetch(model).stat().st_size if BESIDE in way else 0)) / 1e6,
+        "mb": (path.stat().st_size + (base_of(model).stat().st_size if BESIDE in way else 0)) / 1e6,
         "ms": found[way]["ms"],
         "hours": json.loads((run / "hours.json").read_text()),
         "wrong": np.flatnonzero(logs.argmax(1) != truth).tolist(),
@@ -315,7 +228,7 @@ def _merged_row(method: str, logs: Any, truth: Any, model: str, data: str) -> di
 
 
 def print_table() -> None:
-    """Everything measured so far."""
+    """Everything measured so far; McNemar's test is against LoRA in torch."""
     rows = [
         row
         for path in sorted((OUT / "cells").glob("*.json"))
@@ -327,19 +240,19 @@ def print_table() -> None:
     )  # fmt: skip
     shown = [heading]
     for row in sorted(rows, key=lambda r: (r["model"], r["data"], r["way"])):
-        [merged] = [
-            other
+        merged = [
+            other["wrong"]
             for other in rows
             if (other["model"], other["data"], other["way"])
             == (row["model"], row["data"], "lora torch")
         ]
         shown.append(
             (
-                MODELS[row["model"]].title.split(",")[0],
+                title(row["model"]),
                 f"{row['data']}, {row['questions']}",
                 row["way"],
                 f"{row['accuracy']:.3f}",
-                f"{mcnemar(row['wrong'], merged['wrong']):.2g}",
+                f"{mcnemar(row['wrong'], merged[0]):.2g}" if merged else "",
                 str(row["flips"]),
                 f"{row['kl_mean']:.2g}",
                 f"{row['kl_max']:.2g}",
@@ -367,9 +280,10 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["train", "measure", "table"])
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--data", default="household,clinc150,banking77")
+    parser.add_argument("--models", default=",".join(PRETRAINED))
+    parser.add_argument("--data", default=",".join(DATA_SETS))
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--ways", default=",".join(WAYS), help="of the merged LoRA adapter")
     parser.add_argument("--epochs", type=int, default=1)
     return parser.parse_args()
 

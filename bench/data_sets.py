@@ -1,0 +1,114 @@
+"""Questions that benchmarks on real weights train and measure on, the same ones each time.
+
+The household questions come with qcat; CLINC150 and Banking77 are looked for under QCAT_SHARED.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "base"))
+
+from texts import reserved  # noqa: E402 (it lies beside the small base)
+
+if TYPE_CHECKING:
+    from qcat.learn.dataset import Example
+    from qcat.learn.split import Split
+    from qcat.task import Task
+
+SHARED = Path(os.environ.get("QCAT_SHARED", ROOT.parent / "shared")) / "data"
+LABELS, PER_LABEL, FEWER_PER_LABEL = 18, 45, 20
+HELD_OUT = 1500
+
+
+def questions(data: str) -> tuple[Task, Split]:
+    """A task, its training, validation and held-out questions: the same ones each time."""
+    from qcat.learn.split import Split
+
+    task, parts = DATA_SETS[data]()
+    return task, Split(*parts)
+
+
+def household() -> tuple[Task, list[list[Example]]]:
+    """The example questions: whole groups, 867 of them or a few more to train on."""
+    from qcat.learn.dataset import read_examples
+    from qcat.task import Task
+
+    folder = ROOT / "examples" / "household"
+    task = Task.read(folder / "task.toml")
+    groups: dict[str, list[Example]] = {}
+    for example in read_examples(folder / "questions.jsonl", task):
+        groups.setdefault(str(example.group), []).append(example)
+    names = sorted(groups)
+    random.Random(0).shuffle(names)
+    parts: list[list[Example]] = [[], [], []]
+    for name in names:
+        for part, size in zip(parts, (867, 300, HELD_OUT), strict=True):
+            if len(part) < size:
+                part += groups[name]
+                break
+    return task, parts
+
+
+def clinc150() -> tuple[Task, list[list[Example]]]:
+    """18 intents, 45 questions of each to train on."""
+    rows = [_rows("clinc150", part) for part in ("train", "valid", "test")]
+    names = sorted(reserved(rows[0]))[:LABELS]
+    task = _task("clinc150", names, "Classify the request to an assistant into exactly one")
+    parts: list[list[Example]] = [[], [], []]
+    for name in names:
+        train, validation, test = ([r for r in part if r["label"] == name] for part in rows)
+        random.Random(name).shuffle(train)
+        for part, mine in zip(
+            parts, (train[:PER_LABEL], validation, [*train[PER_LABEL:], *test]), strict=True
+        ):
+            part += _examples(task, mine)
+    return task, parts
+
+
+def banking77() -> tuple[Task, list[list[Example]]]:
+    """All 77 intents, 20 questions of each to train on."""
+    train, test = (_rows("banking77", part) for part in ("train", "test"))
+    names = sorted({row["label"] for row in train})
+    task = _task("banking77", names, "Classify the bank customer's question into exactly one")
+    parts: list[list[Example]] = [[], [], _examples(task, test[::2])]
+    for name in names:
+        mine = [row for row in train if row["label"] == name]
+        random.Random(name).shuffle(mine)
+        parts[0] += _examples(task, mine[:FEWER_PER_LABEL])
+        parts[1] += _examples(task, mine[FEWER_PER_LABEL : FEWER_PER_LABEL + 4])
+    return task, parts
+
+
+def _rows(data: str, part: str) -> list[dict[str, str]]:
+    with (SHARED / data / f"{part}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _shown(label: str) -> str:
+    return label.replace("_", " ").rstrip("?").lower()
+
+
+def _task(name: str, labels: Sequence[str], instruction: str) -> Task:
+    from qcat.task import Task
+
+    shown = dict.fromkeys(sorted(map(_shown, labels)), "")
+    return Task(name, shown, instruction=f"{instruction} category from the list below.")
+
+
+def _examples(task: Task, rows: Sequence[dict[str, str]]) -> list[Example]:
+    from qcat.learn.dataset import Example
+    from qcat.prompt import clean_question
+
+    labels = list(task.labels)
+    return [Example(clean_question(r["text"]), labels.index(_shown(r["label"])), 1) for r in rows]
+
+
+DATA_SETS = {"household": household, "clinc150": clinc150, "banking77": banking77}
