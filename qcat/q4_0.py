@@ -89,7 +89,8 @@ def _codes(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def decode(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The weights that codes and scales stand for, float32, shape (rows, columns)."""
-    return (codes * scales.unsqueeze(-1)).reshape(codes.shape[0], -1)
+    # Multiplied in place: the product of two types is several times as slow.
+    return codes.float().mul_(scales.unsqueeze(-1)).reshape(codes.shape[0], -1)
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor) -> Iterator[memoryview]:

@@ -84,7 +84,7 @@ class _Layers(click.ParamType[int | str]):
     "--learning-rate",
     type=FloatRange(0, min_open=True),
     metavar="RATE",
-    help="The highest, after the warm-up.  [default: 1e-3 for scales, relative to each; 2e-4 × "
+    help="The highest, after the warm-up.  [default: 3e-3 for scales, relative to each; 2e-4 × "
     "1024 / the model's width for LoRA]",
 )
 @click.option(

@@ -45,7 +45,7 @@ _SAVE_SECONDS = 300  # what a kill costs at most, besides the checkpoint at the 
 _EVALUATED_TOKENS = 4096  # in one forward pass, the prefix counted in each row: the cache's size
 _TRAINED_TOKENS = 512  # in one backward pass: their activations are what training's memory goes to
 _PARTS = ("train", "validation", "test")
-_SCALES_RATE = 1e-3
+_SCALES_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Settings:
     batch: int = 8
     """Questions a step."""
     rate: float | None = None
-    """Peak learning rate; by default 1e-3 for scales, where it is relative to each of them, and for
+    """Peak learning rate; by default 3e-3 for scales, where it is relative to each of them, and for
     LoRA 2e-4 for a model 1024 wide, more for narrower ones."""
     rank: int = 16
     """Of the LoRA matrices; alpha is twice the rank."""
