@@ -42,9 +42,8 @@ def main() -> None:
     """Make the files, ask them in turns, print."""
     from convert.choose import try_all
     from convert.pipeline import Request, prepare_job
-    from convert.verify import quality, replay_gguf
+    from convert.verify import quality
     from qcat.task import Task
-    from qcat.threads import default_threads
 
     warnings.simplefilter("ignore")
     options = _options()
@@ -54,18 +53,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         job, served = prepare_job(Path(work, "unused"), Request(task, Path(work), options.run))
         files, base = _files(job, options.run, Path(work), served.setup.task)
-        rests = [served.setup.rest(example.text) for example in examples]
 
         def ask(path: Path, rows: Sequence[int]) -> Any:
-            return replay_gguf(
-                path,
-                task=task,
-                prefix=served.setup.prefix,
-                trie=served.setup.trie,
-                rests=[rests[row] for row in rows],
-                threads=default_threads(),
-                base=None if path == base else base,
-            )
+            asked = [examples[row].text for row in rows]
+            return served.setup.replay(path, asked, base=None if path == base else base)
 
         shape = np.zeros((len(truth), len(task.labels)))
         with Bars() as bars:

@@ -154,21 +154,12 @@ def _ask(
 ) -> dict[str, Any]:
     """Label log-probabilities and median milliseconds of each file, the files taking turns."""
     from convert.choose import try_all
-    from convert.verify import replay_gguf
-    from qcat.threads import default_threads
 
-    rests = [setup.rest(example.text) for example in split.test]
+    texts = [example.text for example in split.test]
 
     def ask(path: Path, rows: Sequence[int]) -> Any:
-        return replay_gguf(
-            path,
-            task=setup.task,
-            prefix=setup.prefix,
-            trie=setup.trie,
-            rests=[rests[row] for row in rows],
-            threads=default_threads(),
-            base=base if path.stem == BESIDE else None,
-        )
+        beside = base if path.stem == BESIDE else None
+        return setup.replay(path, [texts[row] for row in rows], base=beside)
 
     with Bars() as bars:
         trials, found = try_all(

@@ -152,10 +152,12 @@ def _way_out(request: Request, report: Mapping[str, Any]) -> str:
     if request.merges is not None and report["proof"]["f16"]["flips"]:
         ways.append("--vocab full")
     if report["source"]["method"] != "scales":
-        if "choice" not in report:
+        if request.quantization not in (None, AUTO):
             ways.append(f"--quant {AUTO}, which measures {', '.join(CANDIDATES)}")
         if not request.training:
             ways.append("questions for the importance matrix")
+    if request.max_mb is not None:
+        ways.append("a higher --max-mb")
     return ", or with ".join([*ways, "a higher --max-flips"])
 
 
@@ -259,6 +261,26 @@ class _Setup:
                 f"room for {QUESTION_ROOM}: shorten it"
             )
         return ids
+
+    def replay(
+        self,
+        path: Path,
+        questions: Sequence[str],
+        *,
+        base: Path | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Replayed:
+        """Ask a GGUF; with a `base` it is an adapter that lies beside it."""
+        return replay_gguf(
+            path,
+            task=self.task,
+            prefix=self.prefix,
+            trie=self.trie,
+            rests=list(map(self.rest, questions)),
+            threads=default_threads(),
+            base=base,
+            progress=progress,
+        )
 
 
 @dataclass(frozen=True)
@@ -455,39 +477,31 @@ def _prove(
     base: Path | None,
 ) -> tuple[dict[str, Any], list[Trial] | None, str]:
     """The proof; if there are several quantized files, how each did; and the one to keep."""
-    truth = [label for _, label in request.held_out]
-    rests = [setup.rest(question) for question, _ in request.held_out]
+    questions, truth = zip(*request.held_out, strict=True)
 
-    def ask(path: Path, rows: Sequence[int], step: str | None = None) -> Replayed:
+    def ask_each(path: Path, step: str) -> Floats:
         def told(done: int, total: int) -> None:
-            if step:
-                progress(f"prove {step}", done, total)
+            progress(f"prove {step}", done, total)
 
-        return replay_gguf(
-            path,
-            task=setup.task,
-            prefix=setup.prefix,
-            trie=setup.trie,
-            rests=[rests[row] for row in rows],
-            threads=default_threads(),
-            base=base if path != full else None,
-            progress=told,
-        )
+        beside = base if path != full else None
+        return setup.replay(path, questions, base=beside, progress=told).log_probabilities
 
-    everything = range(len(rests))
-    f16 = ask(full, everything, request.precision).log_probabilities
+    def ask_some(path: Path, rows: Sequence[int]) -> Replayed:
+        return setup.replay(path, [questions[row] for row in rows])
+
+    f16 = ask_each(full, request.precision)
     trials = None
     if len(files) > 1:
         trials, found = try_all(
-            files, ask, reference, truth, lambda done, total: progress("choose", done, total)
+            files, ask_some, reference, truth, lambda done, total: progress("choose", done, total)
         )
-        kind = choose(trials, len(rests), request.max_flips).kind
+        kind = choose(trials, len(questions), request.max_flips).kind
         quantized = found[kind]
     else:
         [(kind, path)] = files.items()
-        quantized = ask(path, everything, kind).log_probabilities
+        quantized = ask_each(path, kind)
     proof = {
-        "questions": len(rests),
+        "questions": len(questions),
         "merged": quality(reference, reference, truth).to_dict(),
         "f16": quality(f16, reference, truth).to_dict(),
         "quantized": quality(quantized, reference, truth).to_dict(),

@@ -165,8 +165,11 @@ def test_the_budget_decides_and_none_that_passes_is_refused(make_checkpoint, hou
     assert f"{min(flips)} of {len(questions)} labels changed" in str(refused.value)
     assert "or with a higher --max-flips" in str(refused.value)
     assert "--quant" not in str(refused.value)  # all that could help was tried
-    assert {path.name for path in tmp_path.iterdir()} == {"any", "small", "exact", "no.report.json"}
     assert len(json.loads((tmp_path / "no.report.json").read_text())["choice"]) == 4
+    with pytest.raises(ExportError, match="or with a higher --max-mb") as refused:
+        exported("no", 0, max_mb=sizes[0])
+    assert "--quant" not in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"any", "small", "exact", "no.report.json"}
 
 
 def test_without_held_out_questions_it_is_one_line(qcat, make_checkpoint, tmp_path):
