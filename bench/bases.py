@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
-from real_models import MODELS, fetch, folder
+from real_models import MODELS, fetch, folder  # noqa: E402 (it lies beside the examples)
 
 SMALL, ROTATED = "small", "-rotated"
 """The base that comes with qcat; and what a rotated one's name ends with."""
@@ -29,7 +30,7 @@ _SEED = 0
 def base_of(name: str) -> Path:
     """The base of a name: a GGUF, fetched if need be, or the folder of a checkpoint."""
     if name == SMALL:
-        return Path(__file__).resolve().parent.parent / "examples" / "base" / "model"
+        return EXAMPLES / "base" / "model"
     if name.endswith(ROTATED):
         from qcat.checkpoint import base_folder
 

@@ -53,9 +53,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         job, served = prepare_job(Path(work, "unused"), Request(task, Path(work), options.run))
         files, base = _files(job, options.run, Path(work), served.setup.task)
+        rests = [served.setup.rest(example.text) for example in examples]
 
         def ask(path: Path, rows: Sequence[int]) -> Any:
-            asked = [examples[row].text for row in rows]
+            asked = [rests[row] for row in rows]
             return served.setup.replay(path, asked, base=None if path == base else base)
 
         shape = np.zeros((len(truth), len(task.labels)))

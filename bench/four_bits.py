@@ -29,7 +29,9 @@ import numpy as np
 from bases import base_of, title
 from data_sets import DATA_SETS, questions
 
+from convert.choose import BESIDE
 from qcat.cli.output import Bars, table
+from qcat.learn.evaluate import mcnemar
 from qcat.threads import wait_briefly
 
 if TYPE_CHECKING:
@@ -40,12 +42,10 @@ OUT = Path(__file__).resolve().parent.parent / "build" / "four_bits"
 METHODS = ("scales", "lora")
 FEW = 100
 PRETRAINED = ("smollm2", "qwen2.5-coder")
-BESIDE = "beside"
-"""The base's own file as it came, and the LoRA adapter in float16 beside it."""
 ROUNDED = ("q4_0", "q4_k_m", "q5_k_m", "q8_0")
 """What the merged LoRA adapter is quantized to, after the training."""
 WAYS = ("f16", *ROUNDED, BESIDE)
-"""Of the merged LoRA adapter; block scales are in Q4_0 alone."""
+"""Of the LoRA adapter: merged, and last beside the base's own file; scales are in Q4_0 alone."""
 
 
 def main() -> None:
@@ -104,12 +104,17 @@ def measure_all(model: str, data: str, options: argparse.Namespace) -> None:
         files |= {f"{method} {kind}": path for kind, path in made.items()}
     found = _ask(files, base_of(model), setup, split, next(iter(references.values())))
     truth = np.array([example.label for example in split.test])
-    rows = [
-        _row(way, found, references[way.split()[0]], truth, files[way], model, data)
-        for way in files
-    ]
+    rows = []
     for method, reference in references.items():
-        rows.append(_merged_row(method, reference, truth, model, data))
+        hours = json.loads((OUT / "runs" / f"{model}-{data}-{method}" / "hours.json").read_text())
+        rows.append(_row(f"{method} torch", reference, reference, truth))
+        for way in (way for way in files if way.split()[0] == method):
+            size = files[way].stat().st_size
+            if BESIDE in way:
+                size += base_of(model).stat().st_size
+            row = _row(way, found[way]["logs"], reference, truth)
+            rows.append(row | {"mb": size / 1e6, "ms": found[way]["ms"], "hours": hours})
+    rows = [{"model": model, "data": data} | row for row in rows]
     cell.parent.mkdir(parents=True, exist_ok=True)
     cell.write_text(json.dumps(rows, indent=1))
     shutil.rmtree(work)
@@ -155,11 +160,11 @@ def _ask(
     """Label log-probabilities and median milliseconds of each file, the files taking turns."""
     from convert.choose import try_all
 
-    texts = [example.text for example in split.test]
+    rests = [setup.rest(example.text) for example in split.test]
 
     def ask(path: Path, rows: Sequence[int]) -> Any:
         beside = base if path.stem == BESIDE else None
-        return setup.replay(path, [texts[row] for row in rows], base=beside)
+        return setup.replay(path, [rests[row] for row in rows], base=beside)
 
     with Bars() as bars:
         trials, found = try_all(
@@ -172,44 +177,15 @@ def _ask(
     return {t.kind: {"ms": t.median_ms, "logs": found[t.kind]} for t in trials}
 
 
-def _row(
-    way: str,
-    found: dict[str, Any],
-    reference: Any,
-    truth: Any,
-    path: Path,
-    model: str,
-    data: str,
-) -> dict[str, Any]:
+def _row(way: str, logs: Any, reference: Any, truth: Any) -> dict[str, Any]:
+    """How a way did; `wrong` are the numbers of the questions that it got wrong."""
     from convert.verify import quality
     from qcat.trust.reliability import reliability
 
-    logs = found[way]["logs"]
-    run = OUT / "runs" / f"{model}-{data}-{way.split()[0]}"
     return {
-        "model": model,
-        "data": data,
         "way": way,
         "questions": len(truth),
         **quality(logs, reference, truth.tolist()).to_dict(),
-        "ece": reliability(np.exp(logs), truth).to_dict()["ece"],
-        "mb": (path.stat().st_size + (base_of(model).stat().st_size if BESIDE in way else 0)) / 1e6,
-        "ms": found[way]["ms"],
-        "hours": json.loads((run / "hours.json").read_text()),
-        "wrong": np.flatnonzero(logs.argmax(1) != truth).tolist(),
-    }
-
-
-def _merged_row(method: str, logs: Any, truth: Any, model: str, data: str) -> dict[str, Any]:
-    from convert.verify import quality
-    from qcat.trust.reliability import reliability
-
-    return {
-        "model": model,
-        "data": data,
-        "way": f"{method} torch",
-        "questions": len(truth),
-        **quality(logs, logs, truth.tolist()).to_dict(),
         "ece": reliability(np.exp(logs), truth).to_dict()["ece"],
         "wrong": np.flatnonzero(logs.argmax(1) != truth).tolist(),
     }
@@ -243,7 +219,7 @@ def print_table() -> None:
                 f"{row['data']}, {row['questions']}",
                 row["way"],
                 f"{row['accuracy']:.3f}",
-                f"{mcnemar(row['wrong'], merged[0]):.2g}" if merged else "",
+                f"{likeness(row['wrong'], merged[0]):.2g}" if merged else "",
                 str(row["flips"]),
                 f"{row['kl_mean']:.2g}",
                 f"{row['kl_max']:.2g}",
@@ -258,12 +234,9 @@ def print_table() -> None:
 FIGURES = (("mb", 0), ("ms", 0), ("hours", 2))
 
 
-def mcnemar(wrong: Sequence[int], others: Sequence[int]) -> float:
-    """The exact test's p that two models err alike, from the questions each gets wrong."""
-    from scipy.stats import binomtest
-
-    one, two = len({*wrong} - {*others}), len({*others} - {*wrong})
-    return float(binomtest(one, one + two).pvalue) if one + two else 1.0
+def likeness(wrong: Sequence[int], others: Sequence[int]) -> float:
+    """McNemar's p that two models err alike, from the questions each gets wrong."""
+    return mcnemar(len({*others} - {*wrong}), len({*wrong} - {*others}))
 
 
 def _options() -> argparse.Namespace:

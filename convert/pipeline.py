@@ -265,18 +265,18 @@ class _Setup:
     def replay(
         self,
         path: Path,
-        questions: Sequence[str],
+        rests: Sequence[Sequence[int]],
         *,
         base: Path | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Replayed:
-        """Ask a GGUF; with a `base` it is an adapter that lies beside it."""
+        """Ask a GGUF what `rest` gives; with a `base` it is an adapter that lies beside it."""
         return replay_gguf(
             path,
             task=self.task,
             prefix=self.prefix,
             trie=self.trie,
-            rests=list(map(self.rest, questions)),
+            rests=rests,
             threads=default_threads(),
             base=base,
             progress=progress,
@@ -477,17 +477,18 @@ def _prove(
     base: Path | None,
 ) -> tuple[dict[str, Any], list[Trial] | None, str]:
     """The proof; if there are several quantized files, how each did; and the one to keep."""
-    questions, truth = zip(*request.held_out, strict=True)
+    truth = [label for _, label in request.held_out]
+    rests = [setup.rest(question) for question, _ in request.held_out]
 
     def ask_each(path: Path, step: str) -> Floats:
         def told(done: int, total: int) -> None:
             progress(f"prove {step}", done, total)
 
         beside = base if path != full else None
-        return setup.replay(path, questions, base=beside, progress=told).log_probabilities
+        return setup.replay(path, rests, base=beside, progress=told).log_probabilities
 
     def ask_some(path: Path, rows: Sequence[int]) -> Replayed:
-        return setup.replay(path, [questions[row] for row in rows])
+        return setup.replay(path, [rests[row] for row in rows])
 
     f16 = ask_each(full, request.precision)
     trials = None
@@ -495,13 +496,13 @@ def _prove(
         trials, found = try_all(
             files, ask_some, reference, truth, lambda done, total: progress("choose", done, total)
         )
-        kind = choose(trials, len(questions), request.max_flips).kind
+        kind = choose(trials, len(rests), request.max_flips).kind
         quantized = found[kind]
     else:
         [(kind, path)] = files.items()
         quantized = ask_each(path, kind)
     proof = {
-        "questions": len(questions),
+        "questions": len(rests),
         "merged": quality(reference, reference, truth).to_dict(),
         "f16": quality(f16, reference, truth).to_dict(),
         "quantized": quality(quantized, reference, truth).to_dict(),

@@ -90,13 +90,13 @@ def gguf_checkpoint(base: str, target: Path | None = None) -> Path:
     path = gguf_file(base)
     try:
         header = read_header(path)
-        digest = fingerprint(path, header)
-        lasting = fingerprint(path, header, anywhere=True)
+        # In a named folder it is told by its contents, so that a copy of the file will do.
+        digest = fingerprint(path, header, anywhere=target is not None)
     except BundleError as error:
         raise ModelError(f"base {error}") from None
     made = target or cache.folder() / _BASES / f"{path.stem[:40]}-{digest[:16]}"
     if made.exists():
-        if target and not _is_made_from(lasting, target):
+        if target and not _is_made_from(digest, target):
             raise ModelError(
                 f"{target}: exists, and is not the checkpoint of {base}: choose another folder"
             )
@@ -105,7 +105,7 @@ def gguf_checkpoint(base: str, target: Path | None = None) -> Path:
         made.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(made.with_name(f".{made.name}.lock")):
             if not made.exists():
-                _make(path, header, made, lasting)
+                _make(path, header, made, digest)
     except OSError as error:
         raise ModelError(
             f"{made}: cannot be written: {error.strerror or error}: make room, or name another "

@@ -638,8 +638,6 @@ def _comparison(
     measured: Quality,
     abstaining: Abstaining,
 ) -> Comparison:
-    from scipy.stats import binomtest
-
     names = [*task.labels, None]
     flips = tuple(
         Flip(example.line, example.text, str(names[example.label]), names[there], names[here])
@@ -648,7 +646,17 @@ def _comparison(
     )
     fixed = sum(flip.this == flip.truth for flip in flips)
     broken = sum(flip.other == flip.truth for flip in flips)
-    p_value = binomtest(fixed, fixed + broken).pvalue if fixed + broken else 1.0
-    return Comparison(
-        str(request.compare), measured, flips, fixed, broken, float(p_value), abstaining
-    )
+    p_value = mcnemar(fixed, broken)
+    return Comparison(str(request.compare), measured, flips, fixed, broken, p_value, abstaining)
+
+
+def mcnemar(fixed: int, broken: int) -> float:
+    """The exact two-sided p that two models err alike (McNemar 1947).
+
+    Args:
+        fixed: questions that one of them alone gets right.
+        broken: questions that the other alone gets right.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
