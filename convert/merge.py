@@ -112,9 +112,13 @@ class Merger:
         """Of the merged tensors by name; a head that is tied is not among them."""
         tied = self._origins[HEAD] == self._origins[EMBEDDING]
         self._scales = ScalesAdapter(source.adapter) if source.adapter and source.scales else None
+        self._rounded: Blocks | None = None
         with torch.no_grad():
             if self._scales:
                 self._scales.check(model)
+                self._rounded = self._scales.rounded(
+                    EMBEDDING, self._rows(model.model.embed_tokens)
+                )
                 if (trained := self._scales.whole(EMBEDDING)) is not None:
                     model.model.embed_tokens.weight = trained
                     if tied:
@@ -132,6 +136,8 @@ class Merger:
 
     def embedding(self) -> Rows:
         """The token embeddings."""
+        if self._rounded:
+            return Rows(self._rounded, self._rounded.shape[0])
         return self._rows(self._model.model.embed_tokens)
 
     def layers(self) -> Iterator[Any]:
@@ -160,8 +166,9 @@ class Merger:
 
     @property
     def blocks(self) -> Mapping[str, Blocks]:
-        """The matrices of the last layer taken that are in Q4_0 already, by tensor name."""
-        return self._scales.blocks if self._scales else {}
+        """What is in Q4_0 already of the embedding and the last layer taken, by tensor name."""
+        embedding = {EMBEDDING: self._rounded} if self._rounded else {}
+        return embedding | (self._scales.blocks if self._scales else {})
 
     @property
     def quantized(self) -> Collection[str]:

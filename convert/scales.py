@@ -2,13 +2,17 @@
 
 The codes follow from the base's weights and the scales before training; with the scales after it
 they are what a Q4_0 file holds. Norms and biases, and the embedding if it was trained, are whole.
+An embedding that was only rounded has the same scales twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from convert.weights import Rows
 from qcat import q4_0
 from qcat.checkpoint import first_line
 from qcat.errors import ExportError
@@ -21,13 +25,26 @@ _FIRST, _LAST = ".first_scales", ".scales"
 _ROWS, _ALIKE = 8, 0.9  # rows looked at, and how many scales have to be the very same
 
 
-class Blocks(NamedTuple):
-    """A matrix in Q4_0."""
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix in Q4_0; its slices are rows in float32, so that `Rows` can be read from it."""
 
     codes: torch.Tensor
     """int8, shape (rows, columns / 32, 32)."""
     scales: torch.Tensor
     """float32, exact in float16, shape (rows, columns / 32)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.codes.shape[0], self.codes.shape[1] * q4_0.BLOCK
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return q4_0.decode(self.codes[rows], self.scales[rows])
+
+    def take(self, rows: Sequence[int]) -> Blocks:
+        """Some rows."""
+        return Blocks(self.codes[list(rows)], self.scales[list(rows)])
 
 
 class ScalesAdapter:
@@ -88,14 +105,48 @@ class ScalesAdapter:
         Raises:
             ExportError: the scales are not of these weights.
         """
+        from torch import nn
+
         self.blocks = {}
         for name, part in module.named_modules():
             path = f"{prefix}.{name}" if name else prefix
-            if f"{path}{_LAST}" in self._tensors:
-                self._apply_scales(part, path)
+            weight = getattr(part, "weight", None)
+            if weight is not None and weight.ndim == 2:
+                blocks = self.rounded(f"{path}.weight", Rows(weight, len(weight)))
+                if blocks:
+                    part.weight = nn.Parameter(blocks[:], requires_grad=False)
+                    self.blocks[f"{path}.weight"] = blocks
             for key, _ in part.named_parameters(recurse=False):
                 if (whole := self.whole(f"{path}.{key}")) is not None:
                     setattr(part, key, whole)
+
+    def rounded(self, name: str, weight: Rows) -> Blocks | None:
+        """A matrix of the base in blocks; None if the adapter has none of them.
+
+        Args:
+            name: of the matrix.
+            weight: as the base has it.
+
+        Raises:
+            ExportError: the scales are not of these weights.
+        """
+        import torch
+
+        path = name.removesuffix(".weight")
+        if f"{path}{_LAST}" not in self._tensors:
+            return None
+        first, last = (self._tensors[f"{path}{end}"].float() for end in (_FIRST, _LAST))
+        codes, start = [], 0
+        for chunk in weight.chunks():
+            part = first[start : start + len(chunk)]
+            if not start:
+                # Some rows are enough to tell another base, with other scales nearly everywhere.
+                fitted = q4_0.fit_scales(chunk[:_ROWS])
+                if not (fitted == part[:_ROWS]).float().mean() > _ALIKE:
+                    raise self._misfit(f"its scales are not of the weights of {path}")
+            codes.append(q4_0.encode(chunk, part))
+            start += len(chunk)
+        return Blocks(torch.cat(codes), last)
 
     def whole(self, name: str) -> torch.nn.Parameter | None:
         """A tensor that the adapter has whole; None if it has not."""
@@ -103,18 +154,6 @@ class ScalesAdapter:
 
         tensor = self._tensors.get(name)
         return None if tensor is None else nn.Parameter(tensor.float(), requires_grad=False)
-
-    def _apply_scales(self, layer: Any, path: str) -> None:
-        import torch
-
-        first, last = (self._tensors[f"{path}{end}"].float() for end in (_FIRST, _LAST))
-        # Some rows are enough to tell another base, which has other scales nearly everywhere.
-        fitted = q4_0.fit_scales(layer.weight[:_ROWS])
-        if not (fitted == first[:_ROWS]).float().mean() > _ALIKE:
-            raise self._misfit(f"its scales are not of the weights of {path}")
-        codes = q4_0.encode(layer.weight, first)
-        layer.weight = torch.nn.Parameter(q4_0.decode(codes, last), requires_grad=False)
-        self.blocks[f"{path}.weight"] = Blocks(codes, last)
 
     def _misfit(self, why: str) -> ExportError:
         return ExportError(

@@ -111,7 +111,7 @@ def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured
         precision=job.precision,
         quantized=merger.quantized,
     ) as gguf:
-        gguf.add(EMBEDDING, merger.embedding())
+        gguf.add(EMBEDDING, merger.blocks.get(EMBEDDING, merger.embedding()))
         for replay in replays:
             replay.start(merger.embedding())
         for number, layer in enumerate(merger.layers()):

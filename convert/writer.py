@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 Precision = Literal["f16", "bf16"]
+_BY_TOKEN = (EMBEDDING, HEAD)
 _SIZES = {"f32": 4, "f16": 2, "bf16": 2, "q4_0": 18 / 32}  # bytes a number
 
 
@@ -120,6 +121,8 @@ class GGUFFile:
     def _parts(self, name: str, values: torch.Tensor | Rows | Blocks) -> Iterator[memoryview]:
         """The bytes of a tensor, as llama.cpp lays it out."""
         if isinstance(values, Blocks):
+            if self._rows is not None and name in _BY_TOKEN:
+                values = values.take(self._rows)
             rows, blocks, size = values.codes.shape
             flat = gguf_tensor(
                 name, values.codes.reshape(rows, blocks * size), self._arch, self._params
@@ -136,7 +139,7 @@ class GGUFFile:
         return int(math.prod(self._shapes[name]) * _SIZES[self._kind(name)])
 
     def _kept(self, name: str, shape: Shape) -> Shape:
-        if self._rows is None or name not in (EMBEDDING, HEAD):
+        if self._rows is None or name not in _BY_TOKEN:
             return shape
         return (len(self._rows), *shape[1:])
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,13 @@ from torch import nn
 
 from convert.choose import kinds_to_make
 from convert.merge import Merger, locate
+from convert.stream import convert
 from qcat import q4_0
-from qcat.architecture import architecture, gguf_name, gguf_tensor, hyper_parameters
+from qcat.architecture import EMBEDDING, architecture, gguf_name, gguf_tensor, hyper_parameters
 from qcat.bundle import read_header
 from qcat.checkpoint import load_base
 from qcat.errors import ExportError, TrainError
-from qcat.learn.adapters import ScaledLinear, attach_scales, save
+from qcat.learn.adapters import RoundedEmbedding, ScaledLinear, attach_scales, save
 
 Q4_0 = GGMLQuantizationType.Q4_0
 matrices = arrays(
@@ -153,6 +155,10 @@ def test_the_merged_model_is_the_trained_one(trained):
                 right = wanted[path]
             assert torch.equal(tensor, right), path
     assert torch.equal(merger.norm().weight, wanted["model.norm.weight"])
+    embedding = torch.cat(list(merger.embedding().chunks()))
+    looked_up = model.get_input_embeddings()(torch.arange(model.config.vocab_size))
+    assert torch.equal(embedding, looked_up)
+    assert (EMBEDDING in merger.blocks) == (not merger.tied)
 
 
 def test_the_file_holds_the_trained_numbers(trained, qcat, household, tmp_path):
@@ -173,7 +179,7 @@ def test_the_file_holds_the_trained_numbers(trained, qcat, household, tmp_path):
     arch = architecture(model.config)
     params = hyper_parameters(model.config, model.config.vocab_size)
     for name, module in model.named_modules():
-        if isinstance(module, ScaledLinear):
+        if isinstance(module, ScaledLinear | RoundedEmbedding):
             weight = f"{name}.weight"
             found = dequantize(reader[gguf_name(weight, arch)].data, Q4_0)
             trained_as = q4_0.decode(module.codes, module.scales()).detach()
@@ -184,8 +190,29 @@ def test_the_file_holds_the_trained_numbers(trained, qcat, household, tmp_path):
     assert report["quantization"] == "q4_0"
     assert report["source"]["method"] == "scales"
     assert report["imatrix_questions"] == 0
-    # What is left is that llama.cpp rounds activations to 8 bits, and the embedding.
+    # What is left is that llama.cpp rounds activations to 8 bits, and the head.
     assert report["proof"]["quantized"]["kl_mean"] < 0.01
+
+
+def test_a_trimmed_file_holds_the_rounded_rows(make_checkpoint, household, tmp_path):
+    """The embedding of a base with a head of its own, only the rows that are kept."""
+    from export_job import job_of
+    from gguf import GGUFReader
+
+    base = make_checkpoint("qwen2", tied=False).base
+    model = attach_scales(load_base(base, torch.float32), train_embeddings=False)
+    save(model, tmp_path, base=str(base), layers=None)
+    job = job_of(household, tmp_path / "whole.gguf", tmp_path, None)
+    rows = (*range(5, len(job.vocabulary.tokens), 3),)
+    kept = [
+        [values[row] for row in rows] for values in (job.vocabulary.tokens, job.vocabulary.types)
+    ]
+    cut = replace(job.vocabulary, tokens=kept[0], types=kept[1])
+    convert(replace(job, rows=rows, vocabulary=cut))
+    tensors = {tensor.name: tensor for tensor in GGUFReader(job.target).tensors}
+    found = dequantize(tensors["token_embd.weight"].data, Q4_0)
+    wanted = model.get_input_embeddings()(torch.tensor(rows))
+    np.testing.assert_array_equal(found, wanted.numpy())
 
 
 def test_another_kind_would_round_anew(trained, qcat, household, tmp_path):
@@ -226,7 +253,7 @@ def test_what_does_not_fit_its_base_is_refused(trained, make_checkpoint, tmp_pat
     others = tensors | {
         key: value.roll(1, 1) * 3 for key, value in tensors.items() if "first_scales" in key
     }
-    refused(others, "not of the weights of model.layers.0", source.base)
+    refused(others, r"not of the weights of model\.(layers\.0|embed)", source.base)
     (tmp_path / "copy" / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(ExportError, match="damaged"):
         Merger(locate(tmp_path / "copy", None))

@@ -2,7 +2,8 @@
 
 `scales`: the base's matrices are rounded to Q4_0 before training, and the scale of every block of
 32 weights is trained, with norms and biases; the codes stay (PEQA, Kim et al. 2023,
-arXiv:2305.14152). What is trained is what a Q4_0 file holds, so export has nothing to round.
+arXiv:2305.14152). An embedding that is not the head too is rounded and stays as it is. What is
+trained is what a Q4_0 file holds, so export has nothing to round.
 `lora`: low-rank matrices beside the base's own (Hu et al. 2021), by PEFT, merged and rounded at
 export. Both are saved as a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -63,6 +64,31 @@ class ScaledLinear(nn.Module):
         return output if self.bias is None else output + self.bias
 
 
+class RoundedEmbedding(nn.Module):
+    """An embedding of Q4_0 weights, which are not trained.
+
+    Args:
+        embedding: that of the base; its matrix is not kept.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.codes: torch.Tensor
+        self.first: torch.Tensor
+        scales = q4_0.fit_scales(embedding.weight)
+        self.register_buffer("first", scales)
+        self.register_buffer("codes", q4_0.encode(embedding.weight, scales))
+
+    def scales(self) -> torch.Tensor:
+        """As they were at first."""
+        return self.first
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of some tokens."""
+        rows = q4_0.decode(self.codes[ids].flatten(0, -3), self.first[ids].flatten(0, -2))
+        return rows.reshape(*ids.shape, -1)
+
+
 class _ScaledProduct(torch.autograd.Function):
     """x · Wᵀ with W = codes · scales, which is made anew when needed instead of being kept."""
 
@@ -102,8 +128,11 @@ def attach_scales(base: Any, train_embeddings: bool) -> Any:
                     f"{name} has rows of {module.in_features}, no multiple of {q4_0.BLOCK}, which "
                     "Q4_0 cannot hold: train with --method lora"
                 )
-            parent, _, own = name.rpartition(".")
-            setattr(base.get_submodule(parent), own, ScaledLinear(module))
+            base.set_submodule(name, ScaledLinear(module))
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    # A tied one is kept in a better type, as the head, and one that is trained is kept whole.
+    if not (train_embeddings or embedding.weight.equal(head.weight)):
+        base.set_input_embeddings(RoundedEmbedding(embedding))
     for name, parameter in base.named_parameters():
         part = name.rpartition(".")[2]
         small = part == "change" or parameter.ndim == 1
@@ -178,7 +207,7 @@ def _save_scales(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
 
     tensors = {}
     for name, module in model.named_modules():
-        if isinstance(module, ScaledLinear):
+        if isinstance(module, ScaledLinear | RoundedEmbedding):
             tensors[f"{name}.first_scales"] = module.first.half()
             tensors[f"{name}.scales"] = module.scales().detach().half()
     for name, parameter in model.named_parameters():

@@ -140,7 +140,7 @@ def train(
         prefix = encode_segments(prompt.prefix, tokenizer)
         model = _adapted(folder, settings)
         largest = max(*prefix, *(t for rows in encoded.values() for r in rows for t in r.rest))
-        if largest >= model.get_input_embeddings().weight.shape[0]:
+        if largest >= model.config.vocab_size:
             raise ModelError(
                 f"base {folder}: its tokenizer has token {largest}, for which its embedding has no "
                 "row: take a tokenizer and weights that belong together"
