@@ -43,5 +43,5 @@ $(CORE): pyproject.toml
 	touch $(CORE)
 
 $(STAMP): $(CORE)
-	$(BIN)/python -m pip install -e '.[train,ollama,dev]'
+	$(BIN)/python -m pip install -e '.[all,dev]'
 	touch $(STAMP)

@@ -97,8 +97,7 @@ def make_model(folder: Path) -> None:
     """A household model with one layer of random weights."""
     sys.path.insert(0, str(ROOT / "examples"))
     import tiny_model
-
-    from convert.pipeline import Request, export
+    from qcat_convert.pipeline import Request, export
 
     task = Task.read(HOUSEHOLD / "task.toml")
     base = folder.with_name("base")

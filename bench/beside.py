@@ -40,9 +40,10 @@ FORMS = {
 
 def main() -> None:
     """Make the files, ask them in turns, print."""
-    from convert.choose import try_all
-    from convert.pipeline import Request, prepare_job
-    from convert.verify import quality
+    from qcat_convert.choose import try_all
+    from qcat_convert.pipeline import Request, prepare_job
+    from qcat_convert.verify import quality
+
     from qcat.task import Task
 
     warnings.simplefilter("ignore")
@@ -83,7 +84,7 @@ def main() -> None:
 
 def _files(job: Any, run: Path, work: Path, task: Any) -> tuple[dict[str, Path], Path]:
     """The GGUF of each form, the base first; and the base."""
-    from convert.adapter import served_base, write_adapter
+    from qcat_convert.adapter import served_base, write_adapter
 
     base = served_base(job.source, work)
     files = {BARE: base.path}

@@ -148,7 +148,8 @@ def merge(checkpoint: Path, target: Path) -> None:
 
 def qcat(base: Path, adapter: Path | None, target: Path, kind: str) -> dict[str, Any]:
     """Export as `qcat export` does it without questions."""
-    from convert.pipeline import Request, convert_apart, export
+    from qcat_convert.pipeline import Request, convert_apart, export
+
     from qcat.task import Task
 
     shutil.rmtree(target, ignore_errors=True)

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from bases import base_of, title
 from data_sets import DATA_SETS, questions
+from qcat_convert.choose import BESIDE
 
-from convert.choose import BESIDE
 from qcat.cli.output import Bars, table
 from qcat.learn.evaluate import mcnemar
 from qcat.threads import wait_briefly
@@ -124,10 +124,11 @@ def _files(
     task: Task, split: Split, run: Path, folder: Path, ways: Sequence[str]
 ) -> tuple[Any, Any, dict[str, Path]]:
     """The merged model's answers in torch, the prompt in tokens, and the GGUFs."""
-    from convert.adapter import served_base, write_adapter
-    from convert.pipeline import Request, prepare_job
-    from convert.quantize import quantize
-    from convert.stream import convert
+    from qcat_convert.adapter import served_base, write_adapter
+    from qcat_convert.pipeline import Request, prepare_job
+    from qcat_convert.quantize import quantize
+    from qcat_convert.stream import convert
+
     from qcat.threads import default_threads
 
     folder.mkdir()
@@ -158,7 +159,7 @@ def _ask(
     files: dict[str, Path], base: Path, setup: Any, split: Split, reference: Any
 ) -> dict[str, Any]:
     """Label log-probabilities and median milliseconds of each file, the files taking turns."""
-    from convert.choose import try_all
+    from qcat_convert.choose import try_all
 
     rests = [setup.rest(example.text) for example in split.test]
 
@@ -179,7 +180,8 @@ def _ask(
 
 def _row(way: str, logs: Any, reference: Any, truth: Any) -> dict[str, Any]:
     """How a way did; `wrong` are the numbers of the questions that it got wrong."""
-    from convert.verify import quality
+    from qcat_convert.verify import quality
+
     from qcat.trust.reliability import reliability
 
     return {

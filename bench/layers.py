@@ -136,8 +136,9 @@ def _trained(
     task: Any, split: Any, seed: int, layers: int, options: argparse.Namespace, work: Path
 ) -> dict[str, Any]:
     """One training as `examples/household/make_model.sh` does it, and its export."""
-    from convert.pipeline import Request
-    from convert.pipeline import export as run_export
+    from qcat_convert.pipeline import Request
+    from qcat_convert.pipeline import export as run_export
+
     from qcat.learn.train import Settings, train
 
     run, target = work / "run", work / f"household-{layers}"

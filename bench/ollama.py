@@ -76,9 +76,9 @@ def model(work: Path) -> Path:
     target = work / "ollama-dist"
     if target.is_dir():
         return target
+    from qcat_convert.pipeline import Request, export
     from transformers import AutoModelForCausalLM
 
-    from convert.pipeline import Request, export
     from qcat.prompt import encode_answers
     from qcat.task import Task
     from qcat.tokenization import HubTokenizer
@@ -114,8 +114,8 @@ def measure(bundle: Path, address: str) -> dict[str, Any]:
     import ollama
     from ollama_classifier import LLMClassifier
     from ollama_classifier.backends import OllamaBackend
+    from qcat_convert.deploy import deploy
 
-    from convert.deploy import deploy
     from qcat import Classifier
     from qcat.task import Task
 

@@ -157,7 +157,7 @@ class Steps:
     _since: float = field(default_factory=time.perf_counter)
 
     def progress(self, step: str, done: int, total: int) -> None:
-        """To be given to `convert.pipeline.export`."""
+        """To be given to `qcat_convert.pipeline.export`."""
         if done == total:
             self.end(step)
 
@@ -187,8 +187,9 @@ def peak_mb() -> float:
 
 def export(checkpoint: Path, target: Path, kind: str, questions: int) -> dict[str, Any]:
     """Export once, as `qcat export` does, and say what every step took."""
-    from convert.pipeline import Request, convert_apart
-    from convert.pipeline import export as run_export
+    from qcat_convert.pipeline import Request, convert_apart
+    from qcat_convert.pipeline import export as run_export
+
     from qcat.task import Task
 
     task = Task.read(EXAMPLE / "task.toml")

@@ -103,9 +103,9 @@ def clinc(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 def measure(task: Any, split: Any, seed: int, options: Any, work: Path) -> dict[str, Any]:
     """Accuracy and macro-F1 on the test part: the 4-bit GGUF, and TF-IDF beside it."""
+    from qcat_convert.pipeline import Request, export
     from sklearn.metrics import accuracy_score, f1_score
 
-    from convert.pipeline import Request, export
     from qcat import Classifier
     from qcat.learn.baseline import tfidf_predictions
     from qcat.learn.train import train

@@ -118,7 +118,8 @@ def model(work: Path, layers: int, kind: str) -> Path:
 
 
 def _export(checkpoint: Path, target: Path, kind: str) -> None:
-    from convert.pipeline import Request, export
+    from qcat_convert.pipeline import Request, export
+
     from qcat.task import Task
 
     task = Task.read(EXAMPLE / "task.toml")

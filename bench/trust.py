@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qcat_convert.calibrate import Asked, Question, ask_all
 
-from convert.calibrate import Asked, Question, ask_all
 from qcat import Classifier
 from qcat.classifier import DEFAULT_MODEL
 from qcat.cli.output import Bars, table
@@ -103,9 +103,9 @@ def jobs(work: Path, draws: int) -> Iterator[Job]:
 def make(name: str, draw: int, folder: Path) -> None:
     """Train and export one draw; what is neither trained on nor for validation is held out."""
     sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
+    from qcat_convert.pipeline import Request, export
     from texts import reserved
 
-    from convert.pipeline import Request, export
     from qcat.learn.train import Settings, train
 
     rows = {

@@ -138,7 +138,8 @@ def read(name: str) -> Questions:
 
 def export(checkpoint: Path, folder: Path, name: str, merges: int | None, quant: str) -> Path:
     """Export unless it is there; the GGUF."""
-    from convert import pipeline
+    from qcat_convert import pipeline
+
     from qcat.prompt import clean_question
 
     found = read(name)
@@ -233,7 +234,8 @@ def _pieces(name: str, file: Path) -> tuple[int, list[list[bytes]]]:
 
 def _alone_merges(name: str, merges: int) -> dict[str, int]:
     """The same for the first merges alone, without the language's whole words."""
-    from convert.trim import trim
+    from qcat_convert.trim import trim
+
     from qcat.prompt import build_prompt, clean_question, encode_answers, encode_segments
     from qcat.tokenization import HubTokenizer
 

@@ -50,7 +50,7 @@ _MAX_DIMENSIONS = 4
 _LARGE = 1 << 20  # bytes of a header that takes long to walk
 _SAMPLES, _SAMPLE = 64, 4096  # places in the tensor data that a fingerprint reads, bytes of each
 
-# What `convert.writer` writes of a model, with the largest number that makes sense
+# What `qcat_convert.writer` writes of a model, with the largest number that makes sense
 _ARCHITECTURES = ("qwen3", "qwen2", "llama")
 _COUNTS = {
     "block_count": 512,  # llama.cpp's own limit

@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$work" .
 "$python" -m venv "$work/fresh"
-"$work/fresh/bin/python" -m pip install --quiet "$work"/qcat-*.whl
+"$work/fresh/bin/python" -m pip install --quiet "$work"/qcat_llm-*.whl
 if "$work/fresh/bin/python" -m pip list 2>/dev/null | grep -E '^(torch|transformers|peft) '; then
   echo "the core install must not bring these" >&2
   exit 1
@@ -25,5 +25,5 @@ model=$("$work/fresh/bin/python" -c 'from qcat.classifier import DEFAULT_MODEL; 
 grep -qx "  $answer" <<<"$("$qcat" inspect "$model")"
 grep -q '^TEMPLATE' <<<"$("$qcat" modelfile "$model")"
 refusal=$("$qcat" train "$data/questions.jsonl" -t "$data/task.toml" -o out 2>&1 || true)
-grep -q "pip install -e '\.\[train\]'" <<<"$refusal"
+grep -qF 'pip install "qcat-llm[train]"' <<<"$refusal"
 echo "the wheel alone answers: $answer"

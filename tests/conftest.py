@@ -104,9 +104,9 @@ def make_pair(
     """`make_pair(kind)`: a Q4_0 base as a GGUF, and an adapter trained on it."""
     import tiny_model
     from export_job import job_of
+    from qcat_convert.quantize import quantize
+    from qcat_convert.stream import convert
 
-    from convert.quantize import quantize
-    from convert.stream import convert
     from qcat.checkpoint import base_folder
 
     made: dict[str, tuple[Path, Path]] = {}
@@ -135,7 +135,7 @@ def bundle_file(
     tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Checkpoint]
 ) -> Callable[..., Path]:
     """`bundle_file(task, kind="qwen3", hidden=64)`: a GGUF made by export, Q8_0, cached."""
-    from convert.pipeline import Request, export
+    from qcat_convert.pipeline import Request, export
 
     @cache
     def make(toml: str, kind: str, hidden: int) -> Path:
@@ -211,7 +211,8 @@ def call(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """As `qcat`, but in this process, all of it: every start of another costs seconds."""
-    from convert import pipeline
+    from qcat_convert import pipeline
+
     from qcat import cli
 
     monkeypatch.setattr(pipeline, "convert_apart", lambda: nullcontext(pipeline.convert))

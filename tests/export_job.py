@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from convert.merge import locate
-from convert.stream import Job
-from convert.vocab import read_vocabulary
+from qcat_convert.merge import locate
+from qcat_convert.stream import Job
+from qcat_convert.vocab import read_vocabulary
+
 from qcat.prompt import build_prompt, encode_answers, encode_segments
 from qcat.tokenization import HubTokenizer
 from qcat.trie import LabelTrie

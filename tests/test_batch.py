@@ -194,8 +194,8 @@ def test_without_pyarrow(folder):
         assert target.exists() == (status == 0)
         if status:
             assert done.stderr == (
-                "qcat: error: pyarrow is not installed: in qcat's clone give pip install -e "
-                "'.[parquet]'\n"
+                'qcat: error: pyarrow is not installed: pip install "qcat-llm[parquet]", or in a '
+                'clone pip install -e ".[parquet]"\n'
             )
 
 

@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+from qcat_convert.pipeline import Request, export
 
-from convert.pipeline import Request, export
 from qcat import Classifier
 from qcat.backends import llama
 from qcat.bundle import Bundle, read_header

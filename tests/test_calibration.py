@@ -11,9 +11,9 @@ import pytest
 from conftest import EXAMPLE
 from hypothesis import given
 from hypothesis import strategies as st
+from qcat_convert.calibrate import Asked, Question, carry_threshold
 from scipy.stats import beta
 
-from convert.calibrate import Asked, Question, carry_threshold
 from qcat import Classifier
 from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, read_header, section, write_sections
 from qcat.classifier import DEFAULT_MODEL

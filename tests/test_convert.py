@@ -11,12 +11,12 @@ import pytest
 import tiny_model
 import torch
 from export_job import job_of
+from qcat_convert import writer
+from qcat_convert.merge import Merger, locate
+from qcat_convert.stream import convert
 from safetensors.torch import load_file, save_file
 from whole_model import whole
 
-from convert import writer
-from convert.merge import Merger, locate
-from convert.stream import convert
 from qcat import architecture as tensors
 from qcat.backends.llama import LlamaModel
 from qcat.errors import ExportError, ModelError

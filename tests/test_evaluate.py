@@ -475,7 +475,8 @@ def test_an_absent_library_is_one_line(library, qcat, house, tmp_path, held_out)
     done = qcat(*args, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
     assert done.stderr == (
-        f"qcat: error: {library} is not installed: in qcat's clone give pip install -e '.[train]'\n"
+        f'qcat: error: {library} is not installed: pip install "qcat-llm[eval]", or in a clone '
+        'pip install -e ".[eval]"\n'
     )
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLE
 from export_job import job_of
+from qcat_convert.modelfile import go_template, render
+from qcat_convert.pipeline import Request, export
+from qcat_convert.quantize import QUANTIZATIONS, quantize
+from qcat_convert.stream import convert
 from whole_model import whole
 
-from convert.modelfile import go_template, render
-from convert.pipeline import Request, export
-from convert.quantize import QUANTIZATIONS, quantize
-from convert.stream import convert
 from qcat.bundle import Bundle, read_header, section
 from qcat.classifier import Classifier
 from qcat.prompt import Prompt, Segment
@@ -293,7 +293,8 @@ def test_unwritable_place(qcat, make_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", ["out", "h[1]", "*"])
 def test_two_exports_to_one_folder(name, tmp_path):
-    from convert.pipeline import _working_folder
+    from qcat_convert.pipeline import _working_folder
+
     from qcat.errors import ExportError
 
     (tmp_path / "real").mkdir()
@@ -333,7 +334,7 @@ def test_killed_at_any_moment_the_target_is_whole_or_absent(make_checkpoint, hou
     # A fork server has the heavy imports done, so that the kills fall into the export itself.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["convert.pipeline", "llama_cpp", "peft", "transformers.models.qwen3", "gguf"]
+        ["qcat_convert.pipeline", "llama_cpp", "peft", "transformers.models.qwen3", "gguf"]
     )
     adapter = make_checkpoint().adapter
     target = tmp_path / "runs" / "out"

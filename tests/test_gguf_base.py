@@ -14,12 +14,12 @@ from conftest import EXAMPLE, Checkpoint
 from export_job import job_of
 from hypothesis import given
 from hypothesis import strategies as st
+from qcat_convert.quantize import quantize
+from qcat_convert.stream import convert
+from qcat_convert.verify import check_base_tokens
 from safetensors.torch import load_file
 from test_convert import PROMPT, gguf_log_probabilities, torch_log_probabilities
 
-from convert.quantize import quantize
-from convert.stream import convert
-from convert.verify import check_base_tokens
 from qcat.backends.llama import LlamaModel
 from qcat.bundle import read_header
 from qcat.checkpoint import base_folder, load_base

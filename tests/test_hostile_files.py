@@ -537,7 +537,7 @@ def four_layers(
     make_checkpoint: Callable[..., Any], household: Task, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A Qwen2 with as many layers as heads."""
-    from convert.pipeline import Request, export
+    from qcat_convert.pipeline import Request, export
 
     target = tmp_path_factory.mktemp("four") / "out"
     adapter = make_checkpoint("qwen2", hidden=64, layers=4).adapter

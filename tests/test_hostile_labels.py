@@ -20,9 +20,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from qcat_convert.modelfile import chat_template, modelfile, render
 from test_hostile_files import run_apart
 
-from convert.modelfile import chat_template, modelfile, render
 from qcat import Classifier, QcatError, Task, TaskError
 from qcat.bundle import TASK_KEY, write_sections
 from qcat.grammar import grammar

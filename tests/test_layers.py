@@ -16,9 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from qcat_convert.merge import Merger, locate
 from whole_model import put_together, whole
 
-from convert.merge import Merger, locate
 from qcat.bundle import read_header
 from qcat.checkpoint import load_base, load_config
 from qcat.errors import ExportError, ModelError, TrainError

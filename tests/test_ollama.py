@@ -26,8 +26,8 @@ from ollama_server import (
     ollama_server,
     post,
 )
+from qcat_convert.deploy import deploy
 
-from convert.deploy import deploy
 from qcat import Classifier
 from qcat.backends.llama import LlamaModel
 from qcat.bundle import Bundle
@@ -287,8 +287,7 @@ def stock_template():
 def test_a_stock_chat_template_hides_the_modelfiles(server, make_checkpoint, household, tmp_path):
     """The problem that the bundle's own template is there to prevent."""
     from export_job import job_of
-
-    from convert.stream import convert
+    from qcat_convert.stream import convert
 
     base = make_checkpoint(hidden=64).base
     more = {"chat_template": stock_template()}

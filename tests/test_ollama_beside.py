@@ -21,9 +21,9 @@ from ollama_server import (
     ollama_server,
     post,
 )
+from qcat_convert.quantize import quantize
+from qcat_convert.stream import convert
 
-from convert.quantize import quantize
-from convert.stream import convert
 from qcat import Classifier
 from qcat.backends.llama import LlamaModel
 from qcat.bundle import Bundle

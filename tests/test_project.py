@@ -6,14 +6,17 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+import zipfile
 
 import pytest
 from conftest import EXAMPLE, ROOT
+from qcat_convert.modelfile import modelfile
 
-from convert.modelfile import modelfile
 from qcat.cli import COMMANDS
 from qcat.errors import TaskError
 from qcat.grammar import grammar
+from qcat.install import DISTRIBUTION, extra_with
 from qcat.prompt import QUESTION_ROOM, build_prompt
 from qcat.task import Task
 from qcat.version import __version__
@@ -27,16 +30,16 @@ ALLOWED = {
     "measure": {"core", "classifier"},
     "batch": {"core", "classifier"},
     "learn": {"core", "backends", "trust", "classifier"},
-    "convert": {"core", "backends", "trust", "classifier"},
-    "cli": {"core", "backends", "trust", "classifier", "measure", "batch", "learn", "convert"},
+    "qcat_convert": {"core", "backends", "trust", "classifier"},
 }
+ALLOWED["cli"] = {*ALLOWED}
 
 
 def room(module):
     """The room of the architecture that a module lives in; None for what is not ours."""
     parts = module.split(".")
-    if parts[0] == "convert":
-        return "convert"
+    if parts[0] == "qcat_convert":
+        return "qcat_convert"
     if parts[0] != "qcat":
         return None
     if len(parts) > 1 and parts[1] in ALLOWED:
@@ -53,12 +56,13 @@ def imports(path):
             yield node.module
 
 
-SOURCES = sorted([*ROOT.glob("qcat/**/*.py"), *ROOT.glob("convert/**/*.py")])
+SOURCES = sorted([*ROOT.glob("qcat/**/*.py"), *(ROOT / "convert").glob("**/*.py")])
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    root = ROOT / "convert" if path.is_relative_to(ROOT / "convert") else ROOT
+    name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
     if name == "qcat":
         return  # the public face re-exports the classifier
     for module in imports(path):
@@ -70,7 +74,7 @@ def test_imports_point_one_way(path):
         if module.split(".")[0] in ("ollama", "httpx"):
             assert name == "qcat.backends.ollama"
         if module.split(".")[0] == "llama_cpp":
-            assert name in ("qcat.backends.llama", "convert.quantize", "qcat.cli.doctor")
+            assert name in ("qcat.backends.llama", "qcat_convert.quantize", "qcat.cli.doctor")
 
 
 def test_asking_loads_neither_torch_nor_transformers(house):
@@ -81,7 +85,7 @@ def test_asking_loads_neither_torch_nor_transformers(house):
         "sys.argv = ['qcat', 'ask', '-m', sys.argv[1], 'pool?']\n"
         "from qcat.cli import run\n"
         "assert run(None) == 0\n"
-        "heavy = {'torch', 'transformers', 'peft', 'gguf', 'sklearn', 'tokenizers', 'convert',"
+        "heavy = {'torch', 'transformers', 'peft', 'gguf', 'sklearn', 'tokenizers', 'qcat_convert',"
         " 'ollama', 'httpx'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
@@ -175,3 +179,48 @@ def test_debug_shows_the_traceback(qcat, tmp_path):
     done = qcat("inspect", tmp_path / "no.gguf", env={**os.environ, "QCAT_DEBUG": "1"})
     assert "Traceback" in done.stderr
     assert "BundleError" in done.stderr
+
+
+# Packaging
+
+
+def test_the_wheel_brings_two_packages_and_no_others(tmp_path):
+    """A module named `convert`, say, would shadow a user's own."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert names == {"qcat", "qcat_convert", f"qcat_llm-{__version__}.dist-info"}
+
+
+def test_a_users_own_convert_module_changes_nothing(qcat, house, tmp_path):
+    (tmp_path / "convert.py").write_text("raise SystemExit('taken')\n")
+    script = "import convert_other, qcat_convert.modelfile, qcat"
+    (tmp_path / "convert_other.py").write_text("")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert qcat("modelfile", house, cwd=tmp_path).returncode == 0
+
+
+def test_extras_are_what_libraries_ask_for():
+    """A library that is absent is named with an extra that brings it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert project["name"] == DISTRIBUTION
+    distributions = {"sklearn": "scikit-learn"}
+    for library in (
+        "sklearn",
+        "scipy",
+        "matplotlib",
+        "pyarrow",
+        "ollama",
+        "httpx",
+        "torch",
+        "peft",
+    ):
+        wanted = distributions.get(library, library)
+        brought = [re.match(r"[\w-]+", line)[0] for line in extras[extra_with(library)]]
+        assert wanted in brought
+    assert not {"torch", "transformers", "peft"} & {
+        re.match(r"[\w-]+", line)[0] for line in [*project["dependencies"], *extras["eval"]]
+    }

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from qcat_convert.promote import candidate_of, clear, previous_of, promote, reserved
 
-from convert.promote import candidate_of, clear, previous_of, promote, reserved
 from qcat.bundle import (
     CALIBRATION_KEY,
     SOURCE_KEY,
@@ -258,7 +258,7 @@ def test_promotes_and_keeps_the_one_before(tmp_path, previous):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from convert.promote import promote, reserved
+from qcat_convert.promote import promote, reserved
 left, rename = int(sys.argv[2]), os.rename
 def counted(source, target):
     global left
@@ -359,7 +359,7 @@ def train_easily(easy_job, target, epochs):
 
 def bundle_of(run, target):
     """The run's bundle, in which some labels may have changed."""
-    from convert.pipeline import Request, export
+    from qcat_convert.pipeline import Request, export
 
     found = Run.read(run)
     held_out = tuple((example.text, example.label) for example in found.split.test)

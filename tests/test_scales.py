@@ -17,12 +17,12 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from qcat_convert.choose import kinds_to_make
+from qcat_convert.merge import Merger, locate
+from qcat_convert.stream import convert
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from convert.choose import kinds_to_make
-from convert.merge import Merger, locate
-from convert.stream import convert
 from qcat import q4_0
 from qcat.architecture import EMBEDDING, architecture, gguf_name, gguf_tensor, hyper_parameters
 from qcat.bundle import read_header

@@ -13,12 +13,12 @@ import tiny_model
 import torch
 from conftest import EXAMPLE
 from export_job import job_of
+from qcat_convert.apart import apart
+from qcat_convert.merge import Merger, locate
+from qcat_convert.stream import convert
+from qcat_convert.weights import Checkpoint, Rows
 from whole_model import parts, whole
 
-from convert.apart import apart
-from convert.merge import Merger, locate
-from convert.stream import convert
-from convert.weights import Checkpoint, Rows
 from qcat.errors import DataError, ExportError, ModelError
 from qcat.scoring import label_log_probabilities
 from qcat.task import Task

@@ -9,11 +9,11 @@ import pytest
 from conftest import REAL_TOKENIZER, needs_real_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qcat_convert.modelfile import modelfile, render
+from qcat_convert.trim import trim
+from qcat_convert.vocab import CONTROL, USER_DEFINED, read_vocabulary
 from tokenizers import AddedToken
 
-from convert.modelfile import modelfile, render
-from convert.trim import trim
-from convert.vocab import CONTROL, USER_DEFINED, read_vocabulary
 from qcat.backends.llama import LlamaModel
 from qcat.errors import ExportError, ModelError, QuestionError, TaskError
 from qcat.prompt import (
@@ -60,8 +60,7 @@ def vocabulary_file(folder, tokenizer, size):
     """A GGUF with a tokenizer and one tensor: llama.cpp opens it for its vocabulary alone."""
     import numpy as np
     from gguf import GGUFWriter
-
-    from convert.writer import _add_vocabulary
+    from qcat_convert.writer import _add_vocabulary
 
     path = folder / "vocabulary.gguf"
     writer = GGUFWriter(path, "qwen3")

@@ -11,14 +11,14 @@ from conftest import EXAMPLE, REAL_TOKENIZER, corpus
 from export_job import job_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qcat_convert.card import vocabulary_line
+from qcat_convert.pipeline import Request, export
+from qcat_convert.stream import convert
+from qcat_convert.trim import DEFAULT_MERGES, Trimmed, trim, whole_words
+from qcat_convert.verify import check_questions
+from qcat_convert.vocab import CONTROL, read_vocabulary
 from test_tokens import TEXT
 
-from convert.card import vocabulary_line
-from convert.pipeline import Request, export
-from convert.stream import convert
-from convert.trim import DEFAULT_MERGES, Trimmed, trim, whole_words
-from convert.verify import check_questions
-from convert.vocab import CONTROL, read_vocabulary
 from qcat.bundle import Bundle, read_header
 from qcat.classifier import Classifier
 from qcat.cli.retrain import _recipe
@@ -249,7 +249,9 @@ def test_other_tokens_in_training_are_noticed(tiny, household):
 def test_rows_of_embedding_and_head(tied, make_checkpoint, tmp_path, household, monkeypatch):
     from gguf import GGUFReader
 
-    monkeypatch.setattr("convert.weights._CHUNK", 64 * 20)  # some chunks have no row that is kept
+    monkeypatch.setattr(
+        "qcat_convert.weights._CHUNK", 64 * 20
+    )  # some chunks have no row that is kept
     checkpoint = make_checkpoint("qwen3", hidden=64, tied=tied)
     base, size = checkpoint.base, checkpoint.model.config.vocab_size
     tokenizer = HubTokenizer(base)

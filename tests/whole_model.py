@@ -7,8 +7,7 @@ from __future__ import annotations
 import json
 
 import torch
-
-from convert.merge import Merger, locate
+from qcat_convert.merge import Merger, locate
 
 
 def whole(adapter, base=None):

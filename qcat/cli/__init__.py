@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from qcat.errors import QcatError
+from qcat.install import extra_with, how_to_install
 from qcat.version import __version__
 
 COMMANDS = {
@@ -31,8 +32,6 @@ COMMANDS = {
     "inspect": "Show what a GGUF says of itself.",
     "doctor": "Show what this machine offers.",
 }
-_EXTRAS = {"ollama": "ollama", "httpx": "ollama", "pyarrow": "parquet"}
-"""What to install for a library that is absent; `train` for any other."""
 
 
 class _Commands(click.Group):
@@ -100,14 +99,10 @@ def run(args: list[str] | None) -> int:
         click.echo(f"qcat: error: {' '.join(str(error).split())}", err=True)
         return 1
     except ModuleNotFoundError as error:
-        if debug or error.name in (None, "qcat", "convert"):
+        if debug or error.name in (None, "qcat", "qcat_convert"):
             raise
-        extra = _EXTRAS.get(error.name, "train")
-        click.echo(
-            f"qcat: error: {error.name} is not installed: in qcat's clone give "
-            f"pip install -e '.[{extra}]'",
-            err=True,
-        )
+        how = how_to_install(extra_with(error.name))
+        click.echo(f"qcat: error: {error.name} is not installed: {how}", err=True)
         return 1
     except Exception as error:
         if debug:

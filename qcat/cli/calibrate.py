@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from qcat_convert.calibrate import Asked, Judged, Question, ask_all, sections, summary
 
-from convert.calibrate import Asked, Judged, Question, ask_all, sections, summary
 from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, section, write_sections
 from qcat.classifier import read_calibration
 from qcat.cli.output import Bars, FloatRange, check_writable, given, json_line, table

@@ -46,7 +46,7 @@ def deploy_and_tell(
     folder: Path, name: str | None, questions: Sequence[str], timeout: float
 ) -> None:
     """Deploy with progress bars, and print what was proved."""
-    from convert.deploy import deploy
+    from qcat_convert.deploy import deploy
 
     with Bars() as bars:
         done = deploy(folder, name, questions=questions, timeout=timeout, progress=bars.show)

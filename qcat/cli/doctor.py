@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 
 import click
 
 from qcat.errors import QcatError, ServerError
+from qcat.install import how_to_install, versions
 
 _NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 _NO_REPACKING = (
@@ -18,7 +18,7 @@ _NO_REPACKING = (
     f"CMAKE_ARGS=\"-DCMAKE_C_FLAGS='{_NO_AMX}' -DCMAKE_CXX_FLAGS='{_NO_AMX}'\" pip install "
     "--force-reinstall --no-deps --no-cache-dir llama-cpp-python"
 )
-_PACKAGES = ("qcat", "llama-cpp-python", "numpy", "torch", "transformers", "peft", "gguf", "ollama")
+_PACKAGES = ("llama-cpp-python", "numpy", "torch", "transformers", "peft", "gguf", "ollama")
 
 
 @click.command()
@@ -30,12 +30,7 @@ def command() -> None:
       qcat doctor
     """
     rows = [("python", f"{platform.python_version()} on {platform.platform()}")]
-    for package in _PACKAGES:
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            version = "not installed"
-        rows.append((package, version))
+    rows += [(name, found or "not installed") for name, found in versions(*_PACKAGES).items()]
 
     import llama_cpp
 
@@ -102,6 +97,6 @@ def _ollama() -> str:
         finally:
             server.close()
     except ModuleNotFoundError:
-        return "not asked: pip install -e '.[ollama]' in qcat's clone"
+        return f"not asked: {how_to_install('ollama')}"
     except ServerError as error:
         return str(error)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from qcat_convert.card import layers_text, vocabulary_line
 
-from convert.card import layers_text, vocabulary_line
 from qcat.beside import BASE_KEY
 from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, is_adapter, section
 from qcat.classifier import read_calibration

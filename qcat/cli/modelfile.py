@@ -23,7 +23,8 @@ def command(gguf: Path) -> None:
     bundle = Bundle.read(gguf)
     if is_adapter(bundle.header):
         raise BundleError(f"{gguf}: is an adapter: `qcat export` wrote its Modelfile beside it")
-    from convert.modelfile import modelfile, parameters
+    from qcat_convert.modelfile import modelfile, parameters
+
     from qcat.backends.llama import LlamaModel
 
     with LlamaModel(gguf, vocab_only=True) as model:

@@ -73,8 +73,9 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
     wait_briefly()
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
-    from convert.merge import fingerprint
-    from convert.promote import previous_of, promote, reserved
+    from qcat_convert.merge import fingerprint
+    from qcat_convert.promote import previous_of, promote, reserved
+
     from qcat.checkpoint import base_folder
     from qcat.cli.train import train_and_tell
     from qcat.learn.retrain import Run, add_questions
@@ -119,7 +120,8 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
 
 def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
     """The bundle that serves, once it is known that it can be replaced by one of `output`."""
-    from convert.merge import fingerprint
+    from qcat_convert.merge import fingerprint
+
     from qcat.checkpoint import base_folder
 
     serving = Bundle.read(find_gguf(bundle))
@@ -143,7 +145,7 @@ def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
 
 def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, str]:
     """Give the new model the old one's threshold, or its promise; what speaks against it if not."""
-    from convert.calibrate import Question, carry_threshold
+    from qcat_convert.calibrate import Question, carry_threshold
 
     task = serving.task
     questions = [
@@ -186,8 +188,8 @@ def _way_out(problems: Iterable[str], serving: Path) -> str:
 
 def _recipe(serving: Bundle) -> dict[str, Any]:
     """How a bundle was exported; what it does not say was the default."""
-    from convert.choose import BESIDE
-    from convert.quantize import QUANTIZATIONS
+    from qcat_convert.choose import BESIDE
+    from qcat_convert.quantize import QUANTIZATIONS
 
     report = section(serving.header, REPORT_KEY, serving.path)
     defaults = {"quantization": "q4_k_m", "precision": "f16", "max_flips": 0.02}
@@ -249,7 +251,8 @@ def _listed(examples: Sequence[Example], labels: Sequence[str]) -> Iterator[str]
 
 def _candidate(bundle: Path, run: Path, weights: str, recipe: dict[str, Any]) -> Path:
     """The GGUF of the new run's bundle, exported unless it is there already."""
-    from convert.promote import candidate_of, clear
+    from qcat_convert.promote import candidate_of, clear
+
     from qcat.cli.export import export_and_tell, read_request
 
     folder = candidate_of(bundle)

@@ -208,7 +208,7 @@ def command(
     hyper_parameters(load_config(folder, kept), config.vocab_size)
     base_folder(base)
     if gguf:
-        from convert.verify import check_base_tokens
+        from qcat_convert.verify import check_base_tokens
 
         check_base_tokens(gguf, folder, [example.text for example in examples])
     settings = Settings(

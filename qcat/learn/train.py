@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from qcat.checkpoint import base_folder, count_layers, first_line, load_base
 from qcat.errors import DataError, ModelError, TrainError
+from qcat.install import versions
 from qcat.learn.dataset import Example
 from qcat.learn.objective import Encoded, Objective, Scorer
 from qcat.learn.run_folder import CHECKPOINT, clear, run_folder, write_json
@@ -160,9 +160,7 @@ def train(
             "history": [asdict(epoch) for epoch in run.state.history],
             "best_epoch": run.best_epoch,
             "test": {"loss": test_loss, "accuracy": accuracy, "macro_f1": macro_f1},
-            "versions": {
-                name: metadata.version(name) for name in ("qcat", "torch", "transformers", "peft")
-            },
+            "versions": versions("torch", "transformers", "peft"),
         }
         _finish(target, run, task, record)
     return record

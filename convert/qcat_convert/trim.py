@@ -74,7 +74,7 @@ def trim(tokenizer: HubTokenizer, needed: Iterable[int], merges: int) -> Trimmed
     """Cut a tokenizer down.
 
     Args:
-        tokenizer: one that `convert.vocab.read_vocabulary` takes.
+        tokenizer: one that `qcat_convert.vocab.read_vocabulary` takes.
         needed: ids to keep in any case.
         merges: how many of the first merges to keep.
 

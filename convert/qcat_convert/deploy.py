@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.modelfile import go_template, modelfile, parameters
-from convert.verify import spread
 from qcat.backends.llama import LlamaModel
 from qcat.backends.ollama import Progress, Server
 from qcat.bundle import TASK_KEY, Bundle, find_gguf, is_adapter
@@ -22,6 +20,8 @@ from qcat.classifier import OLLAMA, Classifier, prepare
 from qcat.errors import BundleError, ExportError, ServerError
 from qcat.prompt import QUESTION_ROOM, Prompt, clean_question, encode_segments
 from qcat.task import Task
+from qcat_convert.modelfile import go_template, modelfile, parameters
+from qcat_convert.verify import spread
 
 NEAR_TIE = 0.1
 """Margin under which a label may differ: Ollama's attention sums in another way (see README)."""

@@ -8,9 +8,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
-from convert.scales import Blocks
-from convert.vocab import Vocabulary
-from convert.weights import Rows, Shape
 from qcat.architecture import (
     EMBEDDING,
     HEAD,
@@ -25,6 +22,9 @@ from qcat.bundle import SOURCE_KEY, TASK_KEY
 from qcat.errors import ExportError
 from qcat.q4_0 import pack
 from qcat.task import Task
+from qcat_convert.scales import Blocks
+from qcat_convert.vocab import Vocabulary
+from qcat_convert.weights import Rows, Shape
 
 if TYPE_CHECKING:
     import torch

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.quantize import AUTO, CANDIDATES, TRAINED_FOR, UNPROVED
-from convert.verify import Floats, Replayed, quality
 from qcat.errors import ExportError
+from qcat_convert.quantize import AUTO, CANDIDATES, TRAINED_FOR, UNPROVED
+from qcat_convert.verify import Floats, Replayed, quality
 
 _ROUNDS = 3
 

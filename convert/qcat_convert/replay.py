@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.decoder import OneLayer
-from convert.weights import Rows
 from qcat.scoring import Floats, label_log_probabilities
 from qcat.trie import LabelTrie
+from qcat_convert.decoder import OneLayer
+from qcat_convert.weights import Rows
 
 if TYPE_CHECKING:
     import torch

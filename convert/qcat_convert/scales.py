@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.weights import Rows
 from qcat import q4_0
 from qcat.checkpoint import first_line
 from qcat.errors import ExportError
+from qcat_convert.weights import Rows
 
 if TYPE_CHECKING:
     import torch

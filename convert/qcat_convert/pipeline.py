@@ -16,38 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from convert.adapter import ServedBase, served_base, write_adapter
-from convert.apart import apart
-from convert.calibrate import Asked, Question, ask_all, sections, summary
-from convert.card import model_card
-from convert.choose import BESIDE, Trial, choose, kinds_to_make, try_all, within_size
-from convert.merge import Source, fingerprint, is_scales, locate
-from convert.modelfile import chat_template, modelfile, parameters
-from convert.quantize import AUTO, CANDIDATES, quantize
-from convert.stream import Job, Measured, convert, prepare_process
-from convert.trim import trim, whole_words
-from convert.verify import (
-    Floats,
-    Replayed,
-    check_questions,
-    check_tokens,
-    quality,
-    replay_gguf,
-    spread,
-)
-from convert.vocab import Vocabulary, read_vocabulary
-from convert.writer import Precision
 from qcat.backends.llama import LlamaModel
 from qcat.bundle import REPORT_KEY, Bundle, write_sections
 from qcat.classifier import prepare
 from qcat.errors import DataError, ExportError
 from qcat.files import write_whole
 from qcat.grammar import grammar
+from qcat.install import versions
 from qcat.prompt import (
     QUESTION_ROOM,
     Prompt,
@@ -60,6 +39,27 @@ from qcat.task import Task
 from qcat.threads import default_threads
 from qcat.tokenization import HubTokenizer
 from qcat.trie import LabelTrie
+from qcat_convert.adapter import ServedBase, served_base, write_adapter
+from qcat_convert.apart import apart
+from qcat_convert.calibrate import Asked, Question, ask_all, sections, summary
+from qcat_convert.card import model_card
+from qcat_convert.choose import BESIDE, Trial, choose, kinds_to_make, try_all, within_size
+from qcat_convert.merge import Source, fingerprint, is_scales, locate
+from qcat_convert.modelfile import chat_template, modelfile, parameters
+from qcat_convert.quantize import AUTO, CANDIDATES, quantize
+from qcat_convert.stream import Job, Measured, convert, prepare_process
+from qcat_convert.trim import trim, whole_words
+from qcat_convert.verify import (
+    Floats,
+    Replayed,
+    check_questions,
+    check_tokens,
+    quality,
+    replay_gguf,
+    spread,
+)
+from qcat_convert.vocab import Vocabulary, read_vocabulary
+from qcat_convert.writer import Precision
 
 Progress = Callable[[str, int, int], None]
 """Called with a step's name, and how much of it is done of how much."""
@@ -83,8 +83,8 @@ class Request:
     base: str | None = None
     """Local folder or hub name; None takes the one that the adapter names."""
     quantization: str | None = None
-    """One of `QUANTIZATIONS`, or `AUTO` (see `convert.quantize`): the fastest here of `CANDIDATES`
-    that changes no more labels than `max_flips`. None: see `convert.choose.kinds_to_make`."""
+    """One of `QUANTIZATIONS`, or `AUTO` (see `qcat_convert.quantize`): the fastest here of
+    `CANDIDATES` that changes no more labels than `max_flips`. None: what `kinds_to_make` says."""
     precision: Precision = "f16"
     """Of the GGUF that is quantized."""
     merges: int | None = None
@@ -529,7 +529,7 @@ def _calibrate(
 
 
 def _made_from(source: Source, digest: str) -> dict[str, Any]:
-    packages = ("qcat", "llama-cpp-python", "gguf", "torch", "transformers", "peft")
+    packages = ("llama-cpp-python", "gguf", "torch", "transformers", "peft")
     return {
         "base": Path(source.base).resolve().name if Path(source.base).is_dir() else source.base,
         "adapter": source.adapter.resolve().name if source.adapter else None,
@@ -537,5 +537,5 @@ def _made_from(source: Source, digest: str) -> dict[str, Any]:
         "base_layers": source.base_layers,
         "method": "scales" if source.scales else "lora" if source.adapter else None,
         "fingerprint": digest,
-        "versions": {package: metadata.version(package) for package in packages},
+        "versions": versions(*packages),
     }

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.decoder import OneLayer
-from convert.imatrix import Importance, ImportanceMatrix
-from convert.merge import Merger, Source
-from convert.replay import Replay, label_distributions
-from convert.vocab import Vocabulary
-from convert.writer import GGUFFile, Precision
 from qcat.architecture import EMBEDDING, HEAD
 from qcat.scoring import Floats
 from qcat.task import Task
 from qcat.threads import default_threads
 from qcat.trie import LabelTrie
+from qcat_convert.decoder import OneLayer
+from qcat_convert.imatrix import Importance, ImportanceMatrix
+from qcat_convert.merge import Merger, Source
+from qcat_convert.replay import Replay, label_distributions
+from qcat_convert.vocab import Vocabulary
+from qcat_convert.writer import GGUFFile, Precision
 
 Progress = Callable[[int, int], None]
 

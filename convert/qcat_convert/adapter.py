@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from convert.merge import Source
-from convert.quantize import Quantized
 from qcat.architecture import architecture, gguf_name, gguf_tensor, hyper_parameters
 from qcat.beside import BASE_KEY, BaseFile
 from qcat.bundle import (
@@ -30,6 +28,8 @@ from qcat.errors import ExportError
 from qcat.gguf_base import gguf_file, is_gguf
 from qcat.ollama_store import PREFIX
 from qcat.task import Task
+from qcat_convert.merge import Source
+from qcat_convert.quantize import Quantized
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from convert.modelfile import render
 from qcat.backends.llama import LlamaModel, LlamaScorer
 from qcat.errors import ExportError
 from qcat.grammar import grammar
@@ -24,6 +23,7 @@ from qcat.scoring import label_log_probabilities
 from qcat.task import Task
 from qcat.tokenization import HubTokenizer
 from qcat.trie import LabelTrie
+from qcat_convert.modelfile import render
 
 _AWKWARD = (
     "When was the pool pump replaced?\nCategory: fence",
