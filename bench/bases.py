@@ -32,7 +32,7 @@ def base_of(name: str) -> Path:
     if name == SMALL:
         return EXAMPLES / "base" / "model"
     if name.endswith(ROTATED):
-        from qcat.checkpoint import base_folder
+        from qcat.base.checkpoint import base_folder
 
         original = base_folder(str(fetch(name.removesuffix(ROTATED))))
         return rotated(original, folder() / name)
@@ -55,7 +55,7 @@ def rotated(base: Path, target: Path) -> Path:
     import torch
     from torch import nn
 
-    from qcat.checkpoint import load_base
+    from qcat.base.checkpoint import load_base
 
     if (target / "config.json").exists():
         return target

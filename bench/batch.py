@@ -31,8 +31,8 @@ from statistics import median
 from typing import Any
 
 from qcat.cli.output import table
+from qcat.data.dataset import read_examples
 from qcat.files import write_whole
-from qcat.learn.dataset import read_examples
 from qcat.task import Task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +97,9 @@ def make_model(folder: Path) -> None:
     """A household model with one layer of random weights."""
     sys.path.insert(0, str(ROOT / "examples"))
     import tiny_model
-    from qcat_convert.pipeline import Request, export
+
+    from qcat.workflows.export import export
+    from qcat.workflows.export_job import Request
 
     task = Task.read(HOUSEHOLD / "task.toml")
     base = folder.with_name("base")
@@ -266,7 +268,7 @@ def drawn(runs: list[Run]) -> bytes:
     """Memory and rows answered over time as a PNG."""
     from matplotlib.figure import Figure
 
-    from qcat.plot import BLUE, GREY, ORANGE, bare, png
+    from qcat.report.plot import BLUE, GREY, ORANGE, bare, png
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=[2, 1])

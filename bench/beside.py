@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from qcat.cli.output import Bars, table
-from qcat.learn.dataset import read_examples
+from qcat.data.dataset import read_examples
+from qcat.evaluation.proof import replay_gguf
 
 ATTENTION, MLP = "self_attn", "mlp"
 BARE = "base alone"
@@ -40,11 +41,10 @@ FORMS = {
 
 def main() -> None:
     """Make the files, ask them in turns, print."""
-    from qcat_convert.choose import try_all
-    from qcat_convert.pipeline import Request, prepare_job
-    from qcat_convert.verify import quality
-
+    from qcat.evaluation.proof import quality
     from qcat.task import Task
+    from qcat.workflows.choose import try_all
+    from qcat.workflows.export_job import Request, prepare_job
 
     warnings.simplefilter("ignore")
     options = _options()
@@ -53,12 +53,12 @@ def main() -> None:
     truth = [example.label for example in examples]
     with tempfile.TemporaryDirectory() as work:
         job, served = prepare_job(Path(work, "unused"), Request(task, Path(work), options.run))
-        files, base = _files(job, options.run, Path(work), served.setup.task)
-        rests = [served.setup.rest(example.text) for example in examples]
+        files, base = _files(job, options.run, Path(work), served.encoded.task)
+        rests = [served.encoded.rest(example.text) for example in examples]
 
         def ask(path: Path, rows: Sequence[int]) -> Any:
             asked = [rests[row] for row in rows]
-            return served.setup.replay(path, asked, base=None if path == base else base)
+            return replay_gguf(path, served.encoded, asked, base=None if path == base else base)
 
         shape = np.zeros((len(truth), len(task.labels)))
         with Bars() as bars:

@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT / "examples" / "base"))
 from texts import reserved  # noqa: E402 (it lies beside the small base)
 
 if TYPE_CHECKING:
-    from qcat.learn.dataset import Example
-    from qcat.learn.split import Split
+    from qcat.data.dataset import Example
+    from qcat.data.split import Split
     from qcat.task import Task
 
 SHARED = Path(os.environ.get("QCAT_SHARED", ROOT.parent / "shared")) / "data"
@@ -30,7 +30,7 @@ HELD_OUT = 1500
 
 def questions(data: str) -> tuple[Task, Split]:
     """A task, its training, validation and held-out questions: the same ones each time."""
-    from qcat.learn.split import Split
+    from qcat.data.split import Split
 
     task, parts = DATA_SETS[data]()
     return task, Split(*parts)
@@ -38,7 +38,7 @@ def questions(data: str) -> tuple[Task, Split]:
 
 def household() -> tuple[Task, list[list[Example]]]:
     """The example questions: whole groups, 867 of them or a few more to train on."""
-    from qcat.learn.dataset import read_examples
+    from qcat.data.dataset import read_examples
     from qcat.task import Task
 
     folder = ROOT / "examples" / "household"
@@ -104,8 +104,8 @@ def _task(name: str, labels: Sequence[str], instruction: str) -> Task:
 
 
 def _examples(task: Task, rows: Sequence[dict[str, str]]) -> list[Example]:
-    from qcat.learn.dataset import Example
-    from qcat.prompt import clean_question
+    from qcat.data.dataset import Example
+    from qcat.encoding.prompt import clean_question
 
     labels = list(task.labels)
     return [Example(clean_question(r["text"]), labels.index(_shown(r["label"])), 1) for r in rows]

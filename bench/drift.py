@@ -24,10 +24,10 @@ from typing import Any
 
 from qcat import Classifier, Prediction
 from qcat.cli.output import table
-from qcat.learn.dataset import Example, read_examples, read_texts
-from qcat.learn.split import find_families, split_examples
+from qcat.data.dataset import Example, read_examples, read_texts
+from qcat.data.split import find_families, split_examples
+from qcat.monitor.drift import LEVEL, Reference, compare
 from qcat.task import Task
-from qcat.trust.drift import LEVEL, Reference, compare
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSEHOLD = ROOT / "examples" / "household"

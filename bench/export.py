@@ -148,9 +148,9 @@ def merge(checkpoint: Path, target: Path) -> None:
 
 def qcat(base: Path, adapter: Path | None, target: Path, kind: str) -> dict[str, Any]:
     """Export as `qcat export` does it without questions."""
-    from qcat_convert.pipeline import Request, convert_apart, export
-
     from qcat.task import Task
+    from qcat.workflows.export import convert_apart, export
+    from qcat.workflows.export_job import Request
 
     shutil.rmtree(target, ignore_errors=True)
     request = Request(

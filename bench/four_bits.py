@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from bases import base_of, title
 from data_sets import DATA_SETS, questions
-from qcat_convert.choose import BESIDE
 
 from qcat.cli.output import Bars, table
-from qcat.learn.evaluate import mcnemar
+from qcat.evaluation.evaluate import mcnemar
 from qcat.threads import wait_briefly
+from qcat.workflows.choose import BESIDE
 
 if TYPE_CHECKING:
-    from qcat.learn.split import Split
+    from qcat.data.split import Split
     from qcat.task import Task
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "four_bits"
@@ -67,7 +67,7 @@ def main() -> None:
 
 def train_all(model: str, data: str, options: argparse.Namespace) -> None:
     """Train by each method; a run that is there is left as it is."""
-    from qcat.learn.train import Settings, train
+    from qcat.training.train import Settings, train
 
     task, split = questions(data)
     split = replace(split, test=split.test[:FEW])  # `measure` asks them all
@@ -98,11 +98,11 @@ def measure_all(model: str, data: str, options: argparse.Namespace) -> None:
     references: dict[str, Any] = {}
     for method in options.methods.split(","):
         run = OUT / "runs" / f"{model}-{data}-{method}"
-        references[method], setup, made = _files(
+        references[method], encoded, made = _files(
             task, split, run, work / method, options.ways.split(",")
         )
         files |= {f"{method} {kind}": path for kind, path in made.items()}
-    found = _ask(files, base_of(model), setup, split, next(iter(references.values())))
+    found = _ask(files, base_of(model), encoded, split, next(iter(references.values())))
     truth = np.array([example.label for example in split.test])
     rows = []
     for method, reference in references.items():
@@ -125,11 +125,11 @@ def _files(
 ) -> tuple[Any, Any, dict[str, Path]]:
     """The merged model's answers in torch, the prompt in tokens, and the GGUFs."""
     from qcat_convert.adapter import served_base, write_adapter
-    from qcat_convert.pipeline import Request, prepare_job
     from qcat_convert.quantize import quantize
     from qcat_convert.stream import convert
 
     from qcat.threads import default_threads
+    from qcat.workflows.export_job import Request, prepare_job
 
     folder.mkdir()
     request = Request(
@@ -151,21 +151,22 @@ def _files(
     if BESIDE in ways:
         files[BESIDE] = folder / f"{BESIDE}.gguf"
         file = served_base(job.source, folder).file
-        write_adapter(files[BESIDE], job.source, base=file, task=served.setup.task, made_from={})
-    return measured.reference, served.setup, files
+        write_adapter(files[BESIDE], job.source, base=file, task=served.encoded.task, made_from={})
+    return measured.reference, served.encoded, files
 
 
 def _ask(
-    files: dict[str, Path], base: Path, setup: Any, split: Split, reference: Any
+    files: dict[str, Path], base: Path, encoded: Any, split: Split, reference: Any
 ) -> dict[str, Any]:
     """Label log-probabilities and median milliseconds of each file, the files taking turns."""
-    from qcat_convert.choose import try_all
+    from qcat.evaluation.proof import replay_gguf
+    from qcat.workflows.choose import try_all
 
-    rests = [setup.rest(example.text) for example in split.test]
+    rests = [encoded.rest(example.text) for example in split.test]
 
     def ask(path: Path, rows: Sequence[int]) -> Any:
         beside = base if path.stem == BESIDE else None
-        return setup.replay(path, [rests[row] for row in rows], base=beside)
+        return replay_gguf(path, encoded, [rests[row] for row in rows], base=beside)
 
     with Bars() as bars:
         trials, found = try_all(
@@ -180,9 +181,8 @@ def _ask(
 
 def _row(way: str, logs: Any, reference: Any, truth: Any) -> dict[str, Any]:
     """How a way did; `wrong` are the numbers of the questions that it got wrong."""
-    from qcat_convert.verify import quality
-
-    from qcat.trust.reliability import reliability
+    from qcat.calibration.reliability import reliability
+    from qcat.evaluation.proof import quality
 
     return {
         "way": way,

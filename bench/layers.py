@@ -95,7 +95,7 @@ def adapt(base: Path, folder: Path, layers: int) -> None:
     """A folder as `shape.export` takes it: a base, and a random adapter for a part of it."""
     import torch
 
-    from qcat.checkpoint import load_base
+    from qcat.base.checkpoint import load_base
 
     sys.path.insert(0, str(ROOT / "examples"))
     import tiny_model
@@ -112,8 +112,8 @@ def adapt(base: Path, folder: Path, layers: int) -> None:
 
 def household(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Train, export and ask at each depth: means over the seeds, the test's of the 4-bit file."""
-    from qcat.learn.dataset import read_examples
-    from qcat.learn.split import split_examples
+    from qcat.data.dataset import read_examples
+    from qcat.data.split import split_examples
     from qcat.task import Task
 
     task = Task.read(EXAMPLE / "task.toml")
@@ -136,10 +136,9 @@ def _trained(
     task: Any, split: Any, seed: int, layers: int, options: argparse.Namespace, work: Path
 ) -> dict[str, Any]:
     """One training as `examples/household/make_model.sh` does it, and its export."""
-    from qcat_convert.pipeline import Request
-    from qcat_convert.pipeline import export as run_export
-
-    from qcat.learn.train import Settings, train
+    from qcat.training.train import Settings, train
+    from qcat.workflows.export import export as run_export
+    from qcat.workflows.export_job import Request
 
     run, target = work / "run", work / f"household-{layers}"
     for old in (run, target):

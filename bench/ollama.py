@@ -76,12 +76,13 @@ def model(work: Path) -> Path:
     target = work / "ollama-dist"
     if target.is_dir():
         return target
-    from qcat_convert.pipeline import Request, export
     from transformers import AutoModelForCausalLM
 
-    from qcat.prompt import encode_answers
+    from qcat.encoding.prompt import encode_answers
+    from qcat.encoding.tokenization import HubTokenizer
     from qcat.task import Task
-    from qcat.tokenization import HubTokenizer
+    from qcat.workflows.export import export
+    from qcat.workflows.export_job import Request
 
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / "ollama-checkpoint"
@@ -114,10 +115,10 @@ def measure(bundle: Path, address: str) -> dict[str, Any]:
     import ollama
     from ollama_classifier import LLMClassifier
     from ollama_classifier.backends import OllamaBackend
-    from qcat_convert.deploy import deploy
 
     from qcat import Classifier
     from qcat.task import Task
+    from qcat.workflows.deploy import deploy
 
     deploy(bundle, "house", timeout=600)
     labels = list(Task.read(EXAMPLE / "task.toml").labels)

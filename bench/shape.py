@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from memory import Watch
 
 if TYPE_CHECKING:
-    from qcat.learn.dataset import Example
+    from qcat.data.dataset import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "household"
@@ -82,7 +82,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on beside the code; the load is that before anything is run."""
-    from qcat.measure import processor
+    from qcat.workflows.measure import processor
 
     return {
         "cpu": processor(),
@@ -157,7 +157,7 @@ class Steps:
     _since: float = field(default_factory=time.perf_counter)
 
     def progress(self, step: str, done: int, total: int) -> None:
-        """To be given to `qcat_convert.pipeline.export`."""
+        """To be given to `qcat.workflows.export.export`."""
         if done == total:
             self.end(step)
 
@@ -187,10 +187,10 @@ def peak_mb() -> float:
 
 def export(checkpoint: Path, target: Path, kind: str, questions: int) -> dict[str, Any]:
     """Export once, as `qcat export` does, and say what every step took."""
-    from qcat_convert.pipeline import Request, convert_apart
-    from qcat_convert.pipeline import export as run_export
-
     from qcat.task import Task
+    from qcat.workflows.export import convert_apart
+    from qcat.workflows.export import export as run_export
+    from qcat.workflows.export_job import Request
 
     task = Task.read(EXAMPLE / "task.toml")
     held_out = spread(examples()[::2], questions)
@@ -221,7 +221,7 @@ def export(checkpoint: Path, target: Path, kind: str, questions: int) -> dict[st
 
 
 def examples() -> list[Example]:
-    from qcat.learn.dataset import read_examples
+    from qcat.data.dataset import read_examples
     from qcat.task import Task
 
     return read_examples(EXAMPLE / "questions.jsonl", Task.read(EXAMPLE / "task.toml"))

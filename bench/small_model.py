@@ -51,8 +51,8 @@ def main() -> None:
 
 def household(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Split, train, export to 4 bits and ask the file, for each seed."""
-    from qcat.learn.dataset import read_examples
-    from qcat.learn.split import split_examples
+    from qcat.data.dataset import read_examples
+    from qcat.data.split import split_examples
     from qcat.task import Task
 
     task = Task.read(HOUSEHOLD / "task.toml")
@@ -69,8 +69,8 @@ def clinc(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
     from texts import reserved
 
-    from qcat.learn.dataset import Example
-    from qcat.learn.split import Split
+    from qcat.data.dataset import Example
+    from qcat.data.split import Split
     from qcat.task import Task
 
     rows = {
@@ -103,12 +103,13 @@ def clinc(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 def measure(task: Any, split: Any, seed: int, options: Any, work: Path) -> dict[str, Any]:
     """Accuracy and macro-F1 on the test part: the 4-bit GGUF, and TF-IDF beside it."""
-    from qcat_convert.pipeline import Request, export
     from sklearn.metrics import accuracy_score, f1_score
 
     from qcat import Classifier
-    from qcat.learn.baseline import tfidf_predictions
-    from qcat.learn.train import train
+    from qcat.evaluation.baseline import tfidf_predictions
+    from qcat.training.train import train
+    from qcat.workflows.export import export
+    from qcat.workflows.export_job import Request
 
     run, made = work / "run", work / "made"
     for folder in (run, made):
@@ -147,10 +148,10 @@ def measure(task: Any, split: Any, seed: int, options: Any, work: Path) -> dict[
 
 def choices(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Validation figures of every combination, the mean over the seeds; the test is not touched."""
-    from qcat.learn.dataset import read_examples
-    from qcat.learn.split import split_examples
-    from qcat.learn.train import train
+    from qcat.data.dataset import read_examples
+    from qcat.data.split import split_examples
     from qcat.task import Task
+    from qcat.training.train import train
 
     plain = Task.read(HOUSEHOLD / "task.toml")
     examples = read_examples(HOUSEHOLD / "questions.jsonl", plain)
@@ -183,7 +184,7 @@ def choices(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 
 def _settings(options: argparse.Namespace, seed: int) -> Any:
-    from qcat.learn.train import Settings
+    from qcat.training.train import Settings
 
     return Settings(
         method="lora",

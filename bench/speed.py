@@ -118,9 +118,9 @@ def model(work: Path, layers: int, kind: str) -> Path:
 
 
 def _export(checkpoint: Path, target: Path, kind: str) -> None:
-    from qcat_convert.pipeline import Request, export
-
     from qcat.task import Task
+    from qcat.workflows.export import export
+    from qcat.workflows.export_job import Request
 
     task = Task.read(EXAMPLE / "task.toml")
     adapter, base = checkpoint / "adapter", str(checkpoint / "base")
@@ -175,7 +175,7 @@ class Completion:
     def __init__(self, gguf: Path, task: Task, max_tokens: int, threads: int) -> None:
         import llama_cpp
 
-        from qcat.grammar import grammar
+        from qcat.encoding.grammar import grammar
 
         self._max_tokens = max_tokens
         self._grammar = llama_cpp.LlamaGrammar.from_string(grammar(task), verbose=False)
@@ -258,7 +258,7 @@ def bare_llama(
 def opened(gguf: Path) -> Iterator[tuple[Any, Any, Any]]:
     """A classifier, a bare forward pass on its weights, and the tokens of a question."""
     from qcat import Classifier
-    from qcat.prompt import encode_segments
+    from qcat.encoding.prompt import encode_segments
 
     with Classifier.open(gguf, review=False) as classifier:
         prefix = encode_segments(classifier._prompt.prefix, classifier._vocabulary)
@@ -273,8 +273,8 @@ def opened(gguf: Path) -> Iterator[tuple[Any, Any, Any]]:
 
 def warm(gguf: Path, rounds: int) -> dict[str, Any]:
     """`ask`, the bare forward pass, and create_completion under a LlamaGrammar."""
-    from qcat.bundle import Bundle
-    from qcat.prompt import encode_segments
+    from qcat.encoding.prompt import encode_segments
+    from qcat.gguf.bundle import Bundle
     from qcat.threads import default_threads
 
     asked = questions(ASKED)
@@ -338,9 +338,9 @@ def single_words(vocabulary: Any, count: int) -> list[str]:
 
 def with_task(gguf: Path, work: Path, **changes: Any) -> Path:
     """A copy of a GGUF whose task has other labels, words or style."""
-    from qcat.bundle import TASK_KEY, Bundle, write_sections
-    from qcat.prompt import with_codes
-    from qcat.tokenization import HubTokenizer
+    from qcat.encoding.prompt import with_codes
+    from qcat.encoding.tokenization import HubTokenizer
+    from qcat.gguf.bundle import TASK_KEY, Bundle, write_sections
 
     task = Bundle.read(gguf).task.replace(**changes)
     path = work / "other.gguf"
@@ -462,8 +462,8 @@ def small() -> dict[str, Any]:
 def cold(gguf: Path, starts: int, work: Path) -> dict[str, Any]:
     """Fresh processes, taking turns: bare, `qcat ask` with a warm cache folder and without one."""
     from qcat.backends.llama import LlamaModel
-    from qcat.bundle import Bundle
-    from qcat.prompt import build_prompt, encode_segments
+    from qcat.encoding.prompt import build_prompt, encode_segments
+    from qcat.gguf.bundle import Bundle
     from qcat.threads import default_threads
 
     question = questions(1)[0]

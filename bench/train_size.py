@@ -75,13 +75,13 @@ def both(checkpoint: Path, count: int) -> dict[str, float]:
 
 def _setup(checkpoint: Path) -> tuple[Any, list[Any], Any]:
     warnings.simplefilter("ignore")
-    from qcat.learn.dataset import read_examples
-    from qcat.learn.objective import Scorer
-    from qcat.learn.train import Settings, _adapted, _batches, _encode, _Run
-    from qcat.prompt import build_prompt, encode_answers, encode_segments
+    from qcat.data.dataset import read_examples
+    from qcat.encoding.prompt import build_prompt, encode_answers, encode_segments
+    from qcat.encoding.tokenization import HubTokenizer
+    from qcat.encoding.trie import LabelTrie
     from qcat.task import Task
-    from qcat.tokenization import HubTokenizer
-    from qcat.trie import LabelTrie
+    from qcat.training.objective import Scorer
+    from qcat.training.train import Settings, _adapted, _batches, _encode, _Run
 
     task = Task.read(EXAMPLE / "task.toml")
     tokenizer = HubTokenizer(checkpoint / "base")
@@ -101,7 +101,7 @@ def _setup(checkpoint: Path) -> tuple[Any, list[Any], Any]:
 
 
 def _step(run: Any, batch: Any, whole: Any) -> None:
-    from qcat.learn.objective import Encoded
+    from qcat.training.objective import Encoded
 
     scorer = run.scorer
     try:

@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qcat_convert.calibrate import Asked, Question, ask_all
 
 from qcat import Classifier
+from qcat.calibration.decide import decide, recalibrated
+from qcat.calibration.reliability import detection, reliability
 from qcat.classifier import DEFAULT_MODEL
 from qcat.cli.output import Bars, table
+from qcat.data.dataset import Example, read_examples, read_texts
+from qcat.data.split import Split, find_families, split_examples
 from qcat.errors import DataError
-from qcat.learn.dataset import Example, read_examples, read_texts
-from qcat.learn.split import Split, find_families, split_examples
 from qcat.prediction import Prediction
 from qcat.task import Task
-from qcat.trust.decide import decide, recalibrated
-from qcat.trust.reliability import detection, reliability
+from qcat.workflows.calibrate import Asked, Question, ask_all
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSEHOLD = ROOT / "examples" / "household"
@@ -103,10 +103,11 @@ def jobs(work: Path, draws: int) -> Iterator[Job]:
 def make(name: str, draw: int, folder: Path) -> None:
     """Train and export one draw; what is neither trained on nor for validation is held out."""
     sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
-    from qcat_convert.pipeline import Request, export
     from texts import reserved
 
-    from qcat.learn.train import Settings, train
+    from qcat.training.train import Settings, train
+    from qcat.workflows.export import export
+    from qcat.workflows.export_job import Request
 
     rows = {
         path.stem: [json.loads(line) for line in path.open()]

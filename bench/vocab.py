@@ -119,8 +119,8 @@ def _say(text: str) -> None:
 
 def read(name: str) -> Questions:
     """A set of questions with its task; what is trained on and what is not."""
-    from qcat.learn.dataset import read_examples
-    from qcat.learn.split import split_examples
+    from qcat.data.dataset import read_examples
+    from qcat.data.split import split_examples
     from qcat.task import Task
 
     if name == "household":
@@ -138,9 +138,8 @@ def read(name: str) -> Questions:
 
 def export(checkpoint: Path, folder: Path, name: str, merges: int | None, quant: str) -> Path:
     """Export unless it is there; the GGUF."""
-    from qcat_convert import pipeline
-
-    from qcat.prompt import clean_question
+    from qcat.encoding.prompt import clean_question
+    from qcat.workflows import export as pipeline
 
     found = read(name)
     target = folder / key(merges)
@@ -223,7 +222,7 @@ def split(name: str, files: dict[str, Path]) -> dict[str, dict[str, float]]:
 def _pieces(name: str, file: Path) -> tuple[int, list[list[bytes]]]:
     """How many tokens a GGUF has, and what it splits the test questions into."""
     from qcat.backends.llama import LlamaModel
-    from qcat.prompt import build_prompt, clean_question, encode_segments
+    from qcat.encoding.prompt import build_prompt, clean_question, encode_segments
 
     found = read(name)
     with LlamaModel(file, vocab_only=True) as model:
@@ -236,8 +235,8 @@ def _alone_merges(name: str, merges: int) -> dict[str, int]:
     """The same for the first merges alone, without the language's whole words."""
     from qcat_convert.trim import trim
 
-    from qcat.prompt import build_prompt, clean_question, encode_answers, encode_segments
-    from qcat.tokenization import HubTokenizer
+    from qcat.encoding.prompt import build_prompt, clean_question, encode_answers, encode_segments
+    from qcat.encoding.tokenization import HubTokenizer
 
     found, tokenizer = read(name), HubTokenizer(TOKENIZER)
     prompt = build_prompt(found.task, tokenizer)

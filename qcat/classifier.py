@@ -7,45 +7,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
-from qcat.bundle import (
-    CALIBRATION_KEY,
-    TASK_KEY,
-    Bundle,
-    fingerprint,
-    identity,
-    is_adapter,
-    section,
-)
-from qcat.errors import (
-    BundleError,
-    DataError,
-    ModelError,
-    QuestionError,
-    ReviewError,
-    ServerError,
-)
-from qcat.grammar import grammar
-from qcat.ollama_store import PREFIX
-from qcat.prediction import Prediction
-from qcat.prompt import (
+from qcat.base.ollama_store import PREFIX
+from qcat.calibration.calibration import Calibration
+from qcat.calibration.decide import check_coverage, decide
+from qcat.encoding.prompt import (
     QUESTION_ROOM,
-    Prompt,
-    Vocabulary,
-    build_prompt,
-    check_boundary,
     clean_question,
-    encode_answers,
-    encode_segments,
 )
-from qcat.scoring import (
+from qcat.encoding.scoring import (
     BoundedScores,
     Floats,
     Scores,
@@ -53,16 +30,20 @@ from qcat.scoring import (
     temper,
     temper_bounds,
 )
-from qcat.task import Task
-from qcat.threads import MAX_THREADS, default_threads
-from qcat.trie import LabelTrie
-from qcat.trust.calibration import Calibration
-from qcat.trust.decide import check_coverage, decide
-from qcat.trust.log import OWN_RULE, PredictionLog
-from qcat.vocabulary import write_vocabulary
+from qcat.errors import (
+    DataError,
+    ModelError,
+    QuestionError,
+    ReviewError,
+    ServerError,
+)
+from qcat.monitor.log import OWN_RULE, PredictionLog
+from qcat.opening import Opened, open_file, open_served
+from qcat.prediction import Prediction
+from qcat.threads import MAX_THREADS
 
 if TYPE_CHECKING:
-    from qcat.trust.review import ReviewQueue
+    from qcat.monitor.review import ReviewQueue
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
 """The model that comes with qcat."""
@@ -72,15 +53,6 @@ OLLAMA = PREFIX
 WINDOW = 64
 """Questions that `ask_many` and `ask_each` take at once: they share forward passes with each other,
 and with no others."""
-
-
-class Scorer(Protocol):
-    """A backend: questions as token ids after the prompt's prefix to what the model thinks."""
-
-    def score(self, rests: Sequence[Sequence[int]]) -> Iterator[Scores | BoundedScores]: ...
-    def accepts(self, label: int) -> bool: ...
-    def spells(self, ids: Sequence[int]) -> bool: ...
-    def generate(self, rest: Sequence[int], limit: int) -> str: ...
 
 
 class Classifier:
@@ -93,7 +65,7 @@ class Classifier:
 
     def __init__(
         self,
-        parts: _Parts,
+        opened: Opened,
         *,
         name: str,
         resources: ExitStack,
@@ -103,18 +75,18 @@ class Classifier:
         review: ReviewQueue | None,
         log: PredictionLog | None,
     ) -> None:
-        self.task = parts.task
+        self.task = opened.encoded.task
         self.calibration = calibration
         self.coverage = coverage
         self.strict = strict
-        self.identity = parts.identity
+        self.identity = opened.identity
         """Which model this is, as the log names it."""
         self.log_error: DataError | None = None
         """Why the last answer is not in the log; None if it is, or if there is no log."""
         self._name, self._resources, self._review, self._log = name, resources, review, log
-        self._labels = tuple(parts.task.labels)
-        self._vocabulary, self._scorer = parts.vocabulary, parts.scorer
-        self._trie, self._prompt = parts.trie, parts.prompt
+        self._labels = tuple(self.task.labels)
+        self._encoded, self._vocabulary = opened.encoded, opened.vocabulary
+        self._scorer = opened.scorer
 
     @classmethod
     def open(
@@ -192,14 +164,27 @@ class Classifier:
         with ExitStack() as stack:
             if served:
                 own = None if adapter is None else Path(adapter)
-                parts = _open_ollama(
-                    name.removeprefix(OLLAMA), own, calibrated, timeout, verbose, stack
+                opened = open_served(
+                    name.removeprefix(OLLAMA),
+                    own,
+                    calibrated=calibrated,
+                    timeout=timeout,
+                    verbose=verbose,
+                    stack=stack,
                 )
             else:
                 base = None if adapter is None else Path(name)
                 file = Path(name if adapter is None else adapter)
-                parts = _open_file(file, base, calibrated, threads, quick_start, verbose, stack)
-            calibration = parts.calibration
+                opened = open_file(
+                    file,
+                    base,
+                    calibrated=calibrated,
+                    threads=threads,
+                    quick_start=quick_start,
+                    verbose=verbose,
+                    stack=stack,
+                )
+            calibration, task = opened.calibration, opened.encoded.task
             rule = OWN_RULE if calibrated else "uncalibrated"
             if threshold is not None:
                 calibration, rule = calibration.with_threshold(threshold), f"threshold {threshold}"
@@ -207,17 +192,17 @@ class Classifier:
                 check_coverage(calibration, coverage, name)
                 rule = f"coverage {coverage}"
             queue = kept = None
-            if review is not False and (review is not None or review_hash or parts.task.review):
-                from qcat.trust.review import open_for
+            if review is not False and (review is not None or review_hash or task.review):
+                from qcat.monitor.review import open_for
 
-                queue = stack.enter_context(open_for(parts.task, review, review_hash))
+                queue = stack.enter_context(open_for(task, review, review_hash))
             if log is not None:
                 kept = stack.enter_context(
-                    PredictionLog(log, model=parts.identity, rule=rule, text=log_text)
+                    PredictionLog(log, model=opened.identity, rule=rule, text=log_text)
                 )
             resources = stack.pop_all()
         return cls(
-            parts,
+            opened,
             name=name,
             resources=resources,
             calibration=calibration,
@@ -345,7 +330,7 @@ class Classifier:
         """Token ids after the prefix, and whether the question's end was cut to make them fit."""
         words = " ".join(question.split())
         text = clean_question(words[:_MAX_CHARS])
-        ids, truncated = encode_segments(self._prompt.rest(text), self._vocabulary), False
+        ids, truncated = self._encoded.ids(text), False
         if len(ids) > QUESTION_ROOM or len(words) > _MAX_CHARS:
             if self.strict:
                 raise QuestionError(
@@ -365,14 +350,16 @@ class Classifier:
         while len(ids) > QUESTION_ROOM and pieces:
             # What is left is spelled anew, which may take another number of tokens.
             pieces.pop()
-            kept = b"".join(pieces).decode("utf-8", "ignore").removeprefix(self._prompt.before)
-            ids = encode_segments(self._prompt.rest(kept.rstrip()), self._vocabulary)
+            kept = (
+                b"".join(pieces).decode("utf-8", "ignore").removeprefix(self._encoded.prompt.before)
+            )
+            ids = self._encoded.ids(kept.rstrip())
         return ids
 
     def _predict(self, scores: Scores | BoundedScores, truncated: bool) -> Prediction:
         if isinstance(scores, BoundedScores):
             return self._predict_bounded(scores, truncated)
-        logs = label_log_probabilities(self._trie, scores.logits)
+        logs = label_log_probabilities(self._encoded.trie, scores.logits)
         probabilities = temper(logs, self.calibration.temperature)
         # The grammar is the authority: a label that it would not accept cannot come out.
         order = np.argsort(-probabilities, kind="stable")
@@ -429,155 +416,3 @@ class Classifier:
             truncated=truncated,
             coverage=self.coverage,
         )
-
-
-class _Parts(NamedTuple):
-    """What opening a model gives, wherever it runs."""
-
-    task: Task
-    vocabulary: Vocabulary
-    scorer: Scorer
-    trie: LabelTrie
-    prompt: Prompt
-    calibration: Calibration
-    identity: str
-
-
-def _open_file(
-    path: Path,
-    base: Path | None,
-    calibrated: bool,
-    threads: int | None,
-    quick_start: bool,
-    verbose: bool,
-    stack: ExitStack,
-) -> _Parts:
-    """Open a model's file, or an adapter's with its base, which is looked for if not named."""
-    bundle = Bundle.read(path, remember=True)
-    known = fingerprint(bundle.path, bundle.header)
-    weights = bundle.path
-    if is_adapter(bundle.header):
-        from qcat.beside import find_base
-
-        weights, header = find_base(bundle, base)
-        known += fingerprint(weights, header)
-    elif base is not None:
-        raise BundleError(f"{path}: is no adapter: open it by itself")
-    from qcat.backends.llama import LlamaScorer, shared_model
-
-    model = stack.enter_context(shared_model(weights, repack=not quick_start, verbose=verbose))
-    prompt, trie = prepare(bundle.task, model, str(path))
-    scorer = LlamaScorer(
-        model,
-        prefix=encode_segments(prompt.prefix, model),
-        trie=trie,
-        grammar=grammar(bundle.task),
-        room=QUESTION_ROOM,
-        threads=threads or default_threads(),
-        fingerprint=known,
-        adapter=bundle.path if weights != bundle.path else None,
-    )
-    stack.callback(scorer.close)
-    return _Parts(
-        bundle.task,
-        model,
-        scorer,
-        trie,
-        prompt,
-        read_calibration(bundle) if calibrated else Calibration(),
-        identity(bundle.header.metadata),
-    )
-
-
-def _open_ollama(
-    name: str,
-    adapter: Path | None,
-    calibrated: bool,
-    timeout: float | None,
-    verbose: bool,
-    stack: ExitStack,
-) -> _Parts:
-    import tempfile
-
-    from qcat.backends.llama import LlamaModel
-    from qcat.backends.ollama import TIMEOUT, Server
-    from qcat.backends.ollama_scorer import OllamaScorer
-
-    server = Server(timeout or TIMEOUT)
-    stack.callback(server.close)
-    said = server.show(name, verbose=True)
-    if said is None:
-        server.check()
-        raise server.absent(name)
-    metadata = said.get("model_info")
-    if adapter is not None and isinstance(metadata, dict):
-        # The server tells of the base alone.
-        own = Bundle.read(adapter).header.metadata
-        metadata |= {key: value for key, value in own.items() if key.startswith("qcat.")}
-    if not isinstance(metadata, dict) or TASK_KEY not in metadata:
-        raise ServerError(
-            f"{name} on {server.address}: not made by qcat: make one with `qcat deploy DIR`"
-        )
-    try:
-        with tempfile.TemporaryDirectory(prefix="qcat-") as folder:
-            path = Path(folder, "vocabulary.gguf")
-            write_vocabulary(path, metadata)
-            bundle = Bundle.read(path)
-            task = bundle.task
-            calibration = read_calibration(bundle) if calibrated else Calibration()
-            vocabulary = stack.enter_context(LlamaModel(path, vocab_only=True, verbose=verbose))
-    except (BundleError, ModelError) as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise ServerError(f"{name} on {server.address}: {reason}") from None
-    except OSError as error:
-        raise ModelError(f"{tempfile.gettempdir()}: {error.strerror}: set TMPDIR") from None
-    vocabulary.path = Path(f"{OLLAMA}{name}")  # for messages: the file is gone
-    prompt, trie = prepare(task, vocabulary, name)
-    scorer = OllamaScorer(
-        server,
-        name,
-        vocabulary=vocabulary,
-        prefix=encode_segments(prompt.prefix, vocabulary),
-        trie=trie,
-        answers=task.answers,
-        spellings=metadata["tokenizer.ggml.tokens"],
-    )
-    stack.callback(scorer.close)
-    # Of its own: probabilities that are bounds are not to be compared with exact ones.
-    said_by = f"{identity(metadata)}-ollama"
-    return _Parts(task, vocabulary, scorer, trie, prompt, calibration, said_by)
-
-
-def read_calibration(bundle: Bundle) -> Calibration:
-    """What a bundle says of its calibration.
-
-    Raises:
-        BundleError: something that qcat does not write.
-    """
-    data = section(bundle.header, CALIBRATION_KEY, bundle.path)
-    try:
-        return Calibration.from_dict(data, tuple(bundle.task.labels))
-    except ValueError as error:
-        raise BundleError(
-            f"{bundle.path}: metadata {CALIBRATION_KEY} {error}: run `qcat calibrate` again"
-        ) from None
-
-
-def prepare(task: Task, vocabulary: Vocabulary, name: str) -> tuple[Prompt, LabelTrie]:
-    """The prompt and label trie of a task in a model's own vocabulary, checked.
-
-    Args:
-        task: the task.
-        vocabulary: the model's.
-        name: the model's, for messages.
-
-    Raises:
-        ModelError: a label that the vocabulary cannot spell, or a prompt that cannot be shared.
-    """
-    prompt = build_prompt(task, vocabulary)
-    check_boundary(prompt, vocabulary)
-    sequences = encode_answers(task, vocabulary)
-    for answer, sequence in zip(task.answers, sequences, strict=True):
-        if vocabulary.decode(sequence) != f" {answer}":
-            raise ModelError(f"{name}: its vocabulary cannot spell the label {answer!r}: rename it")
-    return prompt, LabelTrie.build(sequences, vocabulary.end)

@@ -1,28 +1,122 @@
-"""Writing a file whole or not at all."""
+"""Files and folders that appear whole or not at all, and locks between processes."""
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from qcat.errors import DataError
+from qcat.errors import DataError, QcatError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, under another name beside `path`, which it takes when the block has ended.
+
+    A reader sees the old file or the new one, never half of it, also after a crash of the machine.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: no file can have that name.
+    """
+    part = path.with_name(f".qcat-{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        with suppress(OSError, ValueError):
+            part.unlink()
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write under another name beside the file, then rename: a reader never sees half of it.
+    """Write a file as `whole_file` does.
 
     Raises:
         DataError: the file cannot be written, or no file can have that name.
     """
-    part = path.with_name(f".qcat-{os.getpid()}.part")
     try:
-        part.write_bytes(data)
-        part.replace(path)
+        with whole_file(path) as file:
+            file.write(data)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}: choose another") from None
     except ValueError:  # a NUL or a lone surrogate in the name
         raise DataError(f"{str(path)!r}: no file can have this name: choose another") from None
+
+
+@contextmanager
+def locked(lock: Path, *, target: Path, busy: str, error: type[QcatError]) -> Iterator[None]:
+    """Keep other processes away from a target; the system frees the lock when the process dies.
+
+    Args:
+        lock: file of the lock; removed in the end.
+        target: what is locked, for messages.
+        busy: what another process is doing that has it.
+        error: what to raise.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock, blocking=False)
+    try:
+        held.acquire()
+    except Timeout:
+        raise error(f"{target}: {busy}: wait for it") from None
+    except OSError as reason:
+        raise error(f"{target}: {reason.strerror or reason}: choose another folder") from None
+    try:
+        yield
     finally:
-        with suppress(OSError, ValueError):
-            part.unlink()
+        with suppress(OSError):
+            lock.unlink(missing_ok=True)
+        held.release()
+
+
+@contextmanager
+def whole_folder(target: Path, purpose: str, error: type[QcatError]) -> Iterator[Path]:
+    """A temporary folder beside the target, which it becomes when the block has ended.
+
+    What killed processes left behind is removed first. A lock keeps two of them apart.
+
+    Args:
+        target: the folder to make.
+        purpose: one word, for the names of the temporary folder and the lock.
+        error: what to raise where the target cannot be written, or the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parent = target.parent.resolve()
+    except OSError as reason:
+        raise error(f"{target}: {reason.strerror or reason}: choose another folder") from None
+    lock = parent / f".{target.name}.{purpose}.lock"
+    with locked(lock, target=target, busy=f"another {purpose} is writing it", error=error):
+        prefix = f".{target.name}.{purpose}-"
+        folder = None
+        try:
+            for stale in parent.glob(f"{glob.escape(prefix)}????????"):
+                shutil.rmtree(stale, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            folder.chmod(0o755)
+            yield folder
+            _rename(folder, target, error)
+        except OSError as reason:
+            if reason.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise error(f"{target}: the disk is full: make room") from None
+        finally:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename(folder: Path, target: Path, error: type[QcatError]) -> None:
+    try:
+        folder.rename(target)
+    except OSError as reason:
+        raise error(f"{target}: cannot be put in place: {reason.strerror}") from None

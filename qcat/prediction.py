@@ -39,10 +39,10 @@ class Prediction:
     label_mass: float | None
     """Share of the model's whole next-token probability that falls on labels at all."""
     energy: float | None
-    """`qcat.scoring.label_energy`; None through a server, which does not show it."""
+    """`qcat.encoding.scoring.label_energy`; None through a server, which does not show it."""
     on_topic: float | None
     """How much the question is like those of the list: about 0 for these, in standard deviations
-    (`qcat.trust.calibration.OnTopic`); None if the model is not calibrated."""
+    (`qcat.calibration.calibration.OnTopic`); None if the model is not calibrated."""
     prediction_set: tuple[str, ...] | None
     """The labels among which the right one is with the coverage asked for, most probable first;
     empty for a question off the list. None unless a coverage was asked for."""

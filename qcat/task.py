@@ -1,6 +1,7 @@
 """What is to be decided: the labels, their descriptions, the instruction and the words around.
 
-Knows nothing of models. Reads and writes `task.toml`; the prompt is built in `qcat.prompt`.
+Knows nothing of models. Reads and writes `task.toml`; the prompt is built in
+`qcat.encoding.prompt`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Task:
     verbalizer: Verbalizer = "name"
     """What the model writes: the label's `name`, or its two-letter `code`."""
     codes: Mapping[str, str] = field(default_factory=dict)
-    """Label to code; empty until chosen for a tokenizer (`qcat.prompt.with_codes`)."""
+    """Label to code; empty until chosen for a tokenizer (`qcat.encoding.prompt.with_codes`)."""
     review: Review | None = None
     """Queue the questions that a person should decide: with their `text`, or by its `hash` only.
     Not where: a task comes inside a model, and a stranger's must not choose what is written to."""

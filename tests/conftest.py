@@ -107,7 +107,7 @@ def make_pair(
     from qcat_convert.quantize import quantize
     from qcat_convert.stream import convert
 
-    from qcat.checkpoint import base_folder
+    from qcat.base.checkpoint import base_folder
 
     made: dict[str, tuple[Path, Path]] = {}
 
@@ -135,7 +135,8 @@ def bundle_file(
     tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Checkpoint]
 ) -> Callable[..., Path]:
     """`bundle_file(task, kind="qwen3", hidden=64)`: a GGUF made by export, Q8_0, cached."""
-    from qcat_convert.pipeline import Request, export
+    from qcat.workflows.export import export
+    from qcat.workflows.export_job import Request
 
     @cache
     def make(toml: str, kind: str, hidden: int) -> Path:
@@ -211,9 +212,8 @@ def call(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """As `qcat`, but in this process, all of it: every start of another costs seconds."""
-    from qcat_convert import pipeline
-
     from qcat import cli
+    from qcat.workflows import export as pipeline
 
     monkeypatch.setattr(pipeline, "convert_apart", lambda: nullcontext(pipeline.convert))
 

@@ -6,9 +6,9 @@ from qcat_convert.merge import locate
 from qcat_convert.stream import Job
 from qcat_convert.vocab import read_vocabulary
 
-from qcat.prompt import build_prompt, encode_answers, encode_segments
-from qcat.tokenization import HubTokenizer
-from qcat.trie import LabelTrie
+from qcat.encoding.prompt import build_prompt, encode_answers, encode_segments
+from qcat.encoding.tokenization import HubTokenizer
+from qcat.encoding.trie import LabelTrie
 
 
 def job_of(task, target, adapter, base=None, training=(), held_out=(), **more):

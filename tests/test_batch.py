@@ -22,12 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcat import Classifier, DataError
-from qcat.batch import COLUMNS, batch
-from qcat.bundle import TASK_KEY, Bundle, section, write_sections
 from qcat.classifier import DEFAULT_MODEL
+from qcat.data.tables import SUFFIXES
 from qcat.errors import ServerError
-from qcat.journal import Answer, Journal
-from qcat.tables import SUFFIXES
+from qcat.gguf.bundle import TASK_KEY, Bundle, section, write_sections
+from qcat.workflows.batch import COLUMNS, batch
+from qcat.workflows.journal import Answer, Journal
 
 QCAT = Path(sys.executable).with_name("qcat")
 TEXTS = [
@@ -109,7 +109,7 @@ def test_rows_are_answered_as_ask_does(kind, folder, house):
     for other in SUFFIXES:
         target = folder / f"out{other}"
         shown = []
-        done = batch(house, source, target, show=lambda *step, to=shown: to.append(step))
+        done = batch(house, source, target, progress=lambda *step, to=shown: to.append(step))
         assert (done.rows, done.before, done.failed, done.truncated) == (7, 0, 2, 1)
         assert (done.answered, done.abstained) == (4, 1)
         assert shown[0] == ("questions", 0, 7)
@@ -320,7 +320,7 @@ def stop(house, source, target, rows, **options):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        batch(house, source, target, show=show, **options)
+        batch(house, source, target, progress=show, **options)
     return Path(f"{target}.part")
 
 
@@ -422,7 +422,7 @@ def test_input_that_changes_on_the_way(folder, house):
         if (step, done) == ("questions", 20):
             write(source, MANY[1:21])
 
-    refuse(house, source, target, "in.jsonl: was changed while it was worked on", show=change)
+    refuse(house, source, target, "in.jsonl: was changed while it was worked on", progress=change)
     assert not target.exists()
     (folder / "out.csv.part").unlink()
 
@@ -441,7 +441,7 @@ def test_input_that_grows_on_the_way(first, moment, folder, house):
     for second in SUFFIXES:
         source, target, steps = folder / f"in{first}", folder / f"out{second}", []
         write(source, [{"id": "new", "text": ""} for _ in range(20)])
-        said = refuse(house, source, target, "was changed while it was worked on", show=grow)
+        said = refuse(house, source, target, "was changed while it was worked on", progress=grow)
         assert said.startswith(f"{source}: ")
         assert steps[-1] == moment[0] or moment[0] == "writing"  # not seen after the whole writing
         assert not target.exists()
@@ -519,7 +519,7 @@ def test_an_output_that_appears_on_the_way_is_not_overwritten(folder, house):
     def appear(step, done, total):
         target.write_text("mine")
 
-    refuse(house, source, target, "out.csv: exists already", show=appear)
+    refuse(house, source, target, "out.csv: exists already", progress=appear)
     assert target.read_text() == "mine"
     target.unlink()
     assert batch(house, source, target).before == 20

@@ -7,13 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
-from qcat_convert.pipeline import Request, export
 
 from qcat import Classifier
 from qcat.backends import llama
-from qcat.bundle import Bundle, read_header
 from qcat.cli.retrain import _recipe
 from qcat.errors import BundleError, ExportError
+from qcat.gguf.bundle import Bundle, read_header
+from qcat.workflows.export import export
+from qcat.workflows.export_job import Request
 
 KINDS = ("qwen3", "qwen2", "llama")
 QUESTIONS = tuple((f"who fixed the {word} again", 0) for word in ("pool", "gate", "car", "AC"))
@@ -120,7 +121,7 @@ def test_through_the_command(qcat, make_pair, household, tmp_path):
 
 
 def test_a_base_with_a_capable_template_is_copied_for_ollama(make_pair, household, tmp_path):
-    from qcat.bundle import _rewrite
+    from qcat.gguf.bundle import _rewrite
 
     base, adapter = make_pair()
     capable = tmp_path / "capable.gguf"

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcat import Classifier, bundle, cache
-from qcat.bundle import Bundle, Length, fingerprint, read_header
+from qcat import Classifier, cache
+from qcat.gguf import bundle
+from qcat.gguf.bundle import Bundle, Length, fingerprint, read_header
 
 QUESTIONS = ["When was the pool pump replaced?", "x", "who fixed the gate latch " * 9]
 

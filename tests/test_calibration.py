@@ -11,27 +11,27 @@ import pytest
 from conftest import EXAMPLE
 from hypothesis import given
 from hypothesis import strategies as st
-from qcat_convert.calibrate import Asked, Question, carry_threshold
 from scipy.stats import beta
 
 from qcat import Classifier
-from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, read_header, section, write_sections
-from qcat.classifier import DEFAULT_MODEL
-from qcat.errors import BundleError, DataError
-from qcat.learn.dataset import read_examples
-from qcat.learn.split import split_examples
-from qcat.scoring import entropy, label_energy, label_mass, temper, temper_bounds
-from qcat.trust.calibration import Calibration, Conformal, OnTopic, Promise, log_odds
-from qcat.trust.decide import check_coverage, decide, recalibrated
-from qcat.trust.figures import reliability_png, reliability_svg, risk_coverage_png
-from qcat.trust.fit import fit_on_topic, fit_temperature
-from qcat.trust.reliability import detection, reliability
-from qcat.trust.thresholds import (
+from qcat.calibration.calibration import Calibration, Conformal, OnTopic, Promise, log_odds
+from qcat.calibration.decide import check_coverage, decide, recalibrated
+from qcat.calibration.fit import fit_on_topic, fit_temperature
+from qcat.calibration.reliability import detection, reliability
+from qcat.calibration.thresholds import (
     error_bound,
     needed,
     promise_threshold,
     risk_coverage,
 )
+from qcat.classifier import DEFAULT_MODEL
+from qcat.data.dataset import read_examples
+from qcat.data.split import split_examples
+from qcat.encoding.scoring import entropy, label_energy, label_mass, temper, temper_bounds
+from qcat.errors import BundleError, DataError
+from qcat.gguf.bundle import CALIBRATION_KEY, REFERENCE_KEY, read_header, section, write_sections
+from qcat.report.trust_figures import reliability_png, reliability_svg, risk_coverage_png
+from qcat.workflows.calibrate import Asked, Question, carry_threshold
 
 LABELS = ("pool", "fence", "car", "roof", "door")
 

@@ -9,14 +9,15 @@ import pytest
 from conftest import EXAMPLE
 from hypothesis import given
 from hypothesis import strategies as st
-from qcat_convert.choose import Trial, choose, try_all, within_size
-from qcat_convert.pipeline import Request, export
 from qcat_convert.quantize import CANDIDATES
-from qcat_convert.verify import Replayed
 
-from qcat.bundle import Bundle, read_header
 from qcat.cli.retrain import _recipe
 from qcat.errors import ExportError
+from qcat.evaluation.proof import Replayed
+from qcat.gguf.bundle import Bundle, read_header
+from qcat.workflows.choose import Trial, choose, try_all, within_size
+from qcat.workflows.export import export
+from qcat.workflows.export_job import Request
 
 QUESTIONS = 40
 

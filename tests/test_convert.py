@@ -17,10 +17,10 @@ from qcat_convert.stream import convert
 from safetensors.torch import load_file, save_file
 from whole_model import whole
 
-from qcat import architecture as tensors
 from qcat.backends.llama import LlamaModel
+from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ExportError, ModelError
-from qcat.tokenization import HubTokenizer
+from qcat.gguf import architecture as tensors
 
 PROMPT = "When was the pool pump replaced?\nCategory: water heater, fence and 12 gutters"
 KINDS = ("qwen3", "qwen2", "llama")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcat.data.dataset import BadRow, Example, Row, read_examples, read_rows, scan_rows
 from qcat.errors import DataError
-from qcat.learn.dataset import BadRow, Example, Row, read_examples, read_rows, scan_rows
 from qcat.task import Task
 
 TASK = Task("house", {"pool": "", "water heater": "", "café": ""})

@@ -23,7 +23,13 @@ from scipy.stats import PermutationMethod, binom, chi2_contingency, fisher_exact
 from slips import slipped
 
 from qcat import Classifier
-from qcat.bundle import (
+from qcat.calibration.calibration import Calibration
+from qcat.classifier import DEFAULT_MODEL
+from qcat.cli import run
+from qcat.data.dataset import read_examples, read_texts
+from qcat.data.split import find_families, split_examples
+from qcat.errors import DataError
+from qcat.gguf.bundle import (
     CALIBRATION_KEY,
     REFERENCE_KEY,
     REPORT_KEY,
@@ -32,15 +38,7 @@ from qcat.bundle import (
     section,
     write_sections,
 )
-from qcat.classifier import DEFAULT_MODEL
-from qcat.cli import run
-from qcat.errors import DataError
-from qcat.learn.dataset import read_examples, read_texts
-from qcat.learn.figures import drift_png
-from qcat.learn.split import find_families, split_examples
-from qcat.task import MAX_LABELS
-from qcat.trust.calibration import Calibration
-from qcat.trust.drift import (
+from qcat.monitor.drift import (
     FEWEST,
     LEVEL,
     MOST,
@@ -51,7 +49,9 @@ from qcat.trust.drift import (
     history,
     psi,
 )
-from qcat.trust.log import PredictionLog, Record, read_log, scan_log
+from qcat.monitor.log import PredictionLog, Record, read_log, scan_log
+from qcat.report.figures import drift_png
+from qcat.task import MAX_LABELS
 
 THRESHOLD = 0.5
 RULE = f"threshold {THRESHOLD}"
@@ -239,7 +239,7 @@ def test_a_record_cut_by_a_full_disk_is_told_and_spoils_no_other(tmp_path):
         "import resource, sys\n"
         "from predictions import prediction\n"
         "from qcat.errors import DataError\n"
-        "from qcat.trust.log import PredictionLog\n"
+        "from qcat.monitor.log import PredictionLog\n"
         "log = PredictionLog(sys.argv[1], model='m', rule='r')\n"
         "most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
         "log.add('q', prediction('before'))\n"
@@ -784,7 +784,7 @@ def test_the_picture_is_of_the_last_windows(model, asked, tmp_path, monkeypatch)
         compared.append(args)
         return compare(*args, **more)
 
-    monkeypatch.setattr("qcat.trust.drift.compare", counted)
+    monkeypatch.setattr("qcat.monitor.drift.compare", counted)
     png = tmp_path / "d.png"
     args = ["drift", log, "-m", model, "--window", 100, "--png", png]
     assert run([str(arg) for arg in args]) in (0, 4)

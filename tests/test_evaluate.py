@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
 
 from qcat.classifier import Classifier
+from qcat.data.dataset import Example, read_examples, read_texts
+from qcat.data.split import split_examples
 from qcat.errors import DataError
-from qcat.learn.baseline import tfidf_predictions
-from qcat.learn.dataset import Example, read_examples, read_texts
-from qcat.learn.evaluate import (
+from qcat.evaluation.baseline import tfidf_predictions
+from qcat.evaluation.evaluate import (
     INVALID,
     Comparison,
     Confusion,
@@ -34,9 +35,8 @@ from qcat.learn.evaluate import (
     labels_said,
     quality,
 )
-from qcat.learn.figures import confusion_png, confusion_svg
-from qcat.learn.html_report import html_report
-from qcat.learn.split import split_examples
+from qcat.report.figures import confusion_png, confusion_svg
+from qcat.report.html_report import html_report
 from qcat.task import Task
 
 QUESTIONS = [

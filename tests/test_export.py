@@ -15,16 +15,17 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLE
 from export_job import job_of
-from qcat_convert.modelfile import go_template, render
-from qcat_convert.pipeline import Request, export
 from qcat_convert.quantize import QUANTIZATIONS, quantize
 from qcat_convert.stream import convert
 from whole_model import whole
 
-from qcat.bundle import Bundle, read_header, section
 from qcat.classifier import Classifier
-from qcat.prompt import Prompt, Segment
+from qcat.encoding.prompt import Prompt, Segment
+from qcat.gguf.bundle import Bundle, read_header, section
+from qcat.report.modelfile import go_template, render
 from qcat.task import Task
+from qcat.workflows.export import export
+from qcat.workflows.export_job import Request
 
 BUNDLE = ["MODEL_CARD.md", "Modelfile", "household.gguf", "labels.gbnf", "report.json", "task.toml"]
 
@@ -293,9 +294,8 @@ def test_unwritable_place(qcat, make_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", ["out", "h[1]", "*"])
 def test_two_exports_to_one_folder(name, tmp_path):
-    from qcat_convert.pipeline import _working_folder
-
     from qcat.errors import ExportError
+    from qcat.files import whole_folder
 
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -303,15 +303,15 @@ def test_two_exports_to_one_folder(name, tmp_path):
     other = tmp_path / "real" / ".other.export-12345678"
     stale.mkdir()
     other.mkdir()
-    with _working_folder(tmp_path / "real" / name) as folder:
+    with whole_folder(tmp_path / "real" / name, "export", ExportError) as folder:
         with (
             pytest.raises(ExportError, match="another export"),
-            _working_folder(tmp_path / "link" / name),
+            whole_folder(tmp_path / "link" / name, "export", ExportError),
         ):
             pass
         assert folder.is_dir()
         assert not stale.exists()
-    assert os.listdir(tmp_path / "real") == [other.name]
+    assert sorted(os.listdir(tmp_path / "real")) == sorted([other.name, name])
 
 
 def _export_held_out(task, adapter, target):
@@ -334,7 +334,7 @@ def test_killed_at_any_moment_the_target_is_whole_or_absent(make_checkpoint, hou
     # A fork server has the heavy imports done, so that the kills fall into the export itself.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["qcat_convert.pipeline", "llama_cpp", "peft", "transformers.models.qwen3", "gguf"]
+        ["qcat.workflows.export", "llama_cpp", "peft", "transformers.models.qwen3", "gguf"]
     )
     adapter = make_checkpoint().adapter
     target = tmp_path / "runs" / "out"

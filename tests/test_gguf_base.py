@@ -16,17 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qcat_convert.quantize import quantize
 from qcat_convert.stream import convert
-from qcat_convert.verify import check_base_tokens
 from safetensors.torch import load_file
 from test_convert import PROMPT, gguf_log_probabilities, torch_log_probabilities
 
 from qcat.backends.llama import LlamaModel
-from qcat.bundle import read_header
-from qcat.checkpoint import base_folder, load_base
+from qcat.base.checkpoint import base_folder, load_base
+from qcat.base.gguf_base import describe, gguf_checkpoint
+from qcat.base.gguf_tokenizer import check_tokenizer
+from qcat.base.ollama_store import find_model
+from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ExportError, ModelError
-from qcat.gguf_base import describe, gguf_checkpoint
-from qcat.ollama_store import find_model
-from qcat.tokenization import HubTokenizer
+from qcat.gguf.bundle import read_header
 
 KINDS = ("qwen3", "qwen2", "llama")
 
@@ -146,7 +146,7 @@ def test_the_rebuilt_tokenizer_gives_llama_cpp_s_ids(kind, base_gguf):
     path = base_gguf(kind, hidden=64)
     folder = base_folder(str(path))
     lines = (EXAMPLE / "questions.jsonl").read_text("utf-8").splitlines()
-    check_base_tokens(path, folder, [json.loads(line)["text"] for line in lines[::20]])
+    check_tokenizer(path, folder, [json.loads(line)["text"] for line in lines[::20]])
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40))
@@ -165,7 +165,7 @@ def rebuilt(base_gguf):
 def test_another_tokenizer_is_noticed(base_gguf, make_checkpoint):
     path = base_gguf("qwen2", hidden=64)
     with pytest.raises(ExportError, match="rebuilt from the GGUF has tokens"):
-        check_base_tokens(path, make_checkpoint("llama", hidden=64).base, ["12 345"])
+        check_tokenizer(path, make_checkpoint("llama", hidden=64).base, ["12 345"])
 
 
 # The command

@@ -22,7 +22,7 @@ import pytest
 from conftest import EXAMPLE
 
 from qcat import Classifier, QcatError, Task
-from qcat.bundle import TASK_KEY, read_header
+from qcat.gguf.bundle import TASK_KEY, read_header
 
 QUESTION = "When was the pool pump replaced?"
 TOKENS = "tokenizer.ggml.tokens"
@@ -537,7 +537,8 @@ def four_layers(
     make_checkpoint: Callable[..., Any], household: Task, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A Qwen2 with as many layers as heads."""
-    from qcat_convert.pipeline import Request, export
+    from qcat.workflows.export import export
+    from qcat.workflows.export_job import Request
 
     target = tmp_path_factory.mktemp("four") / "out"
     adapter = make_checkpoint("qwen2", hidden=64, layers=4).adapter

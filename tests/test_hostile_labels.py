@@ -20,13 +20,13 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from qcat_convert.modelfile import chat_template, modelfile, render
 from test_hostile_files import run_apart
 
 from qcat import Classifier, QcatError, Task, TaskError
-from qcat.bundle import TASK_KEY, write_sections
-from qcat.grammar import grammar
-from qcat.prompt import Prompt, build_prompt, clean_question, with_codes
+from qcat.encoding.grammar import grammar
+from qcat.encoding.prompt import Prompt, build_prompt, clean_question, with_codes
+from qcat.gguf.bundle import TASK_KEY, write_sections
+from qcat.report.modelfile import chat_template, modelfile, render
 
 COUNT = 2020  # label sets
 CAPABILITY_WORDS = ("tools", "tool_call", "<think>", "</think>")

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from test_hostile_files import run_apart
 
 from qcat import Classifier, QuestionError
-from qcat.prompt import QUESTION_ROOM, build_prompt, clean_question, encode_segments
+from qcat.encoding.prompt import QUESTION_ROOM, build_prompt, clean_question, encode_segments
 
 COUNT, CHAT_COUNT = 5400, 1000
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from qcat_convert.merge import Merger, locate
 from whole_model import put_together, whole
 
-from qcat.bundle import read_header
-from qcat.checkpoint import load_base, load_config
+from qcat.base.checkpoint import load_base, load_config
+from qcat.data.dataset import read_examples
+from qcat.data.split import split_examples
 from qcat.errors import ExportError, ModelError, TrainError
-from qcat.learn.dataset import read_examples
-from qcat.learn.depth import depths, train_shallowest
-from qcat.learn.retrain import Run
-from qcat.learn.split import split_examples
-from qcat.learn.train import Settings, train
+from qcat.gguf.bundle import read_header
 from qcat.task import Task
+from qcat.training.depth import depths, train_shallowest
+from qcat.training.retrain import Run
+from qcat.training.train import Settings, train
 
 IDS = torch.arange(3, 40)[None]
 
@@ -229,7 +229,7 @@ def test_a_walk_stopped_anywhere_ends_where_the_depth_alone_does(
     settings = Settings(base=str(base), method="lora", epochs=2, rate=1e-3, layers=1)
     alone = train(task, split, settings, tmp_path / "alone")
 
-    monkeypatch.setattr("qcat.learn.train._SAVE_SECONDS", 0)  # a checkpoint after every step
+    monkeypatch.setattr("qcat.training.train._SAVE_SECONDS", 0)  # a checkpoint after every step
     target = tmp_path / "run"
     for stop in (
         ("2 of 2 layers: train", 5),
@@ -248,7 +248,7 @@ def test_a_walk_stopped_anywhere_ends_where_the_depth_alone_does(
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr("qcat.learn.depth.write_json", fail)
+        patch.setattr("qcat.training.depth.write_json", fail)
         with pytest.raises(StoppedError):
             train_shallowest(task, split, settings, 0.01, target)
     assert (target / "adapter_model.safetensors").exists()

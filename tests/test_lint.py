@@ -10,13 +10,13 @@ from conftest import EXAMPLE, REAL_TOKENIZER, needs_real_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcat.data.characters import oddities, unmangle
+from qcat.data.lint import Finding, fix, lint
+from qcat.data.near import families, near_pairs
+from qcat.encoding.prompt import clean_question
+from qcat.encoding.trie import LabelTrie
 from qcat.errors import DataError
-from qcat.learn.characters import oddities, unmangle
-from qcat.learn.lint import Finding, fix, lint
-from qcat.learn.near import families, near_pairs
-from qcat.prompt import clean_question
 from qcat.task import Task
-from qcat.trie import LabelTrie
 
 TASK = Task("house", {"pool": "", "water heater": "", "fence": ""})
 TOPICS = [
@@ -385,7 +385,7 @@ def test_near_pairs_of_any_texts(rows):
 def test_near_pairs_are_the_same_in_any_batch(monkeypatch):
     texts = [f"{a} and {b} of the {a}" for a in TOPICS for b in TOPICS]
     whole = near_pairs(texts, [0] * len(texts), range(len(texts)))
-    monkeypatch.setattr("qcat.learn.near._BATCH", 7)
+    monkeypatch.setattr("qcat.data.near._BATCH", 7)
     parts = near_pairs(texts, [0] * len(texts), range(len(texts)))
     assert len(whole) > 10
     assert {pair[:2] for pair in whole} == {pair[:2] for pair in parts}
@@ -670,8 +670,8 @@ def test_the_command_with_a_tokenizer(qcat, files, make_checkpoint, house):
     by_gguf = qcat("lint", EXAMPLE / "task.toml", "-m", house, "--json")
     assert by_folder.returncode == by_gguf.returncode == 0, by_folder.stderr + by_gguf.stderr
     assert by_folder.stdout == by_gguf.stdout
-    from qcat.prompt import encode_answers
-    from qcat.tokenization import HubTokenizer
+    from qcat.encoding.prompt import encode_answers
+    from qcat.encoding.tokenization import HubTokenizer
 
     tokenizer = HubTokenizer(checkpoint.base)
     answers = encode_answers(Task.read(EXAMPLE / "task.toml"), tokenizer)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from predictions import prediction
 
-from qcat.trust.log import PredictionLog, read_log
+from qcat.monitor.log import PredictionLog, read_log
 
 WRITERS, KILLS = 4, 50
 PAGES = "x" * 9000  # a kill may end a write between two pages of memory

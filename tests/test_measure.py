@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from qcat import measure
-from qcat.measure import BATCHES, Spread, questions_for
+from qcat.workflows import measure
+from qcat.workflows.measure import BATCHES, Spread, questions_for
 
 
 def test_spread():

@@ -26,15 +26,15 @@ from ollama_server import (
     ollama_server,
     post,
 )
-from qcat_convert.deploy import deploy
 
 from qcat import Classifier
 from qcat.backends.llama import LlamaModel
-from qcat.bundle import Bundle
-from qcat.classifier import DEFAULT_MODEL, prepare
+from qcat.classifier import DEFAULT_MODEL
+from qcat.data.dataset import read_examples
+from qcat.encoding.encoded import EncodedTask
 from qcat.errors import ExportError, QuestionError
-from qcat.learn.dataset import read_examples
-from qcat.prompt import encode_segments
+from qcat.gguf.bundle import Bundle
+from qcat.workflows.deploy import deploy
 
 TIE = 0.1  # by how much Ollama's flash attention moves a probability, at most
 
@@ -95,8 +95,8 @@ def expected_ids(gguf, question):
     """The training prompt's token ids."""
     bundle = Bundle.read(gguf)
     with LlamaModel(gguf, vocab_only=True) as model:
-        prompt, _ = prepare(bundle.task, model, str(gguf))
-        return encode_segments((*prompt.prefix, *prompt.rest(question)), model)
+        encoded = EncodedTask.served(bundle.task, model, str(gguf))
+        return [*encoded.prefix, *encoded.ids(question)]
 
 
 def ids_of(gguf, text):

@@ -26,9 +26,8 @@ from qcat_convert.stream import convert
 
 from qcat import Classifier
 from qcat.backends.llama import LlamaModel
-from qcat.bundle import Bundle
-from qcat.classifier import prepare
-from qcat.prompt import encode_segments
+from qcat.encoding.encoded import EncodedTask
+from qcat.gguf.bundle import Bundle
 from qcat.task import Task
 
 pytestmark = needs_ollama
@@ -59,8 +58,8 @@ def bundle(easy_job, tmp_path_factory):
 def expected_ids(file, base, question):
     task = Bundle.read(file).task
     with LlamaModel(base, vocab_only=True) as model:
-        prompt, _ = prepare(task, model, "base")
-        return encode_segments((*prompt.prefix, *prompt.rest(question)), model)
+        encoded = EncodedTask.served(task, model, "base")
+        return [*encoded.prefix, *encoded.ids(question)]
 
 
 def test_ollama_with_adapter(server, bundle):

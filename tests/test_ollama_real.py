@@ -14,7 +14,7 @@ from conftest import EXAMPLE
 from ollama_server import PROGRAM, QCAT, command, create, needs_ollama, ollama_server
 
 from qcat import Classifier
-from qcat.learn.dataset import read_examples
+from qcat.data.dataset import read_examples
 from qcat.task import Task
 
 pytestmark = needs_ollama
@@ -97,7 +97,7 @@ def test_nothing_is_lost(bundle):
 
 
 def test_better_than_untrained(bundle, server, job, held_out):
-    from qcat.checkpoint import base_folder
+    from qcat.base.checkpoint import base_folder
 
     folder, _ = job
     untrained = base_folder(str((folder / "small.gguf").resolve()))

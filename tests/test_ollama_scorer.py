@@ -13,8 +13,8 @@ from threading import Event, Timer
 import pytest
 
 from qcat.backends.ollama_scorer import OllamaScorer
+from qcat.encoding.trie import LabelTrie
 from qcat.errors import ServerError
-from qcat.trie import LabelTrie
 
 # A vocabulary: token id to bytes. 1 holds a half of a character, with which it reads as 2.
 PIECES = [

@@ -11,40 +11,47 @@ import zipfile
 
 import pytest
 from conftest import EXAMPLE, ROOT
-from qcat_convert.modelfile import modelfile
 
 from qcat.cli import COMMANDS
+from qcat.encoding.grammar import grammar
+from qcat.encoding.prompt import QUESTION_ROOM, build_prompt
 from qcat.errors import TaskError
-from qcat.grammar import grammar
 from qcat.install import DISTRIBUTION, extra_with
-from qcat.prompt import QUESTION_ROOM, build_prompt
+from qcat.report.modelfile import modelfile
 from qcat.task import Task
 from qcat.version import __version__
 
-# Which packages may import which, besides their own. Nothing may import `cli`.
+# Which rooms may import which, besides their own. Nothing may import `cli`.
 ALLOWED = {
     "core": set(),
-    "backends": {"core"},
-    "trust": {"core"},
-    "classifier": {"core", "backends", "trust"},
-    "measure": {"core", "classifier"},
-    "batch": {"core", "classifier"},
-    "learn": {"core", "backends", "trust", "classifier"},
-    "qcat_convert": {"core", "backends", "trust", "classifier"},
+    "encoding": {"core"},
+    "gguf": {"core"},
+    "data": {"core", "encoding"},
+    "backends": {"core", "encoding"},
+    "calibration": {"core", "encoding"},
+    "base": {"core", "encoding", "gguf", "backends"},
+    "classifier": {"core", "encoding", "gguf", "base", "backends", "calibration", "monitor"},
+    "monitor": {"core", "encoding", "data", "calibration"},
+    "evaluation": {"core", "encoding", "gguf", "data", "backends", "calibration", "classifier"},
+    "report": {"core", "encoding", "calibration", "evaluation", "monitor"},
+    "training": {"core", "encoding", "gguf", "data", "base", "evaluation", "report"},
+    "qcat_convert": {"core", "encoding", "gguf", "backends", "base"},
 }
+ALLOWED["workflows"] = {*ALLOWED}
 ALLOWED["cli"] = {*ALLOWED}
+_CLASSIFIER = ("classifier", "opening")
 
 
 def room(module):
     """The room of the architecture that a module lives in; None for what is not ours."""
-    parts = module.split(".")
-    if parts[0] == "qcat_convert":
-        return "qcat_convert"
-    if parts[0] != "qcat":
+    top, *rest = module.split(".")
+    if top == "qcat_convert":
+        return top
+    if top != "qcat":
         return None
-    if len(parts) > 1 and parts[1] in ALLOWED:
-        return parts[1]
-    return "core"
+    if rest and rest[0] in _CLASSIFIER:
+        return "classifier"
+    return rest[0] if rest and rest[0] in ALLOWED else "core"
 
 
 def imports(path):
@@ -195,7 +202,7 @@ def test_the_wheel_brings_two_packages_and_no_others(tmp_path):
 
 def test_a_users_own_convert_module_changes_nothing(qcat, house, tmp_path):
     (tmp_path / "convert.py").write_text("raise SystemExit('taken')\n")
-    script = "import convert_other, qcat_convert.modelfile, qcat"
+    script = "import convert_other, qcat.report.modelfile, qcat"
     (tmp_path / "convert_other.py").write_text("")
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr

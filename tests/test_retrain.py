@@ -17,9 +17,15 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from qcat_convert.promote import candidate_of, clear, previous_of, promote, reserved
 
-from qcat.bundle import (
+from qcat.calibration.calibration import Calibration, Promise
+from qcat.classifier import Classifier
+from qcat.data.dataset import Example, read_examples
+from qcat.data.near import near_texts
+from qcat.data.split import Split, find_families, split_examples
+from qcat.errors import DataError, ExportError, TrainError
+from qcat.evaluation.evaluate import Comparison, Flip
+from qcat.gguf.bundle import (
     CALIBRATION_KEY,
     SOURCE_KEY,
     Bundle,
@@ -27,16 +33,10 @@ from qcat.bundle import (
     section,
     write_sections,
 )
-from qcat.classifier import Classifier
-from qcat.errors import DataError, ExportError, TrainError
-from qcat.learn.dataset import Example, read_examples
-from qcat.learn.evaluate import Comparison, Flip
-from qcat.learn.near import near_texts
-from qcat.learn.retrain import Run, add_questions, refusal
-from qcat.learn.split import Split, find_families, split_examples
-from qcat.learn.train import Settings, train
 from qcat.task import Task
-from qcat.trust.calibration import Calibration, Promise
+from qcat.training.retrain import Run, add_questions, refusal
+from qcat.training.train import Settings, train
+from qcat.workflows.promote import candidate_of, clear, previous_of, promote, reserved
 
 # What to train on
 
@@ -258,7 +258,7 @@ def test_promotes_and_keeps_the_one_before(tmp_path, previous):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qcat_convert.promote import promote, reserved
+from qcat.workflows.promote import promote, reserved
 left, rename = int(sys.argv[2]), os.rename
 def counted(source, target):
     global left
@@ -359,7 +359,8 @@ def train_easily(easy_job, target, epochs):
 
 def bundle_of(run, target):
     """The run's bundle, in which some labels may have changed."""
-    from qcat_convert.pipeline import Request, export
+    from qcat.workflows.export import export
+    from qcat.workflows.export_job import Request
 
     found = Run.read(run)
     held_out = tuple((example.text, example.label) for example in found.split.test)

@@ -37,16 +37,16 @@ from qcat.cli.review_walk import (
     width,
     wrap,
 )
+from qcat.data import near
+from qcat.data.dataset import read_examples, read_texts
+from qcat.data.split import split_examples
 from qcat.errors import ReviewError, TaskError
-from qcat.learn import near
-from qcat.learn.dataset import read_examples, read_texts
-from qcat.learn.review_rows import group_names, training_rows
-from qcat.learn.split import split_examples
+from qcat.monitor.review import LABEL_KEYS, NONE, Decided, Entry, ReviewQueue, question_hash
+from qcat.monitor.review_csv import questions_csv
+from qcat.monitor.review_import import read_answers
+from qcat.monitor.review_page import review_page
+from qcat.monitor.review_rows import group_names, training_rows
 from qcat.task import Task
-from qcat.trust.review import LABEL_KEYS, NONE, Decided, Entry, ReviewQueue, question_hash
-from qcat.trust.review_csv import questions_csv
-from qcat.trust.review_import import read_answers
-from qcat.trust.review_page import review_page
 
 EVIL = "</script><!--<script>alert('1')\x1b[2J\u202e & \"q\" \u2028 {"
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60)

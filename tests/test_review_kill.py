@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qcat.trust.review import ReviewQueue
+from qcat.monitor.review import ReviewQueue
 
 WRITERS, KILLS = 4, 50
 
@@ -23,7 +23,7 @@ WRITERS, KILLS = 4, 50
 WRITER = """
 import os, sys
 from predictions import LABELS, prediction
-from qcat.trust.review import ReviewQueue
+from qcat.monitor.review import ReviewQueue
 file, said, name = sys.argv[1:]
 said = os.open(said, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 with ReviewQueue.open(file, task="sorts", labels=LABELS) as queue:

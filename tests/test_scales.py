@@ -17,18 +17,18 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from qcat_convert.choose import kinds_to_make
 from qcat_convert.merge import Merger, locate
 from qcat_convert.stream import convert
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qcat import q4_0
-from qcat.architecture import EMBEDDING, architecture, gguf_name, gguf_tensor, hyper_parameters
-from qcat.bundle import read_header
-from qcat.checkpoint import load_base
+from qcat.base.checkpoint import load_base
 from qcat.errors import ExportError, TrainError
-from qcat.learn.adapters import RoundedEmbedding, ScaledLinear, attach_scales, save
+from qcat.gguf import q4_0
+from qcat.gguf.architecture import EMBEDDING, architecture, gguf_name, gguf_tensor, hyper_parameters
+from qcat.gguf.bundle import read_header
+from qcat.training.adapters import RoundedEmbedding, ScaledLinear, attach_scales, save
+from qcat.workflows.choose import kinds_to_make
 
 Q4_0 = GGMLQuantizationType.Q4_0
 matrices = arrays(

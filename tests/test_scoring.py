@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcat.backends.llama import LlamaModel, LlamaScorer
-from qcat.bundle import Bundle
-from qcat.classifier import Classifier, prepare
-from qcat.errors import ModelError, QuestionError
-from qcat.grammar import grammar
-from qcat.prompt import QUESTION_ROOM, encode_segments
-from qcat.scoring import (
+from qcat.classifier import Classifier
+from qcat.encoding.encoded import EncodedTask
+from qcat.encoding.grammar import grammar
+from qcat.encoding.prompt import QUESTION_ROOM, encode_segments
+from qcat.encoding.scoring import (
     contenders,
     entropy,
     label_bounds,
@@ -25,8 +24,10 @@ from qcat.scoring import (
     label_mass,
     log_softmax,
 )
+from qcat.encoding.trie import LabelTrie
+from qcat.errors import ModelError, QuestionError
+from qcat.gguf.bundle import Bundle
 from qcat.task import Task
-from qcat.trie import LabelTrie
 
 SETS = {
     "distinct": ["pool", "fence", "car", "hvac"],
@@ -103,8 +104,8 @@ def opened(request, bundle_file, tmp_path):
     to_float32(bundle_file(task_of(SETS[request.param])), path)
     bundle = Bundle.read(path)
     with LlamaModel(bundle.path) as model:
-        prompt, trie = prepare(bundle.task, model, str(bundle.path))
-        yield bundle, model, prompt, trie
+        encoded = EncodedTask.served(bundle.task, model, str(bundle.path))
+        yield bundle, model, encoded.prompt, encoded.trie
 
 
 def to_float32(source, target):

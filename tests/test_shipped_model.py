@@ -11,10 +11,10 @@ import pytest
 from conftest import EXAMPLE, ROOT
 
 from qcat import Classifier
-from qcat.bundle import Bundle, read_header, section
 from qcat.classifier import DEFAULT_MODEL
-from qcat.learn.dataset import read_examples
-from qcat.learn.split import split_examples
+from qcat.data.dataset import read_examples
+from qcat.data.split import split_examples
+from qcat.gguf.bundle import Bundle, read_header, section
 
 BASE = ROOT / "examples" / "base" / "model"
 

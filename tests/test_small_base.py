@@ -13,7 +13,7 @@ from texts import Row, frame, noisy, reserved, swap
 from tiny_model import make_tokenizer
 from torch.nn import functional
 
-from qcat.tokenization import HubTokenizer
+from qcat.encoding.tokenization import HubTokenizer
 
 TEXTS = ["the pump hums", "who fixed the fence", "paint the old fence", "the pump was fixed"] * 400
 

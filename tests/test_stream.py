@@ -19,8 +19,8 @@ from qcat_convert.stream import convert
 from qcat_convert.weights import Checkpoint, Rows
 from whole_model import parts, whole
 
+from qcat.encoding.scoring import label_log_probabilities
 from qcat.errors import DataError, ExportError, ModelError
-from qcat.scoring import label_log_probabilities
 from qcat.task import Task
 
 KINDS = ("qwen3", "qwen2", "llama")

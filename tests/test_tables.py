@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcat.data.tables import SUFFIXES, open_table, write_table
 from qcat.errors import DataError
-from qcat.tables import SUFFIXES, open_table, write_table
 
 ADDED = {"label": "text", "confidence": "real", "abstained": "bool"}
 VALUES = [("pool", 0.5, False), (None, None, True), ("a,\r\nb", 1e-9, True)]

@@ -9,14 +9,12 @@ import pytest
 from conftest import REAL_TOKENIZER, needs_real_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qcat_convert.modelfile import modelfile, render
 from qcat_convert.trim import trim
 from qcat_convert.vocab import CONTROL, USER_DEFINED, read_vocabulary
 from tokenizers import AddedToken
 
 from qcat.backends.llama import LlamaModel
-from qcat.errors import ExportError, ModelError, QuestionError, TaskError
-from qcat.prompt import (
+from qcat.encoding.prompt import (
     build_prompt,
     check_boundary,
     clean_question,
@@ -24,8 +22,10 @@ from qcat.prompt import (
     encode_segments,
     with_codes,
 )
+from qcat.encoding.tokenization import HubTokenizer
+from qcat.errors import ExportError, ModelError, QuestionError, TaskError
+from qcat.report.modelfile import modelfile, render
 from qcat.task import Task
-from qcat.tokenization import HubTokenizer
 
 PIECES = st.sampled_from(
     [

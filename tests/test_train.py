@@ -19,18 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcat.backends.llama import LlamaModel
-from qcat.checkpoint import load_base
+from qcat.base.checkpoint import load_base
+from qcat.data.dataset import Example, read_examples
+from qcat.data.split import Split, split_examples
+from qcat.encoding.prompt import build_prompt, encode_segments
+from qcat.encoding.scoring import label_log_probabilities
+from qcat.encoding.tokenization import HubTokenizer
+from qcat.encoding.trie import LabelTrie
 from qcat.errors import DataError, ModelError, TrainError
-from qcat.learn.dataset import Example, read_examples
-from qcat.learn.forward import last_states, shared_prefix_states
-from qcat.learn.objective import Encoded, Scorer
-from qcat.learn.split import Split, split_examples
-from qcat.learn.train import Settings, _parts, _thinned, train
-from qcat.prompt import build_prompt, encode_segments
-from qcat.scoring import label_log_probabilities
 from qcat.task import Task
-from qcat.tokenization import HubTokenizer
-from qcat.trie import LabelTrie
+from qcat.training.forward import last_states, shared_prefix_states
+from qcat.training.objective import Encoded, Scorer
+from qcat.training.train import Settings, _parts, _thinned, train
 
 # First tokens shared, a label that begins another, a label alone on its branch.
 SEQUENCES = [(5,), (5, 6), (5, 6, 7), (8, 9), (8, 10, 11), (12,)]
@@ -310,7 +310,7 @@ def stop_at(step_number):
 def test_a_run_stopped_within_an_epoch_goes_on_to_the_same_end(
     job, tmp_path, monkeypatch, method, embeddings
 ):
-    monkeypatch.setattr("qcat.learn.train._SAVE_SECONDS", 0)  # a checkpoint after every step
+    monkeypatch.setattr("qcat.training.train._SAVE_SECONDS", 0)  # a checkpoint after every step
     folder, _ = job
     task = Task.read(folder / "task.toml")
     split = split_examples(read_examples(folder / "q.jsonl", task), task, seed=0)

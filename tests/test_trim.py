@@ -11,21 +11,22 @@ from conftest import EXAMPLE, REAL_TOKENIZER, corpus
 from export_job import job_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qcat_convert.card import vocabulary_line
-from qcat_convert.pipeline import Request, export
 from qcat_convert.stream import convert
 from qcat_convert.trim import DEFAULT_MERGES, Trimmed, trim, whole_words
-from qcat_convert.verify import check_questions
 from qcat_convert.vocab import CONTROL, read_vocabulary
 from test_tokens import TEXT
 
-from qcat.bundle import Bundle, read_header
 from qcat.classifier import Classifier
 from qcat.cli.retrain import _recipe
+from qcat.data.dataset import read_examples
+from qcat.encoding.agreement import check_questions
+from qcat.encoding.prompt import build_prompt
+from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import BundleError, DataError, ExportError
-from qcat.learn.dataset import read_examples
-from qcat.prompt import build_prompt
-from qcat.tokenization import HubTokenizer
+from qcat.gguf.bundle import Bundle, read_header
+from qcat.report.card import vocabulary_line
+from qcat.workflows.export import export
+from qcat.workflows.export_job import Request
 
 ROLES = ("eos_token", "bos_token", "pad_token")
 
@@ -408,7 +409,7 @@ def test_other_tokenizers_are_refused(call, make_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("vocabulary", [{}, {"merges": "many"}, 5])
 def test_a_damaged_report_is_told_to_retrain(vocabulary, house, tmp_path):
-    from qcat.bundle import REPORT_KEY, write_sections
+    from qcat.gguf.bundle import REPORT_KEY, write_sections
 
     file = tmp_path / "house.gguf"
     file.write_bytes(house.read_bytes())

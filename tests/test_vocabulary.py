@@ -8,10 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qcat.backends.llama import LlamaModel
-from qcat.bundle import Bundle
 from qcat.classifier import DEFAULT_MODEL
 from qcat.errors import BundleError
-from qcat.vocabulary import write_vocabulary
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.vocabulary import write_vocabulary
 
 
 @pytest.fixture(scope="module")

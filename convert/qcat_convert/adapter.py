@@ -13,9 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qcat.architecture import architecture, gguf_name, gguf_tensor, hyper_parameters
-from qcat.beside import BASE_KEY, BaseFile
-from qcat.bundle import (
+from qcat.base.checkpoint import first_line, load_config
+from qcat.base.gguf_base import gguf_file, is_gguf
+from qcat.base.ollama_store import PREFIX
+from qcat.errors import ExportError
+from qcat.gguf.adapter import BASE_KEY, BaseFile
+from qcat.gguf.architecture import architecture, gguf_name, gguf_tensor, hyper_parameters
+from qcat.gguf.bundle import (
     SOURCE_KEY,
     TASK_KEY,
     check_model,
@@ -23,10 +27,6 @@ from qcat.bundle import (
     fingerprint,
     read_header,
 )
-from qcat.checkpoint import first_line, load_config
-from qcat.errors import ExportError
-from qcat.gguf_base import gguf_file, is_gguf
-from qcat.ollama_store import PREFIX
 from qcat.task import Task
 from qcat_convert.merge import Source
 from qcat_convert.quantize import Quantized

@@ -14,16 +14,16 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from qcat.errors import ExportError, QcatError
+from qcat.progress import Count
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
 
 
 @contextmanager
 def apart(
-    function: Callable[[Argument, Progress], Result], prepare: Callable[[], None]
-) -> Iterator[Callable[[Argument, Progress], Result]]:
+    function: Callable[[Argument, Count], Result], prepare: Callable[[], None]
+) -> Iterator[Callable[[Argument, Count], Result]]:
     """Start a fresh process for one call of `function(argument, progress)`.
 
     Args:
@@ -43,7 +43,7 @@ def apart(
     here, there = context.Pipe()
     process = context.Process(target=_work, args=(there, function, prepare), daemon=True)
 
-    def call(argument: Argument, progress: Progress) -> Result:
+    def call(argument: Argument, progress: Count) -> Result:
         try:
             here.send(argument)
             while True:
@@ -84,7 +84,7 @@ def _work(pipe: Any, function: Callable[..., Any], prepare: Callable[[], None]) 
 
 
 def _outcome(
-    function: Callable[[Argument, Progress], Result], argument: Argument, progress: Progress
+    function: Callable[[Argument, Count], Result], argument: Argument, progress: Count
 ) -> tuple[str, Result | Exception]:
     try:
         return "result", function(argument, progress)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from qcat.architecture import Architecture, gguf_name
+from qcat.gguf.architecture import Architecture, gguf_name
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcat.architecture import EMBEDDING, HEAD, architecture
-from qcat.checkpoint import base_folder, count_layers, first_line, load_config
+from qcat.base.checkpoint import base_folder, count_layers, first_line, load_config
 from qcat.errors import ExportError, ModelError
-from qcat.q4_0 import PEFT_TYPE
+from qcat.gguf.architecture import EMBEDDING, HEAD, architecture
+from qcat.gguf.q4_0 import PEFT_TYPE
 from qcat_convert.scales import Blocks, ScalesAdapter
 from qcat_convert.weights import Checkpoint, Rows, Shape
 

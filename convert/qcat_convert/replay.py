@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcat.scoring import Floats, label_log_probabilities
-from qcat.trie import LabelTrie
+from qcat.encoding.scoring import Floats, label_log_probabilities
+from qcat.encoding.trie import LabelTrie
 from qcat_convert.decoder import OneLayer
 from qcat_convert.weights import Rows
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcat import q4_0
-from qcat.checkpoint import first_line
+from qcat.base.checkpoint import first_line
 from qcat.errors import ExportError
+from qcat.gguf import q4_0
 from qcat_convert.weights import Rows
 
 if TYPE_CHECKING:

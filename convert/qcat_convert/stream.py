@@ -6,25 +6,23 @@ Each layer is read once, merged, written, used and let go, so that no more than 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcat.architecture import EMBEDDING, HEAD
-from qcat.scoring import Floats
+from qcat.encoding.scoring import Floats
+from qcat.encoding.trie import LabelTrie
+from qcat.gguf.architecture import EMBEDDING, HEAD
+from qcat.progress import Count, uncounted
 from qcat.task import Task
 from qcat.threads import default_threads
-from qcat.trie import LabelTrie
 from qcat_convert.decoder import OneLayer
 from qcat_convert.imatrix import Importance, ImportanceMatrix
 from qcat_convert.merge import Merger, Source
 from qcat_convert.replay import Replay, label_distributions
 from qcat_convert.vocab import Vocabulary
 from qcat_convert.writer import GGUFFile, Precision
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def prepare_process() -> None:
     torch.set_num_threads(default_threads())
 
 
-def convert(job: Job, progress: Progress = lambda done, total: None) -> Measured:
+def convert(job: Job, progress: Count = uncounted) -> Measured:
     """Merge and write a model, and measure on the way.
 
     The importance matrix counts the prefix once and each question's own tokens once: what the

@@ -28,8 +28,8 @@ from itertools import pairwise
 from string import ascii_lowercase
 from typing import Any
 
+from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ExportError
-from qcat.tokenization import HubTokenizer
 
 DEFAULT_MERGES = 16_000
 _ROLES = ("eos_token", "bos_token", "pad_token")

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from qcat.encoding.tokenization import QWEN2_SPLIT, HubTokenizer, is_control
 from qcat.errors import ExportError
-from qcat.tokenization import QWEN2_SPLIT, HubTokenizer, is_control
 
 # gguf.TokenType, by what llama.cpp does with each
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcat.checkpoint import first_line
+from qcat.base.checkpoint import first_line
 from qcat.errors import ModelError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
-from qcat.architecture import (
+from qcat.errors import ExportError
+from qcat.gguf.architecture import (
     EMBEDDING,
     HEAD,
     Architecture,
@@ -18,9 +19,8 @@ from qcat.architecture import (
     gguf_tensor,
     hyper_parameters,
 )
-from qcat.bundle import SOURCE_KEY, TASK_KEY
-from qcat.errors import ExportError
-from qcat.q4_0 import pack
+from qcat.gguf.bundle import SOURCE_KEY, TASK_KEY
+from qcat.gguf.q4_0 import pack
 from qcat.task import Task
 from qcat_convert.scales import Blocks
 from qcat_convert.vocab import Vocabulary

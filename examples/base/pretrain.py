@@ -36,10 +36,10 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from tqdm import tqdm
 
-from qcat.learn.forward import last_states, shared_prefix_states
-from qcat.prompt import build_prompt, clean_question, encode_segments
+from qcat.encoding.prompt import build_prompt, clean_question, encode_segments
+from qcat.encoding.tokenization import HubTokenizer
 from qcat.task import Task
-from qcat.tokenization import HubTokenizer
+from qcat.training.forward import last_states, shared_prefix_states
 
 EMBEDDING_RATE = 0.1
 """Of the rate of the other weights: as a bag the embeddings are good from the start."""

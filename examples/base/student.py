@@ -23,7 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qcat.tokenization import HubTokenizer
+from qcat.encoding.tokenization import HubTokenizer
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 256,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcat.prompt import clean_question
+from qcat.encoding.prompt import clean_question
 
 SLOT = re.compile(r"\b[a-z]{4,}\b")
 # Frames for things people own, only ever shown to the teacher for its embedding, never labelled.

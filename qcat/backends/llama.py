@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qcat import cache
+from qcat.encoding.scoring import Scores, label_energy, label_mass
+from qcat.encoding.trie import Branch, LabelTrie
 from qcat.errors import ModelError
-from qcat.scoring import Scores, label_energy, label_mass
-from qcat.trie import Branch, LabelTrie
 
 MAX_BATCH = 16
 """Questions in one forward pass."""
@@ -80,7 +80,7 @@ def repacks() -> bool:
 class LlamaModel:
     """One GGUF opened in llama.cpp: its vocabulary and, unless `vocab_only`, its weights.
 
-    The file must have been through `qcat.bundle.check_model`: llama.cpp can abort on others.
+    The file must have been through `qcat.gguf.bundle.check_model`: llama.cpp can abort on others.
 
     Args:
         path: of the file.
@@ -266,7 +266,7 @@ class LlamaScorer:
         fingerprint: of the model's file, and of the adapter's; with it the evaluated prefix is
             kept in the user's cache folder for the next time.
         adapter: a LoRA adapter's GGUF to lie beside the weights, checked by
-            `qcat.beside.check_adapter`.
+            `qcat.gguf.adapter.check_adapter`.
 
     Raises:
         ModelError: the context cannot be made, or llama.cpp refuses the grammar.

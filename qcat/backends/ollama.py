@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from qcat.errors import ServerError
+from qcat.progress import Progress
 
 try:
     import ollama  # which makes a client on import
@@ -33,7 +34,6 @@ _RETRIES = (0.2, 1.0)  # seconds to wait before asking again
 _CHUNK = 1 << 20
 STRANGER = "answers, but not as Ollama does: see that OLLAMA_HOST is right"
 """What a message says of one that is no Ollama."""
-Progress = Callable[[str, int, int], None]
 
 
 class _Client(ollama.Client):

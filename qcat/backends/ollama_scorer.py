@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qcat.backends.ollama import STRANGER, Server
+from qcat.encoding.prompt import Vocabulary
+from qcat.encoding.scoring import BoundedScores, contenders, label_bounds, share_bounds
+from qcat.encoding.trie import Branch, LabelTrie
 from qcat.errors import ServerError
-from qcat.prompt import Vocabulary
-from qcat.scoring import BoundedScores, contenders, label_bounds, share_bounds
-from qcat.trie import Branch, LabelTrie
 
 TOP_LOGPROBS = 20
 """The most that Ollama gives."""

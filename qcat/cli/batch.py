@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from qcat.batch import batch, check_paths
 from qcat.classifier import OLLAMA, Classifier
 from qcat.cli.output import Bars, FloatRange, given, threads_option, timeout_option
-from qcat.prompt import QUESTION_ROOM
+from qcat.encoding.prompt import QUESTION_ROOM
+from qcat.workflows.batch import batch, check_paths
 
 STOPPED = 130
 
@@ -105,7 +105,7 @@ def command(
             ) as asked,
             Bars() as bars,
         ):
-            done = batch(asked, source, output, column=column, prefix=prefix, show=bars.show)
+            done = batch(asked, source, output, column=column, prefix=prefix, progress=bars.show)
     except KeyboardInterrupt:
         click.echo("qcat: stopped: give the same command again to go on", err=True)
         return STOPPED

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from qcat.bundle import Bundle
 from qcat.cli.output import Bars, check_writable, table
+from qcat.encoding.prompt import clean_question
 from qcat.errors import DataError, QuestionError
 from qcat.files import write_whole
-from qcat.measure import BATCHES, Measured, measure, questions_for
-from qcat.prompt import clean_question
+from qcat.gguf.bundle import Bundle
+from qcat.workflows.measure import BATCHES, Measured, measure, questions_for
 
 
 @click.command()
@@ -127,7 +127,7 @@ def _lines(found: Measured) -> list[str]:
 def _plot(found: Measured) -> bytes:
     from matplotlib.figure import Figure
 
-    from qcat.plot import BLUE, bare, png
+    from qcat.report.plot import BLUE, bare, png
 
     figure = Figure(figsize=(6, 3.5))
     axes = figure.subplots()

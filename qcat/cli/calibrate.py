@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from qcat_convert.calibrate import Asked, Judged, Question, ask_all, sections, summary
 
-from qcat.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, section, write_sections
-from qcat.classifier import read_calibration
+from qcat.calibration.calibration import Calibration
+from qcat.calibration.fit import Fitted
+from qcat.calibration.reliability import reliability_rows
+from qcat.calibration.thresholds import LEVEL
 from qcat.cli.output import Bars, FloatRange, check_writable, given, json_line, table
+from qcat.data.dataset import read_examples
 from qcat.errors import BundleError
 from qcat.files import write_whole
-from qcat.learn.dataset import read_examples
-from qcat.trust.calibration import Calibration
-from qcat.trust.fit import Fitted
-from qcat.trust.reliability import reliability_rows
-from qcat.trust.thresholds import LEVEL
+from qcat.gguf.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, section, write_sections
+from qcat.opening import read_calibration
+from qcat.workflows.calibrate import Asked, Judged, Question, ask_all, sections, summary
 
 _FILE = click.Path(path_type=Path)
 
@@ -127,7 +127,7 @@ def command(
     judged = asked.judged(calibration)
     picture = None
     if curve:
-        from qcat.trust.figures import risk_coverage_png
+        from qcat.report.trust_figures import risk_coverage_png
 
         common = None if calibration.label_thresholds else calibration.threshold or None
         picture = risk_coverage_png(judged.curve(), common)

@@ -34,8 +34,8 @@ def command(folder: Path, name: str | None, data: Path | None, timeout: float) -
     """
     questions: Sequence[str] = ()
     if data:
-        from qcat.bundle import Bundle, find_gguf
-        from qcat.learn.dataset import read_examples
+        from qcat.data.dataset import read_examples
+        from qcat.gguf.bundle import Bundle, find_gguf
 
         task = Bundle.read(find_gguf(folder)).task
         questions = [example.text for example in read_examples(data, task)]
@@ -46,7 +46,7 @@ def deploy_and_tell(
     folder: Path, name: str | None, questions: Sequence[str], timeout: float
 ) -> None:
     """Deploy with progress bars, and print what was proved."""
-    from qcat_convert.deploy import deploy
+    from qcat.workflows.deploy import deploy
 
     with Bars() as bars:
         done = deploy(folder, name, questions=questions, timeout=timeout, progress=bars.show)

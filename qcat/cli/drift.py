@@ -11,14 +11,14 @@ from pathlib import Path
 
 import click
 
-from qcat.bundle import REFERENCE_KEY, Bundle, identity, section
 from qcat.classifier import DEFAULT_MODEL, OLLAMA, Classifier
 from qcat.cli.output import Bars, FloatRange, check_writable, given, table
+from qcat.data.dataset import read_examples
 from qcat.errors import BundleError, DataError
 from qcat.files import write_whole
-from qcat.learn.dataset import read_examples
-from qcat.trust.drift import FEWEST, LEVEL, Accuracy, Drift, Reference, Signal, compare, history
-from qcat.trust.log import LogWindow, read_log, scan_log
+from qcat.gguf.bundle import REFERENCE_KEY, Bundle, identity, section
+from qcat.monitor.drift import FEWEST, LEVEL, Accuracy, Drift, Reference, Signal, compare, history
+from qcat.monitor.log import LogWindow, read_log, scan_log
 
 DRIFTED = 4
 
@@ -191,7 +191,7 @@ def _accuracy(model: Path, path: Path, reference: Reference) -> Accuracy:
 
 
 def _draw(png: Path, log: Path, model: str, quiet: Reference, size: int, level: float) -> None:
-    from qcat.learn.figures import drift_png
+    from qcat.report.figures import drift_png
 
     records = (record for record in scan_log(log) if record and record.model == model)
     points = history(quiet, records, size, last=_POINTS, level=level)

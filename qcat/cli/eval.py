@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
+from qcat.calibration.reliability import UNSCALED, reliability_rows
 from qcat.cli.output import ROWS, Bars, check_writable, more, shown, table
 from qcat.errors import DataError
-from qcat.files import write_whole
-from qcat.learn.evaluate import (
+from qcat.evaluation.evaluate import (
     Comparison,
     Confusion,
     Evaluation,
@@ -22,7 +22,7 @@ from qcat.learn.evaluate import (
     evaluate,
     off_topic_rows,
 )
-from qcat.trust.reliability import UNSCALED, reliability_rows
+from qcat.files import write_whole
 
 _FILE = click.Path(path_type=Path)
 _MATRIX_LABELS = 10  # up to which the terminal shows the whole confusion matrix
@@ -101,17 +101,17 @@ def command(
         found = evaluate(request, bars.show)
     pages = []
     if confusion:
-        from qcat.learn.figures import confusion_png
+        from qcat.report.figures import confusion_png
 
         pages.append((confusion, confusion_png(found.confusion)))
     if reliability:
-        from qcat.trust.figures import reliability_png
+        from qcat.report.trust_figures import reliability_png
 
         pages.append(
             (reliability, reliability_png(found.confidence.after, found.confidence.before))
         )
     if html:
-        from qcat.learn.html_report import html_report
+        from qcat.report.html_report import html_report
 
         pages.append((html, html_report(found).encode()))
     for path, data in pages:

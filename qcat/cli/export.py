@@ -10,12 +10,12 @@ from qcat_convert.quantize import AUTO, QUANTIZATIONS
 from qcat_convert.trim import DEFAULT_MERGES
 
 from qcat.cli.output import Bars, FloatRange, given, table, timeout_option
+from qcat.data.dataset import read_examples
 from qcat.errors import ExportError
-from qcat.learn.dataset import read_examples
 from qcat.task import Task
 
 if TYPE_CHECKING:
-    from qcat_convert.pipeline import Request
+    from qcat.workflows.export_job import Request
 
 _FILE = click.Path(path_type=Path)
 
@@ -175,7 +175,7 @@ def command(
         max_mb=max_mb,
     )
     if ollama_name:
-        from qcat_convert.deploy import check_server
+        from qcat.workflows.deploy import check_server
 
         check_server(ollama_name, request.task, timeout)  # now, and not after minutes of work
     report = export_and_tell(request)
@@ -228,8 +228,8 @@ def read_request(
     held_out = _examples(data, run / "test.jsonl", task)
     training = _examples(train_data, run / "train.jsonl", task)
     validation = _examples(validation_data, run / "validation.jsonl", task)
-    from qcat_convert.calibrate import Question
-    from qcat_convert.pipeline import Request
+    from qcat.workflows.calibrate import Question
+    from qcat.workflows.export_job import Request
 
     return Request(
         task=task,
@@ -250,8 +250,8 @@ def read_request(
 
 def export_and_tell(request: Request) -> dict[str, Any]:
     """Export with progress bars, print the proof and what is known of the confidence."""
-    from qcat_convert.card import calibration_line, choice_rows, quality_rows, vocabulary_line
-    from qcat_convert.pipeline import convert_apart, export
+    from qcat.report.card import calibration_line, choice_rows, quality_rows, vocabulary_line
+    from qcat.workflows.export import convert_apart, export
 
     with Bars() as bars:
         report = export(request, bars.show, convert_apart)

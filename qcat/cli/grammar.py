@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from qcat.bundle import Bundle
+from qcat.encoding.grammar import grammar
 from qcat.errors import TaskError
-from qcat.grammar import grammar
+from qcat.gguf.bundle import Bundle
 from qcat.task import Task
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from qcat_convert.card import layers_text, vocabulary_line
 
-from qcat.beside import BASE_KEY
-from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, is_adapter, section
-from qcat.classifier import read_calibration
+from qcat.calibration.calibration import Calibration
 from qcat.errors import BundleError
+from qcat.gguf.adapter import BASE_KEY
+from qcat.gguf.bundle import REPORT_KEY, SOURCE_KEY, Bundle, is_adapter, section
+from qcat.opening import read_calibration
+from qcat.report.card import layers_text, vocabulary_line
 from qcat.task import Task
-from qcat.trust.calibration import Calibration
 
 
 @click.command()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
-from qcat.checkpoint import base_folder
-from qcat.learn.lint import Finding, Fixed, Report, Severity, Tokenizer, fix, lint
+from qcat.base.checkpoint import base_folder
+from qcat.data.lint import Finding, Fixed, Report, Severity, fix, lint
+from qcat.encoding.prompt import Tokenizer
 from qcat.task import Task
 
 _FILE = click.Path(path_type=Path)
@@ -89,12 +90,12 @@ def command(
 @contextmanager
 def _tokenizer(base: str | None, model: Path | None) -> Iterator[Tokenizer | None]:
     if base:
-        from qcat.tokenization import HubTokenizer
+        from qcat.encoding.tokenization import HubTokenizer
 
         yield HubTokenizer(base_folder(base, weights=False))
     elif model:
         from qcat.backends.llama import LlamaModel
-        from qcat.bundle import check_model, read_header
+        from qcat.gguf.bundle import check_model, read_header
 
         check_model(model, read_header(model))  # llama.cpp can abort on what this refuses
         with LlamaModel(model, vocab_only=True) as loaded:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from qcat.bundle import Bundle, is_adapter
-from qcat.classifier import prepare
+from qcat.encoding.encoded import EncodedTask
 from qcat.errors import BundleError
+from qcat.gguf.bundle import Bundle, is_adapter
 
 
 @click.command()
@@ -23,12 +23,11 @@ def command(gguf: Path) -> None:
     bundle = Bundle.read(gguf)
     if is_adapter(bundle.header):
         raise BundleError(f"{gguf}: is an adapter: `qcat export` wrote its Modelfile beside it")
-    from qcat_convert.modelfile import modelfile, parameters
-
     from qcat.backends.llama import LlamaModel
+    from qcat.report.modelfile import modelfile, parameters
 
     with LlamaModel(gguf, vocab_only=True) as model:
-        prompt, trie = prepare(bundle.task, model, str(gguf))
-        wanted = parameters(prompt, trie, model)
-        text = modelfile(bundle.task, prompt, gguf=gguf.name, parameters=wanted)
+        encoded = EncodedTask.served(bundle.task, model, str(gguf))
+        wanted = parameters(encoded, model)
+        text = modelfile(bundle.task, encoded.prompt, gguf=gguf.name, parameters=wanted)
     click.echo(text, nl=False)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qcat.bundle import REPORT_KEY, SOURCE_KEY, Bundle, find_gguf, section
-from qcat.classifier import read_calibration
 from qcat.cli.output import ROWS, Bars, FloatRange, more, shown, table
+from qcat.data.dataset import Example, read_examples
 from qcat.errors import BundleError, DataError, ExportError
-from qcat.learn.dataset import Example, read_examples
+from qcat.gguf.bundle import REPORT_KEY, SOURCE_KEY, Bundle, find_gguf, section
+from qcat.opening import read_calibration
 from qcat.threads import wait_briefly
 
 if TYPE_CHECKING:
-    from qcat.learn.evaluate import Abstaining, Comparison, Evaluation, Flip
-    from qcat.learn.retrain import Addition, Run
+    from qcat.evaluation.evaluate import Abstaining, Comparison, Evaluation, Flip
+    from qcat.training.retrain import Addition, Run
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -74,11 +74,11 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
     from qcat_convert.merge import fingerprint
-    from qcat_convert.promote import previous_of, promote, reserved
 
-    from qcat.checkpoint import base_folder
+    from qcat.base.checkpoint import base_folder
     from qcat.cli.train import train_and_tell
-    from qcat.learn.retrain import Run, add_questions
+    from qcat.training.retrain import Run, add_questions
+    from qcat.workflows.promote import previous_of, promote, reserved
 
     with reserved(bundle) as cut_short:
         if cut_short:
@@ -122,7 +122,7 @@ def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
     """The bundle that serves, once it is known that it can be replaced by one of `output`."""
     from qcat_convert.merge import fingerprint
 
-    from qcat.checkpoint import base_folder
+    from qcat.base.checkpoint import base_folder
 
     serving = Bundle.read(find_gguf(bundle))
     if serving.task != old.task:
@@ -145,7 +145,7 @@ def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
 
 def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, str]:
     """Give the new model the old one's threshold, or its promise; what speaks against it if not."""
-    from qcat_convert.calibrate import Question, carry_threshold
+    from qcat.workflows.calibrate import Question, carry_threshold
 
     task = serving.task
     questions = [
@@ -188,8 +188,9 @@ def _way_out(problems: Iterable[str], serving: Path) -> str:
 
 def _recipe(serving: Bundle) -> dict[str, Any]:
     """How a bundle was exported; what it does not say was the default."""
-    from qcat_convert.choose import BESIDE
     from qcat_convert.quantize import QUANTIZATIONS
+
+    from qcat.workflows.choose import BESIDE
 
     report = section(serving.header, REPORT_KEY, serving.path)
     defaults = {"quantization": "q4_k_m", "precision": "f16", "max_flips": 0.02}
@@ -251,9 +252,8 @@ def _listed(examples: Sequence[Example], labels: Sequence[str]) -> Iterator[str]
 
 def _candidate(bundle: Path, run: Path, weights: str, recipe: dict[str, Any]) -> Path:
     """The GGUF of the new run's bundle, exported unless it is there already."""
-    from qcat_convert.promote import candidate_of, clear
-
     from qcat.cli.export import export_and_tell, read_request
+    from qcat.workflows.promote import candidate_of, clear
 
     folder = candidate_of(bundle)
     if folder.exists():
@@ -268,8 +268,8 @@ def _candidate(bundle: Path, run: Path, weights: str, recipe: dict[str, Any]) ->
 
 def _compare(run: Path, new: Path, old: Path, bundle: Path, max_loss: float) -> dict[str, str]:
     """Ask both models, print how they did, and return what speaks against the new one, by part."""
-    from qcat.learn.evaluate import Request, evaluate
-    from qcat.learn.retrain import refusal
+    from qcat.evaluation.evaluate import Request, evaluate
+    from qcat.training.retrain import refusal
 
     problems = {}
     for what in ("test", "reviewed"):

@@ -15,7 +15,7 @@ import click
 from qcat.cli.review_walk import Answer, Quit, Walk, Withdraw, keys, screen
 from qcat.errors import ReviewError
 from qcat.files import write_whole
-from qcat.trust.review import ReviewQueue, default_path
+from qcat.monitor.review import ReviewQueue, default_path
 
 _FILE = click.Path(path_type=Path)
 _OTHER_SCREEN, _BACK = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # and hide the cursor
@@ -110,8 +110,8 @@ def command(
 
 
 def _own_queue(model: Path | None) -> Path:
-    from qcat.bundle import Bundle
     from qcat.classifier import DEFAULT_MODEL, OLLAMA
+    from qcat.gguf.bundle import Bundle
 
     if model and str(model).startswith(OLLAMA):
         raise click.UsageError(f"{model} is on a server: name the queue's FILE")
@@ -119,7 +119,7 @@ def _own_queue(model: Path | None) -> Path:
 
 
 def _import(queue: ReviewQueue, path: Path) -> None:
-    from qcat.trust.review_import import read_answers
+    from qcat.monitor.review_import import read_answers
 
     answers = read_answers(path, queue)
     queue.answer_all(answers)
@@ -129,7 +129,7 @@ def _import(queue: ReviewQueue, path: Path) -> None:
 
 
 def _export(queue: ReviewQueue, path: Path) -> None:
-    from qcat.learn.review_rows import training_rows
+    from qcat.monitor.review_rows import training_rows
 
     decided = queue.decided()
     rows = training_rows(decided, queue.texts())
@@ -153,7 +153,7 @@ def _off_topic(queue: ReviewQueue, path: Path) -> None:
 
 
 def _page(queue: ReviewQueue, path: Path) -> None:
-    from qcat.trust.review_page import review_page
+    from qcat.monitor.review_page import review_page
 
     entries = queue.pending()
     write_whole(path, review_page(queue.task, queue.labels, entries).encode())
@@ -162,7 +162,7 @@ def _page(queue: ReviewQueue, path: Path) -> None:
 
 
 def _sheet(queue: ReviewQueue, path: Path) -> None:
-    from qcat.trust.review_csv import questions_csv
+    from qcat.monitor.review_csv import questions_csv
 
     entries = queue.pending(unreadable=True)
     write_whole(path, questions_csv(entries))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import click
 
-from qcat.trust.review import LABEL_KEYS, Entry
+from qcat.monitor.review import LABEL_KEYS, Entry
 
 ENTER, ESCAPE, BACKSPACE, UP, DOWN, CLEAR = "enter", "esc", "back", "up", "down", "clear"
 _NAMED = {

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qcat.cli.output import Bars, FloatRange, given, table
-from qcat.learn.dataset import read_examples
+from qcat.data.dataset import read_examples
 from qcat.task import Task
 from qcat.threads import wait_briefly
 
 if TYPE_CHECKING:
-    from qcat.learn.split import Split
-    from qcat.learn.train import Settings
+    from qcat.data.split import Split
+    from qcat.training.train import Settings
 
 _FILE = click.Path(path_type=Path)
 
@@ -182,11 +182,11 @@ def command(
     wait_briefly()
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
-    from qcat.architecture import architecture, hyper_parameters
-    from qcat.checkpoint import base_folder, load_config
-    from qcat.gguf_base import describe, gguf_checkpoint, gguf_file, is_gguf
-    from qcat.learn.split import split_examples
-    from qcat.learn.train import Settings
+    from qcat.base.checkpoint import base_folder, load_config
+    from qcat.base.gguf_base import describe, gguf_checkpoint, gguf_file, is_gguf
+    from qcat.data.split import split_examples
+    from qcat.gguf.architecture import architecture, hyper_parameters
+    from qcat.training.train import Settings
 
     # Before a download what cannot be, before hours of training what export would refuse then.
     gguf = gguf_file(base) if is_gguf(base) else None
@@ -208,9 +208,9 @@ def command(
     hyper_parameters(load_config(folder, kept), config.vocab_size)
     base_folder(base)
     if gguf:
-        from qcat_convert.verify import check_base_tokens
+        from qcat.base.gguf_tokenizer import check_tokenizer
 
-        check_base_tokens(gguf, folder, [example.text for example in examples])
+        check_tokenizer(gguf, folder, [example.text for example in examples])
     settings = Settings(
         base=base,
         objective=objective,
@@ -245,8 +245,8 @@ def train_and_tell(
         output: folder of the run.
         max_f1_loss: walk down the layers, as `train_shallowest` does; None keeps to the settings.
     """
-    from qcat.learn.depth import train_shallowest
-    from qcat.learn.train import train
+    from qcat.training.depth import train_shallowest
+    from qcat.training.train import train
 
     try:
         with Bars() as bars:

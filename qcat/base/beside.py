@@ -1,0 +1,41 @@
+"""The base that an adapter's file lies beside: with other weights under it, it answers nonsense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qcat.base.gguf_base import gguf_file
+from qcat.errors import BundleError, ModelError
+from qcat.gguf.adapter import BASE_KEY, BaseFile
+from qcat.gguf.bundle import Bundle, Header, check_model, fingerprint, read_header, section
+
+
+def find_base(bundle: Bundle, named: Path | None) -> tuple[Path, Header]:
+    """The base of an adapter and its header, checked: the very one, and llama.cpp may see it.
+
+    Args:
+        bundle: the adapter.
+        named: where the base is; None looks where it was at export.
+
+    Raises:
+        BundleError: it is not there, or is another one.
+    """
+    data = section(bundle.header, BASE_KEY, bundle.path)
+    try:
+        base = BaseFile(str(data["path"]), str(data["identity"]))
+    except KeyError:
+        raise BundleError(f"{bundle.path}: names no base: export it again") from None
+    try:
+        path = named or gguf_file(base.path)
+        header = read_header(path, remember=True)
+    except (BundleError, ModelError) as error:
+        raise BundleError(
+            f"{bundle.path}: is an adapter, and its base is not to be had ({error}): name the base "
+            "as the model, and this file as its adapter"
+        ) from None
+    if fingerprint(path, header, anywhere=True) != base.identity:
+        raise BundleError(
+            f"{path}: is not the base that {bundle.path} was trained on, which was {base.path}"
+        )
+    check_model(path, header)
+    return path, header

@@ -1,0 +1,150 @@
+"""A base model's checkpoint: where it lies, locally or on the hub, and how it is loaded.
+
+For training and conversion, so the heavy libraries are imported when a function needs them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcat.base.gguf_base import gguf_checkpoint, is_gguf
+from qcat.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+_TOKENIZER_FILES = ["tokenizer*.json", "config.json"]
+_FILES = ["*.safetensors", "*.json", "*.txt"]
+_PER_LAYER = ("layer_types", "mlp_layer_types")
+"""Lists in a configuration with an entry for each layer, as transformers' validator has them."""
+
+
+def base_folder(base: str, *, weights: bool = True) -> Path:
+    """The folder of a base model: itself if it is one, else from the hub's cache or the hub.
+
+    A GGUF is dequantized into the cache folder first (`qcat.base.gguf_base`).
+
+    Args:
+        base: local folder, hub name, GGUF file, or `ollama:NAME` for a model in Ollama's store.
+        weights: False if the tokenizer is all that is needed.
+
+    Raises:
+        ModelError: it is none of these, or has no safetensors file where weights are wanted.
+    """
+    if is_gguf(base):
+        return gguf_checkpoint(base)
+    folder = Path(base)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (  # type: ignore[attr-defined]
+            HfHubHTTPError,
+            HFValidationError,
+            HTTPError,
+        )
+
+        try:
+            patterns = _FILES if weights else _TOKENIZER_FILES
+            folder = Path(snapshot_download(base, allow_patterns=patterns))
+        except (OSError, HFValidationError, HfHubHTTPError, HTTPError, ValueError) as error:
+            raise ModelError(
+                f"base {base!r}: no such folder, and not to be had from the hub "
+                f"({first_line(error)}): check the name and the network, or give a local folder "
+                "with --base"
+            ) from None
+    if weights and not any(folder.glob("*.safetensors")):
+        raise ModelError(f"base {folder}: no .safetensors file: save it with save_pretrained")
+    return folder
+
+
+def count_layers(folder: Path) -> int:
+    """How many layers the model in a checkpoint's folder has.
+
+    Read without transformers, whose import brings torch: seconds, and hundreds of megabytes.
+
+    Raises:
+        ModelError: `config.json` does not say.
+    """
+    try:
+        return int(json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"])
+    except OSError as error:
+        why = error.strerror
+    except (ValueError, KeyError, TypeError):
+        why = "does not say how many layers the model has"
+    raise ModelError(f"base {folder}: cannot be loaded: config.json: {why}")
+
+
+def load_config(folder: Path, layers: int | None = None) -> Any:
+    """The transformers configuration of a checkpoint's folder.
+
+    Args:
+        folder: as `base_folder` gives it.
+        layers: how many to keep of the model's, from the bottom; None keeps all.
+
+    Raises:
+        ModelError: there is none that can be read, or it has fewer layers, or the model is
+            quantized (merging into a quantized base loses the fine-tune).
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"base {folder}: cannot be loaded: {first_line(error)}") from None
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"base {folder}: is quantized: start from the unquantized base")
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ModelError(
+                f"base {folder}: has {config.num_hidden_layers} layers: keep between 1 and all of "
+                f"them, not {layers}"
+            )
+        for name in _PER_LAYER:
+            if getattr(config, name, None):
+                setattr(config, name, getattr(config, name)[:layers])
+        config.num_hidden_layers = layers
+    return config
+
+
+def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """The causal language model of a folder, on the CPU.
+
+    Args:
+        folder: as `base_folder` gives it.
+        dtype: of the weights.
+        layers: how many to keep, from the bottom; None keeps all. Embedding, final norm and head
+            stay. What is above them is not read.
+
+    Raises:
+        ModelError: as `load_config`; or the weights cannot be loaded, or are not whole.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call] # the command line draws its own
+
+    config = load_config(folder, layers)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"base {folder}: cannot be loaded: {first_line(error)}") from None
+    # transformers fills what is absent with random numbers, anew at each load
+    model, info = loaded
+    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if absent:
+        raise ModelError(
+            f"base {folder}: has no weights that fit {absent[0]} ({len(absent)} such tensors): "
+            "download it again, or save it with save_pretrained"
+        )
+    return model
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, cut to its first line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

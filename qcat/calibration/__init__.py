@@ -1,0 +1,1 @@
+"""Whether to believe an answer: temperature, thresholds, prediction sets, the decision."""

@@ -1,0 +1,270 @@
+"""What was learned of a model's confidence: numbers kept in its GGUF, and what follows from them.
+
+numpy and nothing heavier: this is what runs beside the model. `qcat.calibration.fit` finds the
+numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qcat.prediction import Reason
+
+VERSION = 1
+_GATE_SHARE = 0.2
+"""Of the misses that a prediction set may have, the share spent on calling questions off-topic."""
+_FAR = 1e6  # no log-odds, energy or score of a model is as far from 0
+
+
+@dataclass(frozen=True)
+class OnTopic:
+    """A score of how much a question is like those of the list, from two signals of the model.
+
+    Label mass (as log-odds) and energy, each in standard deviations from its mean over questions
+    of the list, averaged. About 0 for a question of the list, far below for others. A server shows
+    no energy: there the score is of label mass alone, and has a threshold of its own.
+    """
+
+    mass_mean: float
+    mass_deviation: float
+    energy_mean: float
+    energy_deviation: float
+    threshold: float
+    """Under this score a question counts as off-topic."""
+    mass_threshold: float
+    """The same for the score of label mass alone."""
+
+    def score(self, mass: float, energy: float | None) -> float:
+        """The score of one question.
+
+        Args:
+            mass: its label mass, from 0 to 1.
+            energy: its `label_energy`; None where that is not known.
+        """
+        by_mass = (log_odds(mass) - self.mass_mean) / self.mass_deviation
+        if energy is None:
+            return by_mass
+        return (by_mass + (energy - self.energy_mean) / self.energy_deviation) / 2
+
+    def is_off(self, score: float, energy: float | None) -> bool:
+        """Whether a score, made with or without energy, is under its threshold."""
+        return score < (self.mass_threshold if energy is None else self.threshold)
+
+
+@dataclass(frozen=True)
+class Conformal:
+    """What split-conformal prediction sets need: scores of held-out questions, ascending.
+
+    Vovk et al. 2005, Algorithmic Learning in a Random World; Sadinle et al. 2019, Least Ambiguous
+    Set-Valued Classifiers, whose sets are the smallest on average. A set holds every label that
+    is at least as probable as the k-th least probable right label of the held-out questions, and
+    none if the question's on-topic score is below the k'-th lowest. Each leaves out the truth of
+    a new question with a probability of at most k / (n + 1), so that the chances add up to
+    1 − coverage at most, whatever the model is worth. That is exact for scores of questions that
+    served for nothing else; here the temperature and the signals' places, five numbers, come from
+    the same ones, and bench/trust.py shows that it hardly matters.
+    """
+
+    truth: tuple[float, ...]
+    """Probability of the right label."""
+    on_topic: tuple[float, ...]
+    """`OnTopic.score` of label mass and energy."""
+    mass_on_topic: tuple[float, ...]
+    """`OnTopic.score` of label mass alone."""
+
+    @staticmethod
+    def fewest(coverage: float) -> int:
+        """Questions without which no set but that of all labels has this coverage."""
+        return math.ceil(1 / ((1 - _GATE_SHARE) * (1 - coverage)) - 1 - 1e-9)
+
+    def least(self, coverage: float) -> float:
+        """The probability that a label needs to be in the set; 0 if the questions are too few."""
+        rank = _rank(len(self.truth), (1 - _GATE_SHARE) * (1 - coverage))
+        return self.truth[rank - 1] if rank else 0.0
+
+    def gate(self, coverage: float, *, energy: bool) -> float:
+        """The on-topic score under which the set is empty; −∞ if the questions are too few."""
+        scores = self.on_topic if energy else self.mass_on_topic
+        rank = _rank(len(scores), _GATE_SHARE * (1 - coverage))
+        return scores[rank - 1] if rank else -math.inf
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How a threshold was found by `qcat.calibration.thresholds`."""
+
+    max_error: float
+    """Of the questions answered at most this share is answered wrong …"""
+    level: float
+    """… with this confidence."""
+    questions: int
+    """It was found on."""
+    answered: int
+    errors: int
+    """Wrong among those answered."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All that is known. The default knows nothing: probabilities as they are, no abstaining."""
+
+    questions: int = 0
+    """It was found on; 0 for the default."""
+    temperature: float = 1.0
+    temperature_interval: tuple[float, float] = (1.0, 1.0)
+    """With 95 % confidence."""
+    threshold: float = 0.0
+    """Confidence under which a question is left to a person."""
+    label_thresholds: Mapping[str, float] = field(default_factory=dict)
+    """The same for answers with these labels."""
+    promise: Promise | None = None
+    on_topic: OnTopic | None = None
+    gate: bool = True
+    """Whether a question whose on-topic score is low is left to a person."""
+    conformal: Conformal | None = None
+
+    def with_threshold(self, threshold: float) -> Calibration:
+        """The same with one threshold, set by hand; 0 leaves no question to a person."""
+        return replace(
+            self, threshold=threshold, label_thresholds={}, promise=None, gate=threshold > 0
+        )
+
+    def reason(self, label: str, confidence: float, second: float, off: bool) -> Reason | None:
+        """Why a question is left to a person, if it is.
+
+        Args:
+            label: the most probable one.
+            confidence: its probability.
+            second: the second best label's.
+            off: whether the on-topic score is under its threshold.
+        """
+        if off and self.gate:
+            return "off_topic"
+        threshold = self.label_thresholds.get(label, self.threshold)
+        # A threshold of 1 answers nothing, though rounding can make a confidence 1.
+        if confidence >= threshold and threshold < 1:
+            return None
+        return "ambiguous" if confidence + second >= threshold else "low_confidence"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        found: dict[str, Any] = {
+            "version": VERSION,
+            "questions": self.questions,
+            "temperature": self.temperature,
+            "temperature_interval": list(self.temperature_interval),
+            "threshold": self.threshold,
+            "gate": self.gate,
+        }
+        if self.label_thresholds:
+            found["label_thresholds"] = dict(self.label_thresholds)
+        if self.promise:
+            found["promise"] = vars(self.promise)
+        if self.on_topic:
+            found["on_topic"] = vars(self.on_topic)
+        if self.conformal:
+            found["conformal"] = {key: list(value) for key, value in vars(self.conformal).items()}
+        return found
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], labels: Sequence[str]) -> Calibration:
+        """What `to_dict` gave, checked; nothing known if it is empty.
+
+        Args:
+            data: from a file, so it may be anything.
+            labels: the task's.
+
+        Raises:
+            ValueError: what is wrong, in a few words.
+        """
+        if not data:
+            return cls()
+        if data.get("version") != VERSION:
+            raise ValueError("is of another version of qcat")
+        by_label = _mapping(data, "label_thresholds")
+        if not set(by_label) <= set(labels):
+            raise ValueError("has thresholds of labels that the task lacks")
+        low, high = _numbers(data, "temperature_interval", 0, math.inf)
+        promise, topic, sets = (_mapping(data, k) for k in ("promise", "on_topic", "conformal"))
+        return cls(
+            questions=_count(data, "questions"),
+            temperature=_number(data, "temperature", 1e-3, 1e3),
+            temperature_interval=(low, high),
+            threshold=_number(data, "threshold", 0, 1),
+            label_thresholds={label: _number(by_label, label, 0, 1) for label in by_label},
+            gate=data.get("gate") is not False,
+            promise=_promise(promise) if promise else None,
+            on_topic=_on_topic(topic) if topic else None,
+            conformal=_conformal(sets) if sets else None,
+        )
+
+
+def log_odds(share: float) -> float:
+    """log(p / (1 − p)), of a share kept away from 0 and 1 as far as float32 tells them apart."""
+    kept = min(max(share, 1e-9), 1 - 1e-6)
+    return math.log(kept / (1 - kept))
+
+
+def _rank(count: int, missed: float) -> int:
+    # The tiny addition keeps 0.05 · 100 from being 4.999…
+    return math.floor((count + 1) * missed + 1e-9)
+
+
+def _promise(data: Mapping[str, Any]) -> Promise:
+    shares = {key: _number(data, key, 0, 1) for key in ("max_error", "level")}
+    counts = {key: _count(data, key) for key in ("questions", "answered", "errors")}
+    return Promise(shares["max_error"], shares["level"], **counts)
+
+
+def _on_topic(data: Mapping[str, Any]) -> OnTopic:
+    anywhere = ("mass_mean", "energy_mean", "threshold", "mass_threshold")
+    positive = ("mass_deviation", "energy_deviation")
+    return OnTopic(
+        **{key: _number(data, key, -_FAR, _FAR) for key in anywhere},
+        **{key: _number(data, key, 1 / _FAR, _FAR) for key in positive},
+    )
+
+
+def _conformal(data: Mapping[str, Any]) -> Conformal:
+    truth = _numbers(data, "truth", 0, 1)
+    topics = [_numbers(data, k, -_FAR, _FAR) for k in ("on_topic", "mass_on_topic")]
+    for scores in (truth, *topics):
+        if not scores or list(scores) != sorted(scores):
+            raise ValueError("has scores for prediction sets that are not in order")
+    return Conformal(truth, *topics)
+
+
+def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = data.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"has no object under {key!r}")
+    return value
+
+
+def _number(data: Mapping[str, Any], key: str, least: float, most: float) -> float:
+    return _checked(data.get(key), key, least, most)
+
+
+def _numbers(data: Mapping[str, Any], key: str, least: float, most: float) -> tuple[float, ...]:
+    values = data.get(key)
+    if not isinstance(values, list):
+        raise ValueError(f"has no list under {key!r}")
+    return tuple(_checked(value, key, least, most) for value in values)
+
+
+def _checked(value: Any, key: str, least: float, most: float) -> float:
+    with suppress(OverflowError):  # a whole number of 400 digits
+        if type(value) in (int, float) and math.isfinite(value) and least <= value <= most:
+            return float(value)
+    raise ValueError(f"has no sensible number under {key!r}")
+
+
+def _count(data: Mapping[str, Any], key: str) -> int:
+    value = data.get(key)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"has no count under {key!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Labelled questions: reading and writing, lint, near duplicates, splits. Knows no model."""

@@ -1,0 +1,1 @@
+"""A task in a model's tokens: prompt, tokenization, label trie, grammar, scoring. No backend."""

@@ -1,0 +1,102 @@
+"""Whether training, runtime and Modelfile see the same token ids, for every question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from qcat.encoding.prompt import Encoder, Prompt, encode_segments
+from qcat.errors import ExportError
+
+_AWKWARD = (
+    "When was the pool pump replaced?\nCategory: fence",
+    "it's 12,345.67 o'clock… Don't WE'LL\tknow\r\n\r\n  two  spaces ",
+    "水泵什么时候换的？ Straße ﬁn é e\u0301 🏊‍♀️ \u00a0x\u2028y",
+    "def f(x): return {'a': [1, 2]}  # ~~~ <p> \\\\ //",
+)
+
+
+def check_tokens(
+    prompt: Prompt,
+    trained: Encoder,
+    served: Encoder,
+    render: Callable[[str], str],
+    questions: Sequence[str],
+) -> int:
+    """Assert that all three places see the same token ids, for every question.
+
+    A question that spells a special token (`<|im_end|>`) is plain text in training and here, but
+    a control token in Ollama, which has no switch for it: such questions are counted, not failed.
+
+    Args:
+        prompt: the task's prompt.
+        trained: the Hugging Face tokenizer.
+        served: the GGUF's.
+        render: what the Modelfile makes of a question.
+        questions: as `clean_question` gives them.
+
+    Returns:
+        Questions that Ollama would read otherwise.
+
+    Raises:
+        ExportError: at the first question where they differ, with both ids.
+    """
+    for text, known in (*prompt.prefix, *prompt.rest("?")):
+        if not known and served.encode(text, special=True) != served.encode(text, special=False):
+            raise ExportError(
+                "the task's text spells a special token, which Ollama would read as one: "
+                "write its labels, descriptions and instruction without it"
+            )
+    special = 0
+    prefix = encode_segments(prompt.prefix, served)
+    for question in questions:
+        rest = prompt.rest(question)
+        ours = prefix + encode_segments(rest, served)
+        _compare(question, "training", encode_segments((*prompt.prefix, *rest), trained), ours)
+        if served.encode(question, special=True) != served.encode(question, special=False):
+            special += 1
+            continue
+        rendered = served.encode(render(question), special=True)
+        _compare(question, "the Modelfile's TEMPLATE", rendered, ours)
+    return special
+
+
+def check_questions(
+    prompt: Prompt, trained: Encoder, served: Encoder, questions: Sequence[str]
+) -> None:
+    """As `check_tokens`, without the prefix and the Modelfile: quick, for many questions."""
+    for question in questions:
+        rest = prompt.rest(question)
+        ids = (encode_segments(rest, encoder) for encoder in (trained, served))
+        _compare(question, "training", *ids)
+
+
+def check_rebuilt(rebuilt: Encoder, original: Encoder, texts: Sequence[str]) -> None:
+    """Assert that a tokenizer rebuilt from a GGUF gives the ids that llama.cpp gives.
+
+    Args:
+        rebuilt: the tokenizer of the checkpoint that was made of the file.
+        original: the file's own.
+        texts: to be compared, besides some awkward ones. One that spells a control token is passed
+            over: what the file's publisher took for text is a token here, or the other way round.
+
+    Raises:
+        ExportError: at the first text where they differ, with both ids.
+    """
+    for text in (*_AWKWARD, *texts):
+        ids = rebuilt.encode(text, special=False)
+        if ids == rebuilt.encode(text, special=True):
+            theirs = original.encode(text, special=False)
+            _compare(text, "the tokenizer rebuilt from the GGUF", ids, theirs)
+
+
+def _compare(question: str, where: str, theirs: list[int], ours: list[int]) -> None:
+    if theirs == ours:
+        return
+    at = next(
+        (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
+        min(len(theirs), len(ours)),
+    )
+    raise ExportError(
+        f"question {question[:60]!r}: {where} has tokens {theirs[at : at + 4]} at {at}, "
+        f"the runtime {ours[at : at + 4]}: please report it with the tokenizer's name"
+    )

@@ -1,0 +1,94 @@
+"""A task in a model's tokens: prompt, prefix, label trie and grammar, put together in one place.
+
+Training, export and the runtimes all build it, each with its own tokenizer, and the boundary
+between prefix and question is checked for each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from qcat.encoding.grammar import grammar
+from qcat.encoding.prompt import (
+    QUESTION_ROOM,
+    Prompt,
+    Tokenizer,
+    Vocabulary,
+    build_prompt,
+    check_boundary,
+    encode_answers,
+    encode_segments,
+    with_codes,
+)
+from qcat.encoding.trie import LabelTrie
+from qcat.errors import DataError, ModelError
+from qcat.task import Task
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task in the tokens of one tokenizer."""
+
+    task: Task
+    """With a code for each label, if it uses codes."""
+    tokenizer: Tokenizer
+    prompt: Prompt
+    prefix: tuple[int, ...]
+    """Token ids of the prompt up to the question."""
+    trie: LabelTrie
+
+    @classmethod
+    def build(cls, task: Task, tokenizer: Tokenizer) -> Self:
+        """Encode a task.
+
+        Raises:
+            ModelError: the prompt cannot be split at the question, a label has no tokens of its
+                own, or the vocabulary lacks the tokens of the chat style.
+            TaskError: the task answers in codes for which the vocabulary has no tokens.
+        """
+        task = with_codes(task, tokenizer)
+        prompt = build_prompt(task, tokenizer)
+        check_boundary(prompt, tokenizer)
+        prefix = tuple(encode_segments(prompt.prefix, tokenizer))
+        trie = LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end)
+        return cls(task, tokenizer, prompt, prefix, trie)
+
+    @classmethod
+    def served(cls, task: Task, vocabulary: Vocabulary, name: str) -> Self:
+        """As `build`, for a model that is to answer: it has to spell the labels back.
+
+        Args:
+            task: what the model decides.
+            vocabulary: the model's own.
+            name: of the model, for messages.
+
+        Raises:
+            ModelError: as `build`; or a label comes back with another spelling.
+        """
+        encoded = cls.build(task, vocabulary)
+        for answer, sequence in zip(encoded.task.answers, encoded.trie.sequences, strict=True):
+            if vocabulary.decode(sequence) != f" {answer}":
+                raise ModelError(
+                    f"{name}: its vocabulary cannot spell the label {answer!r}: rename it"
+                )
+        return encoded
+
+    @property
+    def grammar(self) -> str:
+        """The labels as GBNF."""
+        return grammar(self.task)
+
+    def ids(self, question: str) -> list[int]:
+        """Token ids after the prefix, of a question that `clean_question` has been over."""
+        return encode_segments(self.prompt.rest(question), self.tokenizer)
+
+    def rest(self, question: str) -> list[int]:
+        """As `ids`. Raises DataError for a question of more than `QUESTION_ROOM` tokens."""
+        ids = self.ids(question)
+        if len(ids) > QUESTION_ROOM:
+            raise DataError(
+                f"question {question[:60]!r}…: {len(ids)} tokens, "
+                f"room for {QUESTION_ROOM}: shorten it"
+            )
+        return ids

@@ -1,0 +1,106 @@
+"""The label language as a trie of tokens: which tokens may follow which.
+
+Only branching nodes are kept, since a node with one child costs no forward pass. Knows nothing
+of models: it is built from token ids and used by `qcat.encoding.scoring` and the backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from qcat.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A node with two or more children."""
+
+    path: tuple[int, ...]
+    """Tokens from the root to this node."""
+    tokens: npt.NDArray[np.int32]
+    """Shape (children,): the tokens that may follow, the end token among them if a label ends."""
+    targets: tuple[int, ...]
+    """For each child where it leads: to label `i` as `i`, to branch `j` as `-1 - j`."""
+
+    @cached_property
+    def target_array(self) -> npt.NDArray[np.int64]:
+        """`targets`, shape (children,)."""
+        return np.array(self.targets, np.int64)
+
+
+@dataclass(frozen=True)
+class LabelTrie:
+    """All labels' token sequences. `branches` holds each parent before its children."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    """Label tokens, in label order, without the end token."""
+    end: int
+    """The end token. It competes where one label's tokens begin another's."""
+    branches: tuple[Branch, ...]
+    first_tokens: npt.NDArray[np.int32]
+    """The distinct first tokens: the root's children."""
+
+    @classmethod
+    def build(cls, sequences: Sequence[Sequence[int]], end: int) -> LabelTrie:
+        """Build from one token sequence a label.
+
+        Raises:
+            ModelError: if a sequence is empty, holds the end token, or stands for two labels.
+        """
+        given = tuple(tuple(sequence) for sequence in sequences)
+        for index, sequence in enumerate(given):
+            if not sequence or end in sequence:
+                raise ModelError(f"label {index + 1} has no usable tokens in this vocabulary")
+        if len(set(given)) < len(given):
+            raise ModelError("two labels have the same tokens in this vocabulary: rename one")
+        branches: list[Branch | None] = []
+
+        def grow(path: tuple[int, ...], labels: list[int]) -> int:
+            """Add the subtree of the labels that begin with `path`; return its target."""
+            while True:
+                children: dict[int, list[int]] = {}
+                for label in labels:
+                    rest = given[label][len(path) :]
+                    children.setdefault(rest[0] if rest else end, []).append(label)
+                if len(labels) == 1:
+                    return labels[0]
+                if len(children) > 1:
+                    break
+                path += (next(iter(children)),)
+            number = len(branches)
+            branches.append(None)  # keeps the parent before its children
+            targets = [
+                group[0] if len(group) == 1 else grow((*path, token), group)
+                for token, group in children.items()
+            ]
+            branches[number] = Branch(path, np.array(list(children), np.int32), tuple(targets))
+            return -1 - number
+
+        grow((), list(range(len(given))))
+        firsts = np.array(list(dict.fromkeys(sequence[0] for sequence in given)), np.int32)
+        return cls(given, end, tuple(b for b in branches if b is not None), firsts)
+
+    @property
+    def root_branch(self) -> Branch | None:
+        """The branch at the root, scored by the question's own forward pass, if there is one."""
+        return self.branches[0] if self.branches and not self.branches[0].path else None
+
+    @property
+    def deep_branches(self) -> tuple[Branch, ...]:
+        """The branches below the root, scored together in as few more passes as they fit into."""
+        return tuple(branch for branch in self.branches if branch.path)
+
+    @cached_property
+    def children(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """For every path in the trie the tokens that may follow, the end token included."""
+        following: dict[tuple[int, ...], dict[int, None]] = {}
+        for sequence in self.sequences:
+            tokens = (*sequence, self.end)
+            for depth, token in enumerate(tokens):
+                following.setdefault(tokens[:depth], {})[token] = None
+        return {path: tuple(tokens) for path, tokens in following.items()}

@@ -1,0 +1,1 @@
+"""How well a model does: figures, comparison, baselines, the proof of an export."""

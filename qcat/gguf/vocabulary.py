@@ -1,0 +1,66 @@
+"""A model's vocabulary and task as a GGUF without weights, from what a server says of the model.
+
+With it llama.cpp spells a question here exactly as it does on the server, which has no call for
+that. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qcat.errors import BundleError
+from qcat.gguf.bundle import CALIBRATION_KEY, TASK_KEY
+
+_U32, _I32, _BOOL, _STRING, _ARRAY = 4, 5, 7, 8, 9  # GGUF value types
+_F32 = 0  # GGML tensor type
+_ALIGNMENT = 32
+_KEPT = ("general.architecture", TASK_KEY, CALIBRATION_KEY)
+
+
+def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write architecture, tokenizer, qcat task and calibration of a model's metadata.
+
+    Args:
+        path: file to write. It holds one tensor of zeros, since a GGUF must have some.
+        metadata: keys and values as Ollama's `/api/show` gives them under `model_info` when asked
+            to be verbose.
+
+    Raises:
+        BundleError: a value that no vocabulary has.
+    """
+    pairs = []
+    for key, value in metadata.items():
+        if key in _KEPT or key.startswith("tokenizer.ggml."):
+            try:
+                pairs.append(_text(key) + _value(value))
+            except (AttributeError, TypeError, ValueError, struct.error):
+                raise BundleError(f"metadata {key[:60]!r} is not what qcat writes") from None
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, len(pairs)) + b"".join(pairs)
+    head += _text("none") + struct.pack("<IQIQ", 1, 1, _F32, 0)
+    path.write_bytes(head + b"\0" * (-len(head) % _ALIGNMENT) + struct.pack("<f", 0))
+
+
+def _value(value: Any) -> bytes:
+    if isinstance(value, bool):
+        return struct.pack("<I?", _BOOL, value)
+    if isinstance(value, int):
+        return struct.pack("<II", _U32, value)
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _text(value)
+    if isinstance(value, Sequence) and value:
+        kind = _STRING if isinstance(value[0], str) else _I32
+        items = (
+            b"".join(map(_text, value))
+            if kind == _STRING
+            else struct.pack(f"<{len(value)}i", *value)
+        )
+        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + items
+    raise TypeError(type(value).__name__)
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data

@@ -1,1 +1,0 @@
-"""What needs labelled questions: reading them, and later training and evaluation."""

@@ -1,0 +1,34 @@
+"""Answered questions of a review queue as rows to train on. Needs scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qcat.data.dataset import jsonl_line
+from qcat.data.near import near_groups
+from qcat.monitor.review import Decided, question_hash
+
+
+def training_rows(decided: Sequence[Decided], texts: Sequence[str]) -> bytes:
+    """JSONL with `text`, `label` and `group`: what has a text and a label, in order.
+
+    Near duplicates share a group, so that no split puts one of them into training and the other
+    into the test. The group is named after the first question of its family that the queue got,
+    answered or not. Answers leave the name as it is; so do most later questions, but one that is
+    near two families makes them one, under the name of the older.
+
+    Args:
+        decided: the answered questions.
+        texts: all texts of the queue, answered or not, in the order in which they came.
+    """
+    named = dict(zip(texts, group_names(texts), strict=True))
+    return b"".join(
+        jsonl_line(one.text, one.label, named[one.text])
+        for one in decided
+        if one.text is not None and one.label is not None
+    )
+
+
+def group_names(texts: Sequence[str]) -> list[str]:
+    """The name of each text's group: near duplicates, and chains of them, have the same."""
+    return [f"review-{question_hash(texts[first])[:16]}" for first in near_groups(texts)]

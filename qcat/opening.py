@@ -1,0 +1,196 @@
+"""Opening a model: from its GGUF in llama.cpp here, or on an Ollama server.
+
+Either way it is checked, its task is encoded in its own vocabulary, and a scorer is made. Knows
+nothing of predictions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qcat.base.beside import find_base
+from qcat.base.ollama_store import PREFIX
+from qcat.calibration.calibration import Calibration
+from qcat.encoding.encoded import EncodedTask
+from qcat.encoding.prompt import QUESTION_ROOM, Vocabulary
+from qcat.encoding.scoring import BoundedScores, Scores
+from qcat.errors import BundleError, ModelError, ServerError
+from qcat.gguf.bundle import (
+    CALIBRATION_KEY,
+    TASK_KEY,
+    Bundle,
+    fingerprint,
+    identity,
+    is_adapter,
+    section,
+)
+from qcat.gguf.vocabulary import write_vocabulary
+from qcat.threads import default_threads
+
+
+class Scorer(Protocol):
+    """A backend: questions as token ids after the prompt's prefix to what the model thinks."""
+
+    def score(self, rests: Sequence[Sequence[int]]) -> Iterator[Scores | BoundedScores]: ...
+    def accepts(self, label: int) -> bool: ...
+    def spells(self, ids: Sequence[int]) -> bool: ...
+    def generate(self, rest: Sequence[int], limit: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to be asked, wherever it runs."""
+
+    encoded: EncodedTask
+    vocabulary: Vocabulary
+    scorer: Scorer
+    calibration: Calibration
+    identity: str
+    """Which model this is, as a log names it."""
+
+
+def open_file(
+    path: Path,
+    base: Path | None,
+    *,
+    calibrated: bool,
+    threads: int | None,
+    quick_start: bool,
+    verbose: bool,
+    stack: ExitStack,
+) -> Opened:
+    """Open a model's file, or an adapter's with its base.
+
+    Args:
+        path: of the GGUF.
+        base: of an adapter; None looks for it where it lay at export.
+        calibrated: use what the file says of its calibration.
+        threads: of computation; None for the physical cores.
+        quick_start: leave the weights as they lie in the file.
+        verbose: let llama.cpp write its log to stderr.
+        stack: closes what was opened.
+
+    Raises:
+        BundleError, ModelError: the file, or its base, cannot be used.
+    """
+    bundle = Bundle.read(path, remember=True)
+    files = fingerprint(bundle.path, bundle.header)
+    weights = bundle.path
+    if is_adapter(bundle.header):
+        weights, header = find_base(bundle, base)
+        files += fingerprint(weights, header)
+    elif base is not None:
+        raise BundleError(f"{path}: is no adapter: open it by itself")
+    from qcat.backends.llama import LlamaScorer, shared_model
+
+    model = stack.enter_context(shared_model(weights, repack=not quick_start, verbose=verbose))
+    encoded = EncodedTask.served(bundle.task, model, str(path))
+    scorer = LlamaScorer(
+        model,
+        prefix=encoded.prefix,
+        trie=encoded.trie,
+        grammar=encoded.grammar,
+        room=QUESTION_ROOM,
+        threads=threads or default_threads(),
+        fingerprint=files,
+        adapter=bundle.path if weights != bundle.path else None,
+    )
+    stack.callback(scorer.close)
+    calibration = read_calibration(bundle) if calibrated else Calibration()
+    return Opened(encoded, model, scorer, calibration, identity(bundle.header.metadata))
+
+
+def open_served(
+    name: str,
+    adapter: Path | None,
+    *,
+    calibrated: bool,
+    timeout: float | None,
+    verbose: bool,
+    stack: ExitStack,
+) -> Opened:
+    """Find a model on the Ollama server that OLLAMA_HOST names.
+
+    Args:
+        name: of the model there.
+        adapter: the file of an adapter that the model was made with, since the server tells of the
+            base alone.
+        calibrated: use what the model says of its calibration.
+        timeout: seconds that the server may keep silent.
+        verbose: let llama.cpp, which tokenizes here, write its log to stderr.
+        stack: closes what was opened.
+
+    Raises:
+        ServerError: the server does not answer, or has no such model made by qcat.
+        ModelError, BundleError: the model cannot be used.
+    """
+    from qcat.backends.llama import LlamaModel
+    from qcat.backends.ollama import TIMEOUT, Server
+    from qcat.backends.ollama_scorer import OllamaScorer
+
+    server = Server(timeout or TIMEOUT)
+    stack.callback(server.close)
+    metadata = _metadata(server, name, adapter)
+    try:
+        with tempfile.TemporaryDirectory(prefix="qcat-") as folder:
+            path = Path(folder, "vocabulary.gguf")
+            write_vocabulary(path, metadata)
+            bundle = Bundle.read(path)
+            calibration = read_calibration(bundle) if calibrated else Calibration()
+            vocabulary = stack.enter_context(LlamaModel(path, vocab_only=True, verbose=verbose))
+    except (BundleError, ModelError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ServerError(f"{name} on {server.address}: {reason}") from None
+    except OSError as error:
+        raise ModelError(f"{tempfile.gettempdir()}: {error.strerror}: set TMPDIR") from None
+    vocabulary.path = Path(f"{PREFIX}{name}")  # for messages: the file is gone
+    encoded = EncodedTask.served(bundle.task, vocabulary, name)
+    scorer = OllamaScorer(
+        server,
+        name,
+        vocabulary=vocabulary,
+        prefix=encoded.prefix,
+        trie=encoded.trie,
+        answers=encoded.task.answers,
+        spellings=metadata["tokenizer.ggml.tokens"],
+    )
+    stack.callback(scorer.close)
+    # Of its own: probabilities that are bounds are not to be compared with exact ones.
+    return Opened(encoded, vocabulary, scorer, calibration, f"{identity(metadata)}-ollama")
+
+
+def _metadata(server: Any, name: str, adapter: Path | None) -> dict[str, Any]:
+    """What a server says of a model that qcat made, with an adapter's own in its place."""
+    response = server.show(name, verbose=True)
+    if response is None:
+        server.check()
+        raise server.absent(name)
+    metadata = response.get("model_info")
+    if adapter is not None and isinstance(metadata, dict):
+        own = Bundle.read(adapter).header.metadata
+        metadata |= {key: value for key, value in own.items() if key.startswith("qcat.")}
+    if not isinstance(metadata, dict) or TASK_KEY not in metadata:
+        raise ServerError(
+            f"{name} on {server.address}: not made by qcat: make one with `qcat deploy DIR`"
+        )
+    return metadata
+
+
+def read_calibration(bundle: Bundle) -> Calibration:
+    """What a bundle says of its calibration.
+
+    Raises:
+        BundleError: something that qcat does not write.
+    """
+    data = section(bundle.header, CALIBRATION_KEY, bundle.path)
+    try:
+        return Calibration.from_dict(data, tuple(bundle.task.labels))
+    except ValueError as error:
+        raise BundleError(
+            f"{bundle.path}: metadata {CALIBRATION_KEY} {error}: run `qcat calibrate` again"
+        ) from None

@@ -1,0 +1,1 @@
+"""What people look at: plots, HTML pages, the model card, the Modelfile."""

@@ -1,0 +1,119 @@
+"""The folder of a run while it is trained: locked, planned, never two runs in one.
+
+`plan.json` says what is being trained, so that only the very same is gone on with; `run.json`, the
+last file, says that the run is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from qcat.base.checkpoint import first_line
+from qcat.data.split import Split
+from qcat.errors import TrainError
+from qcat.task import Task
+
+CHECKPOINT = "checkpoint.pt"
+DEPTHS = "depths"
+"""Folder of the runs at several depths (`qcat.training.depth`), while they last."""
+_TRANSIENT = ("plan.json", "plan.partial", CHECKPOINT, "checkpoint.partial")
+
+
+@contextmanager
+def run_folder(
+    target: Path, settings: Mapping[str, Any], task: Task, split: Split
+) -> Iterator[bool]:
+    """The folder of a run, locked and with its plan and its split in it.
+
+    Args:
+        target: the folder; made if it is not there.
+        settings: of the training, as JSON has them.
+        task: as the user gave it.
+        split: its questions.
+
+    Yields:
+        Whether an unfinished run of the very same settings, task and questions was found.
+
+    Raises:
+        TrainError: the folder holds something else or cannot be written; or memory does not do.
+    """
+    import torch
+    from filelock import FileLock, Timeout
+    from safetensors import SafetensorError
+
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target / ".lock", blocking=False)
+        lock.acquire()
+    except Timeout:
+        raise TrainError(f"{target}: another training is writing it: wait for it") from None
+    except OSError as error:
+        raise TrainError(f"{target}: {error.strerror or error}: choose another folder") from None
+    try:
+        yield _begin(target, settings, task, split)
+    except (OSError, SafetensorError) as error:
+        raise TrainError(
+            f"{target}: cannot be written: {first_line(error)}: give the same command again when "
+            "it can"
+        ) from None
+    except torch.OutOfMemoryError:
+        raise TrainError(
+            f"{target}: not enough memory for a step: lower --batch-size, in another folder"
+        ) from None
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _begin(target: Path, settings: Mapping[str, Any], task: Task, split: Split) -> bool:
+    """Write the plan and the split; return whether there is something to go on from."""
+    if (target / "run.json").exists():
+        clear(target)  # it may have been killed within its last steps
+        raise TrainError(f"{target}: holds a finished run: remove it or choose another folder")
+    plan = target / "plan.json"
+    wanted = {
+        "settings": dict(settings),
+        "task": task.to_toml(),
+        "questions": {
+            part: [[example.text, example.label] for example in examples]
+            for part, examples in vars(split).items()
+            if examples
+        },
+    }
+    begun = (target / CHECKPOINT).exists() or any(
+        (folder / name).exists()
+        for folder in target.glob(f"{DEPTHS}/*")
+        for name in (CHECKPOINT, "run.json")
+    )
+    if begun and (not plan.exists() or json.loads(plan.read_text("utf-8")) != wanted):
+        raise TrainError(
+            f"{target}: holds an unfinished run of other data, task or settings: "
+            "remove it or choose another folder"
+        )
+    ours = {".lock", *_TRANSIENT, *(f"{part}.jsonl" for part in wanted["questions"])}
+    if not plan.exists() and {path.name for path in target.iterdir()} - ours:
+        raise TrainError(f"{target}: is not empty: choose another folder")
+    write_json(plan, wanted)
+    split.write(target, task)
+    return begun
+
+
+def clear(target: Path) -> None:
+    """Remove what is of use only until a run is finished."""
+    for name in _TRANSIENT:
+        (target / name).unlink(missing_ok=True)
+    shutil.rmtree(target / DEPTHS, ignore_errors=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file that is whole or not there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(partial, path)

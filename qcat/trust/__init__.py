@@ -1,1 +1,0 @@
-"""What decides whether to believe an answer. Sees predictions, never models or tokens."""

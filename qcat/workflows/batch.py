@@ -1,0 +1,324 @@
+"""A table of questions in, the same table with their answers out; goes on where it was killed.
+
+The answers are kept in a journal beside the output (`OUT.part`) while they are made. When all are
+there the table is read again and written with them under another name, then renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice, tee
+from pathlib import Path
+from typing import Any
+
+from qcat.classifier import WINDOW, Classifier
+from qcat.data.tables import Kind, Table, Values, check_names, open_table, suffix, write_table
+from qcat.errors import DataError, QuestionError, ServerError
+from qcat.progress import Progress, silent
+from qcat.version import __version__
+from qcat.workflows.journal import Answer, Journal
+
+COLUMNS: dict[str, Kind] = {
+    "label": "text",
+    "confidence": "real",
+    "abstained": "bool",
+    "reason": "text",
+    "truncated": "bool",
+    "error": "text",
+}
+"""The columns added, the fields of an `Answer`. Where a row cannot be asked `error` says why,
+`abstained` is true, `truncated` false, and the others are missing."""
+_SHOWN = 8  # names of columns in a message
+
+
+"""Told the step, how much of it is done, and of how much."""
+
+
+@dataclass
+class Summary:
+    """What became of the rows."""
+
+    rows: int
+    before: int
+    """Of these, how many were asked by the command that was killed."""
+    answered: int = 0
+    abstained: int = 0
+    """Left to a person."""
+    failed: int = 0
+    """Could not be asked."""
+    truncated: int = 0
+    """Were cut."""
+
+    def count(self, answer: Answer) -> None:
+        """Add a row."""
+        self.failed += answer.error is not None
+        self.abstained += answer.abstained and answer.error is None
+        self.answered += not answer.abstained
+        self.truncated += answer.truncated
+
+
+def check_paths(source: Path, target: Path) -> None:
+    """Refuse what cannot be the input or the output of a batch, before any work.
+
+    Raises:
+        DataError: saying what is wrong with which.
+    """
+    for path in (source, target):
+        suffix(path)
+    try:
+        with _explained(source, "read"):
+            here = source.stat()
+        same = False
+        with _explained(target, "written"), suppress(FileNotFoundError):
+            same = os.path.samestat(target.stat(), here)
+        begun = os.path.exists(_part(_real(target)))
+    except ValueError:  # a NUL or a lone surrogate
+        raise DataError(f"{str(source)!r} or {str(target)!r}: no file can have this name") from None
+    if not stat.S_ISREG(here.st_mode):
+        raise DataError(f"{source}: is no file: name one, since it is read more than once")
+    if same:
+        raise DataError(f"{target}: is the input: name another output")
+    if not begun:  # else the work may be done but for the last step: only its journal can tell
+        _check_absent(target)
+
+
+def batch(
+    classifier: Classifier,
+    source: Path,
+    target: Path,
+    *,
+    column: str = "text",
+    prefix: str = "",
+    progress: Progress = silent,
+) -> Summary:
+    """Ask a model each row of a table, and write the table with the answers.
+
+    Killed, or ended by an error, it goes on from there when called again with the same model,
+    input and options. Rows are held in memory a few thousand at a time, whatever their number.
+
+    Args:
+        classifier: the model. Its review queue and log would count a row twice if a kill came
+            between, so it should have none.
+        source: CSV, JSONL or Parquet, by suffix.
+        target: likewise. It must not exist, and appears when it is whole. What a kill just after
+            that has left is put in order.
+        column: of the questions.
+        prefix: before the names of `COLUMNS`, where the table has such columns of its own.
+        progress: called as the work goes on.
+
+    Raises:
+        DataError: the input cannot be read, has a row that cannot be read, or has changed under
+            the work; the output exists or cannot be written; the half-done work found is that of
+            another model, input or option; another process is at it.
+        ServerError: the server does not answer, naming the row.
+        ModuleNotFoundError: pyarrow is not installed and one of the files is Parquet.
+    """
+    check_paths(source, target)
+    kind = suffix(target)
+    target = _real(target)
+    with Journal.open(_part(target)) as journal:
+        half = target.with_name(f".{target.name}.new")  # no longer than the journal's name
+        _remove(half)
+        fingerprint = _digest(source)
+        table = open_table(source, kind)
+        names = {f"{prefix}{name}": values for name, values in COLUMNS.items()}
+        _check_columns(table, column, tuple(names))
+        about = _about(classifier, fingerprint, suffix(source), column)
+        summary = Summary(table.count, journal.begin(about))
+        if summary.before > table.count:  # the input had more while it was worked on
+            raise DataError(
+                f"{journal.path}: has more answers than {source} has rows: delete it and give the "
+                "same command again"
+            )
+        if summary.before < table.count:
+            _check_absent(target)
+        with _unchanged(source, fingerprint, journal):
+            _ask(classifier, table, column, journal, summary.before, progress)
+        try:
+            with _unchanged(source, fingerprint, journal), _explained(target, "written"):
+                _write(table, half, kind, names, journal, summary, progress)
+            _publish(half, target)
+        finally:
+            _remove(half)
+        journal.remove()
+    return summary
+
+
+def _about(classifier: Classifier, fingerprint: str, kind: str, column: str) -> dict[str, str]:
+    """All that the answers depend on."""
+    settings = [classifier.calibration.to_dict(), classifier.coverage, classifier.strict]
+    said = json.dumps(settings, sort_keys=True).encode()
+    return {
+        "version of qcat": __version__,
+        "input": f"{kind} {fingerprint}",
+        "column": column,
+        "model": classifier.identity,
+        "threshold": hashlib.sha256(said).hexdigest(),
+    }
+
+
+def _real(target: Path) -> Path:
+    """What is to be written: a link goes on pointing to it."""
+    return Path(os.path.realpath(target))
+
+
+def _part(target: Path) -> Path:
+    """The journal's path."""
+    return target.with_name(f"{target.name}.part")
+
+
+@contextmanager
+def _unchanged(source: Path, fingerprint: str, journal: Journal) -> Iterator[None]:
+    """Tell of a change of the input, rather than of what comes of it."""
+
+    def check() -> None:
+        if _digest(source) != fingerprint:
+            raise DataError(
+                f"{source}: was changed while it was worked on: delete {journal.path} and give "
+                "the same command again"
+            )
+
+    try:
+        yield
+    except Exception:
+        check()
+        raise
+    check()
+
+
+def _check_absent(path: Path) -> None:
+    if os.path.lexists(path) and (path.exists() or not path.is_symlink()):
+        raise DataError(f"{path}: exists already: move it away, or name another output")
+
+
+def _check_columns(table: Table, column: str, names: tuple[str, ...]) -> None:
+    if column not in table.columns:
+        shown = ", ".join(table.columns[:_SHOWN]) + (", …" if len(table.columns) > _SHOWN else "")
+        raise DataError(
+            f"{table.path}: no column {column!r}: name that of the questions with --column; there "
+            f"are: {shown}"
+        )
+    taken = [name for name in names if name in table.columns]
+    if taken:
+        raise DataError(
+            f"{table.path}: has a column {taken[0]!r} already: give those of the answers other "
+            "names with --prefix, as in --prefix qcat_"
+        )
+    check_names(table.path, names)
+
+
+def _ask(
+    classifier: Classifier,
+    table: Table,
+    column: str,
+    journal: Journal,
+    done: int,
+    progress: Progress,
+) -> None:
+    """Put the answers that are not in the journal yet there."""
+    progress("questions", done, table.count)
+    # A question's neighbours round its probabilities: the same ones, whether stopped or not.
+    again = done % WINDOW if done < table.count else 0
+    asked, values = tee(islice(table.values(column), done - again, None))
+    answers = classifier.ask_each(value if isinstance(value, str) else "" for value in asked)
+    try:
+        for answer, value in islice(zip(answers, values, strict=True), again, None):
+            if isinstance(answer, QuestionError):
+                journal.add(_failed(value, answer))
+            else:
+                journal.add(
+                    Answer(
+                        answer.label,
+                        answer.confidence,
+                        answer.abstained,
+                        answer.reason,
+                        answer.truncated,
+                        None,
+                    )
+                )
+            done += 1
+            progress("questions", done, table.count)
+    except ServerError as error:
+        raise ServerError(
+            f"{table.path}: row {done + 1}: {error}: then give the same command again to go on"
+        ) from None
+    journal.sync()
+
+
+def _failed(value: Any, error: QuestionError) -> Answer:
+    reason = str(error)
+    if value is not None and not isinstance(value, str):
+        reason = f"no text but {type(value).__name__}: write words"
+    return Answer(None, None, True, None, False, reason)
+
+
+def _write(
+    table: Table,
+    path: Path,
+    kind: str,
+    names: dict[str, Kind],
+    journal: Journal,
+    summary: Summary,
+    progress: Progress,
+) -> None:
+    """Write the table with the answers to the disk. Raises OSError if that fails."""
+
+    def values() -> Iterator[Values]:
+        for number, answer in enumerate(journal.answers(), 1):
+            summary.count(answer)
+            progress("writing", number, table.count)
+            yield tuple(answer)
+
+    with path.open("wb") as file:
+        write_table(table, file, kind, names, values())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(half: Path, target: Path) -> None:
+    """Give what was written its name; the disk has that before this returns."""
+    with _explained(target, "read"):
+        # The same is there if a kill came between the renaming and the journal's removal.
+        if target.exists() and filecmp.cmp(half, target, shallow=False):
+            return
+    _check_absent(target)
+    with _explained(target, "written"):
+        half.replace(target)
+    with suppress(OSError):  # the file is there, whether or not its folder can be forced
+        folder = os.open(target.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with _explained(path, "read"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _explained(path: Path, done: str) -> Iterator[None]:
+    """What the system says of a file, in words of ours."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = "make room and give the same command again"
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = "mend that, or name another"
+        raise DataError(f"{path}: cannot be {done}: {reason}: {advice}") from None
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

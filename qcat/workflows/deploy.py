@@ -1,0 +1,272 @@
+"""A bundle onto an Ollama server, proved there before it gets its name.
+
+The model is created under a name for the time being, asked, compared, and only then given the name
+wanted, so that what was there before stays until the new one is known to be right.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcat.backends.llama import LlamaModel
+from qcat.backends.ollama import Server
+from qcat.classifier import OLLAMA, Classifier
+from qcat.encoding.encoded import EncodedTask
+from qcat.encoding.prompt import QUESTION_ROOM, Prompt, clean_question, encode_segments
+from qcat.errors import BundleError, ExportError, ServerError
+from qcat.evaluation.proof import spread
+from qcat.gguf.bundle import TASK_KEY, Bundle, find_gguf, is_adapter
+from qcat.progress import Progress, silent
+from qcat.report.modelfile import go_template, modelfile, parameters
+from qcat.task import Task
+
+NEAR_TIE = 0.1
+"""Margin under which a label may differ: Ollama's attention sums in another way (see README)."""
+MAX_QUESTIONS = 100
+_TRIAL = "qcat-trial-"
+_AWKWARD = (
+    "When was it replaced?",
+    "12 'é'… \"{{ .Prompt }}\" {% x %} \\n",
+    "ok",
+    "水泵什么时候换的？",
+    "a\u200db 🏊‍♀️ !",
+)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What was proved on the server."""
+
+    name: str
+    address: str
+    questions: int
+    """Asked there and here; each got the training prompt, token for token."""
+    near_ties: int
+    """Questions with another label there, where the best two labels are close here."""
+    unspoken: int
+    """Questions that the model, unconstrained as under `ollama run`, answers with no label."""
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    gguf: Path
+    task: Task
+    prompt: Prompt
+    template: str
+    parameters: dict[str, Any]
+
+
+def check_server(name: str, task: Task, timeout: float) -> None:
+    """See that a server is there, and that a model of this task may have the name.
+
+    Raises:
+        ServerError: no server, a name that it refuses, or another model under that name.
+    """
+    server = Server(timeout)
+    try:
+        _check_name(server, name, task)
+    finally:
+        server.close()
+
+
+def deploy(
+    folder: Path,
+    name: str | None = None,
+    *,
+    questions: Sequence[str] = (),
+    timeout: float,
+    progress: Progress = silent,
+) -> Deployment:
+    """Make an Ollama model of a bundle, and prove it.
+
+    Args:
+        folder: what `qcat export` wrote.
+        name: of the model; the task's name if None.
+        questions: to ask for the proof, at most `MAX_QUESTIONS` of them; if none, made up from
+            the labels.
+        timeout: seconds that the server may keep silent.
+        progress: called with a step's name, and how much of it is done of how much.
+
+    Raises:
+        BundleError: the folder holds no bundle, or its Modelfile is not the GGUF's.
+        ExportError: the proof failed. The server then is as it was.
+        ServerError: the server does not answer, or refuses. Likewise.
+    """
+    bundle = _read(folder)
+    name = name or bundle.task.name
+    server = Server(timeout)
+    trial = f"{_TRIAL}{bundle.task.name[:40]}-{secrets.token_hex(4)}"  # two may deploy at once
+    try:
+        _check_name(server, name, bundle.task)
+        files = {bundle.gguf.name: server.upload(bundle.gguf, progress)}
+        try:
+            server.create(trial, files, bundle.template, bundle.parameters)
+            with LlamaModel(bundle.gguf, vocab_only=True) as model:
+                asked = _sample(questions, bundle, model)
+                unspoken = _prove_prompts(server, trial, bundle, model, asked, progress)
+            near_ties = _prove_labels(trial, bundle, asked, timeout, progress)
+            _check_name(server, name, bundle.task)
+            server.create(name, files, bundle.template, bundle.parameters)
+        finally:
+            _forget(server, trial)
+    finally:
+        server.close()
+    return Deployment(name, server.address, len(asked), near_ties, unspoken)
+
+
+def _read(folder: Path) -> _Bundle:
+    """The parts of a bundle, checked: the GGUF, and that the Modelfile beside it is its own."""
+    gguf = find_gguf(folder)
+    bundle = Bundle.read(gguf)
+    task = bundle.task
+    if is_adapter(bundle.header):
+        raise BundleError(
+            f"{gguf}: is an adapter beside its base: give `ollama create {task.name} -f "
+            f"{folder / 'Modelfile'}`, and ask it with `qcat ask -m ollama:{task.name} --adapter "
+            f"{gguf}`"
+        )
+    with LlamaModel(gguf, vocab_only=True) as model:
+        encoded = EncodedTask.served(task, model, str(gguf))
+        wanted = parameters(encoded, model)
+    prompt = encoded.prompt
+    text = modelfile(task, prompt, gguf=gguf.name, parameters=wanted)
+    file = folder / "Modelfile"
+    try:
+        stored = file.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{file}: {error.strerror}: write it with `qcat modelfile {gguf} > {file}`"
+        ) from None
+    if stored != text.encode():
+        raise BundleError(
+            f"{file}: not what qcat writes for {gguf.name}: write it anew with "
+            f"`qcat modelfile {gguf} > {file}`, or give it to `ollama create` yourself"
+        )
+    return _Bundle(gguf, task, prompt, go_template(prompt), wanted)
+
+
+def _check_name(server: Server, name: str, task: Task) -> None:
+    server.check()
+    if name.startswith(_TRIAL):
+        raise ServerError(f"{name}: qcat tries models under such names: choose another --name")
+    there = server.show(name)
+    if there is None:
+        return
+    try:
+        found = json.loads(there["model_info"][TASK_KEY])["name"]
+    except (KeyError, TypeError, ValueError):
+        found = None
+    if found != task.name:
+        raise ServerError(
+            f"{name} on {server.address} is another model: choose another --name, or give "
+            f"`ollama rm {name}` first"
+        )
+
+
+def _sample(questions: Sequence[str], bundle: _Bundle, model: LlamaModel) -> list[str]:
+    """Questions for the proof, evenly spaced over those given.
+
+    Without those that are too long or hold a special token's text: only qcat asks these as it
+    was trained.
+    """
+    given = questions or [f"What about the {label}?" for label in bundle.task.labels]
+    kept = []
+    for question in map(clean_question, (*_AWKWARD, *spread(given, MAX_QUESTIONS))):
+        rest = bundle.prompt.rest(question)
+        ids = encode_segments(rest, model)
+        text = "".join(segment.text for segment in rest)
+        if len(ids) <= QUESTION_ROOM and model.encode(text, special=True) == ids:
+            kept.append(question)
+    return kept
+
+
+def _prove_prompts(
+    server: Server,
+    name: str,
+    bundle: _Bundle,
+    model: LlamaModel,
+    questions: Sequence[str],
+    progress: Progress,
+) -> int:
+    """Compare what the server makes of each question with the training prompt.
+
+    Returns:
+        How many questions the model, left to itself, answers with something else than a label.
+    """
+    said = server.show(name) or {}
+    if said.get("capabilities", ["completion"]) != ["completion"]:
+        raise ExportError(
+            f"{name}: Ollama takes it for a model that can {', '.join(said['capabilities'])}, "
+            "and would use another prompt: please report it with the version of Ollama"
+        )
+    unspoken = 0
+    for number, question in enumerate(questions, 1):
+        expected = encode_segments((*bundle.prompt.prefix, *bundle.prompt.rest(question)), model)
+        debug = server.generate(name, question, _debug_render_only=True).get("_debug_info")
+        answer = server.generate(name, question)
+        # Token ids of prompt and answer in one piece, by the server's own hand: the last of
+        # the prompt may have joined the first of the answer.
+        read = answer.get("context")
+        rendered = (debug or {}).get("rendered_template")
+        if rendered is None and read is None:
+            raise ExportError(
+                f"{server.address}: shows neither prompt nor tokens: nothing can be proved: "
+                "use Ollama 0.12 or later"
+            )
+        if (rendered is not None and model.encode(rendered, special=True) != expected) or (
+            read is not None and read[: len(expected) - 1] != expected[:-1]
+        ):
+            raise ExportError(
+                f"{server.address}: Ollama's prompt for {question[:60]!r} is not the one of "
+                "the training: please report it with the version of Ollama"
+            )
+        labelled = str(answer.get("response", "")).strip() in bundle.task.answers
+        unspoken += not labelled and question not in _AWKWARD
+        progress("prove prompts", number, len(questions))
+    return unspoken
+
+
+def _prove_labels(
+    name: str, bundle: _Bundle, questions: Sequence[str], timeout: float, progress: Progress
+) -> int:
+    """Compare the labels with those of the GGUF here; return how many near ties differ."""
+    near_ties, allowed = 0, max(2, len(questions) // 10)
+    with (
+        Classifier.open(bundle.gguf, review=False) as here,
+        Classifier.open(f"{OLLAMA}{name}", timeout=timeout, review=False) as there,
+    ):
+        answers = zip(questions, map(here.ask, questions), there.ask_many(questions), strict=True)
+        for number, (question, own, other) in enumerate(answers, 1):
+            if own.label != other.label:
+                near_ties += 1
+                if (own.margin or 0) > NEAR_TIE:
+                    why = (
+                        "which computes otherwise: see its GPU, attention and cache settings"
+                        if other.exact
+                        else "which shows twenty tokens only: train with --objective answer, so "
+                        "that the labels are among them"
+                    )
+                    raise ExportError(
+                        f"{question[:60]!r}: {own.label!r} here, {other.label!r} in Ollama, {why}"
+                    )
+                if near_ties > allowed:
+                    raise ExportError(
+                        f"{near_ties} of {len(questions)} labels differ, all nearly even: the "
+                        "model is not sure of anything: train it longer, on more questions, or "
+                        "with --objective answer"
+                    )
+            progress("prove labels", number, len(questions))
+    return near_ties
+
+
+def _forget(server: Server, name: str) -> None:
+    """Remove the trial model; on a server that is gone it stays, for `ollama rm`."""
+    try:
+        server.delete(name)
+    except ServerError:
+        return

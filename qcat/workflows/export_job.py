@@ -1,0 +1,164 @@
+"""What an export is asked for, and what follows from it before anything is merged or written.
+
+The task in tokens, the vocabulary that the GGUF gets, and the job for the converter, in plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from qcat_convert.merge import Source, fingerprint, locate
+from qcat_convert.stream import Job
+from qcat_convert.trim import trim, whole_words
+from qcat_convert.vocab import Vocabulary, read_vocabulary
+from qcat_convert.writer import Precision
+
+from qcat.encoding.encoded import EncodedTask
+from qcat.encoding.tokenization import HubTokenizer
+from qcat.errors import ExportError
+from qcat.evaluation.proof import spread
+from qcat.install import versions
+from qcat.report.modelfile import chat_template
+from qcat.task import Task
+from qcat.workflows.calibrate import Question
+
+PROBES = ("When was it replaced?", "12 'é'…", "ok")
+"""Questions so that tokens are compared without data too."""
+_IMATRIX_QUESTIONS = 512  # more change the matrix by less than the quantizer's own noise
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export."""
+
+    task: Task
+    target: Path
+    """The folder to make; it must not exist."""
+    adapter: Path | None = None
+    """PEFT folder; None exports the base as it is."""
+    base: str | None = None
+    """Local folder or hub name; None takes the one that the adapter names."""
+    quantization: str | None = None
+    """One of `QUANTIZATIONS`, or `AUTO` (see `qcat_convert.quantize`): the fastest here of
+    `CANDIDATES` that changes no more labels than `max_flips`. None: what `kinds_to_make` says."""
+    precision: Precision = "f16"
+    """Of the GGUF that is quantized."""
+    merges: int | None = None
+    """Trim the vocabulary to its first so many merges, the words of the texts' language and what
+    the task and its training questions need; None keeps all of it."""
+    held_out: tuple[tuple[str, int], ...] = ()
+    """Questions (cleaned) and right labels for the proof."""
+    validation: tuple[Question, ...] = ()
+    """For the calibration, cleaned too; they may have helped to choose the epoch."""
+    training: tuple[str, ...] = ()
+    """Questions (cleaned) for the importance matrix."""
+    beside: bool = False
+    """Leave the base as it is, a GGUF, and write the LoRA adapter as a file beside it."""
+    max_flips: float = 0.05
+    """The largest share of held-out questions that may change their label."""
+    max_mb: float | None = None
+    """The largest file that may be made, in megabytes; None for any size."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """The vocabulary that the GGUF has: the whole one, or a trimmed one with ids of its own."""
+
+    encoded: EncodedTask
+    tokenizer: HubTokenizer
+    vocabulary: Vocabulary
+    rows: tuple[int, ...] | None = None
+    """Of embedding and head that are kept; None for all."""
+    report: dict[str, Any] | None = None
+    """What was trimmed, and how many questions have other tokens for it."""
+
+
+def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
+    """All that is needed to merge and write the model, and what serves it; none takes torch."""
+    source = locate(request.adapter, request.base)
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(fingerprint, source.folder, source.adapter)  # seconds of work
+        tokenizer = HubTokenizer(source.tokenizer_folder)
+        vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
+        encoded = EncodedTask.build(request.task, tokenizer)
+        served = _served(encoded, tokenizer, vocabulary, request)
+        # Of an adapter of scales nothing is left to round but the embedding, by itself.
+        rounded = not (source.scales or request.beside)
+        texts = spread(request.training, _IMATRIX_QUESTIONS) if rounded else ()
+        training = [encoded.rest(text) for text in texts]
+        held_out = [encoded.rest(text) for text, _ in request.held_out]
+    job = Job(
+        source=source,
+        target=full,
+        precision=request.precision,
+        task=encoded.task,
+        vocabulary=served.vocabulary,
+        rows=served.rows,
+        chat_template=chat_template(encoded.prompt),
+        made_from=_made_from(source, hashed.result()),
+        prefix=list(encoded.prefix),
+        trie=encoded.trie,
+        training=training,
+        held_out=held_out,
+    )
+    return job, served
+
+
+def _served(
+    whole: EncodedTask, tokenizer: HubTokenizer, vocabulary: Vocabulary, request: Request
+) -> Served:
+    """Trim the vocabulary, if that is wanted and there is something to leave out."""
+    if request.merges is None:
+        return Served(whole, tokenizer, vocabulary)
+    texts = [*PROBES, *request.training]
+    needed = {*whole.prefix, *chain(*whole.trie.sequences), *chain(*map(whole.ids, texts))}
+    needed |= whole_words(tokenizer, [whole.prompt.text(""), *texts])
+    trimmed = trim(tokenizer, needed, request.merges)
+    if trimmed is None:
+        return Served(whole, tokenizer, vocabulary)
+    cut = EncodedTask.build(whole.task, trimmed.tokenizer)
+
+    def compared(questions: Sequence[str]) -> dict[str, int]:
+        differ = [trimmed.split_otherwise(whole.ids(q), cut.ids(q)) for q in questions]
+        return {"questions": len(questions), "split_otherwise": sum(differ)}
+
+    held_out = [question for question, _ in request.held_out]
+    for question in held_out:
+        cut.rest(question)  # now, not after the merge, if smaller tokens do not fit
+    trained = compared(request.training)
+    report = {
+        "tokens": len(trimmed.rows),
+        "of": len(vocabulary.tokens),
+        "merges": request.merges,
+        "held_out": compared(held_out),
+        "training": trained,
+    }
+    if (
+        trained["split_otherwise"]
+        or trimmed.split_otherwise(whole.prefix, cut.prefix)
+        or any(map(trimmed.split_otherwise, whole.trie.sequences, cut.trie.sequences))
+    ):
+        raise ExportError(
+            "the trimmed vocabulary spells prompt, labels or training questions otherwise: "
+            "export with --vocab full, and please report it with the tokenizer's name"
+        )
+    kept = read_vocabulary(trimmed.tokenizer, len(trimmed.rows))
+    return Served(cut, trimmed.tokenizer, kept, trimmed.rows, report)
+
+
+def _made_from(source: Source, digest: str) -> dict[str, Any]:
+    packages = ("llama-cpp-python", "gguf", "torch", "transformers", "peft")
+    return {
+        "base": Path(source.base).resolve().name if Path(source.base).is_dir() else source.base,
+        "adapter": source.adapter.resolve().name if source.adapter else None,
+        "layers": source.layers,
+        "base_layers": source.base_layers,
+        "method": "scales" if source.scales else "lora" if source.adapter else None,
+        "fingerprint": digest,
+        "versions": versions(*packages),
+    }
