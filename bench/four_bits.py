@@ -30,7 +30,7 @@ from bases import base_of, title
 from data_sets import DATA_SETS, questions
 
 from qcat.cli.output import Bars, table
-from qcat.evaluation.evaluate import mcnemar
+from qcat.evaluation.metrics import mcnemar
 from qcat.threads import wait_briefly
 from qcat.workflows.choose import BESIDE
 
@@ -67,7 +67,8 @@ def main() -> None:
 
 def train_all(model: str, data: str, options: argparse.Namespace) -> None:
     """Train by each method; a run that is there is left as it is."""
-    from qcat.training.train import Settings, train
+    from qcat.training.settings import Settings
+    from qcat.training.train import train
 
     task, split = questions(data)
     split = replace(split, test=split.test[:FEW])  # `measure` asks them all

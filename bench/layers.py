@@ -136,7 +136,8 @@ def _trained(
     task: Any, split: Any, seed: int, layers: int, options: argparse.Namespace, work: Path
 ) -> dict[str, Any]:
     """One training as `examples/household/make_model.sh` does it, and its export."""
-    from qcat.training.train import Settings, train
+    from qcat.training.settings import Settings
+    from qcat.training.train import train
     from qcat.workflows.export import export as run_export
     from qcat.workflows.export_job import Request
 

@@ -184,7 +184,7 @@ def choices(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 
 def _settings(options: argparse.Namespace, seed: int) -> Any:
-    from qcat.training.train import Settings
+    from qcat.training.settings import Settings
 
     return Settings(
         method="lora",

@@ -260,7 +260,7 @@ def opened(gguf: Path) -> Iterator[tuple[Any, Any, Any]]:
     from qcat import Classifier
     from qcat.encoding.prompt import encode_segments
 
-    with Classifier.open(gguf, review=False) as classifier:
+    with Classifier.open(gguf) as classifier:
         prefix = encode_segments(classifier._prompt.prefix, classifier._vocabulary)
         firsts = classifier._trie.first_tokens
 
@@ -308,7 +308,7 @@ def labels(gguf: Path, work: Path) -> dict[str, Any]:
     """`ask` over the bare pass with few and with many labels, whose first tokens all differ."""
     from qcat import Classifier
 
-    with Classifier.open(gguf, review=False) as classifier:
+    with Classifier.open(gguf) as classifier:
         words = single_words(classifier._vocabulary, MANY)
     found: dict[str, Any] = {}
     for count in (FEW, MANY):
@@ -340,7 +340,8 @@ def with_task(gguf: Path, work: Path, **changes: Any) -> Path:
     """A copy of a GGUF whose task has other labels, words or style."""
     from qcat.encoding.prompt import with_codes
     from qcat.encoding.tokenization import HubTokenizer
-    from qcat.gguf.bundle import TASK_KEY, Bundle, write_sections
+    from qcat.gguf.bundle import Bundle
+    from qcat.gguf.sections import TASK_KEY, write_sections
 
     task = Bundle.read(gguf).task.replace(**changes)
     path = work / "other.gguf"
@@ -370,7 +371,7 @@ def prompts(gguf: Path, work: Path) -> dict[str, Any]:
         ways, tokens, prefixes = {}, {}, {}
         for name, changes in PROMPTS.items():
             path = with_task(gguf, work, **changes)
-            classifier = stack.enter_context(Classifier.open(path, review=False))
+            classifier = stack.enter_context(Classifier.open(path))
             path.unlink()  # it stays mapped
             ways[name] = classifier.ask
             tokens[name] = median(classifier.count_tokens(question) for question in asked)
@@ -398,11 +399,11 @@ def prompts(gguf: Path, work: Path) -> dict[str, Any]:
 def batches(gguf: Path, program: Path | None) -> dict[str, Any]:
     """The same questions one by one and several at a time, and llama-bench, taking turns."""
     from qcat import Classifier
-    from qcat.backends.llama import PASS_TOKENS
+    from qcat.backends.llama_scorer import PASS_TOKENS
 
     groups = [questions(TURNS * BATCH)[at::TURNS] for at in range(TURNS)]
     found: dict[str, list[float]] = {}
-    with Classifier.open(gguf, review=False) as classifier:
+    with Classifier.open(gguf) as classifier:
         tokens = {id(group): sum(map(classifier.count_tokens, group)) for group in groups}
         ways = {
             "one by one": lambda group: [classifier.ask(question) for question in group],

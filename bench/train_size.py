@@ -80,8 +80,10 @@ def _setup(checkpoint: Path) -> tuple[Any, list[Any], Any]:
     from qcat.encoding.tokenization import HubTokenizer
     from qcat.encoding.trie import LabelTrie
     from qcat.task import Task
+    from qcat.training.loop import _batches, _Run
     from qcat.training.objective import Scorer
-    from qcat.training.train import Settings, _adapted, _batches, _encode, _Run
+    from qcat.training.settings import Settings
+    from qcat.training.train import _adapted, _encode
 
     task = Task.read(EXAMPLE / "task.toml")
     tokenizer = HubTokenizer(checkpoint / "base")

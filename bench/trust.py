@@ -105,7 +105,8 @@ def make(name: str, draw: int, folder: Path) -> None:
     sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
     from texts import reserved
 
-    from qcat.training.train import Settings, train
+    from qcat.training.settings import Settings
+    from qcat.training.train import train
     from qcat.workflows.export import export
     from qcat.workflows.export_job import Request
 
@@ -162,7 +163,7 @@ def measure(job: Job, splits: int, bars: Bars) -> Iterator[dict[str, Any]]:
     """The figures of each split."""
     questions = [Question(example.text, example.label, example.group) for example in job.held_out]
     asked = ask_all(job.model, questions, lambda done, n: bars.show("on the list", done, n))
-    with Classifier.open(job.model, calibrated=False, review=False) as classifier:
+    with Classifier.open(job.model, calibrated=False) as classifier:
         off = []
         for done, text in enumerate(job.off_topic, 1):
             off.append(classifier.ask(text))

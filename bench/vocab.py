@@ -265,7 +265,7 @@ def labels(name: str, files: dict[str, Path], count: int) -> dict[str, dict[str,
     test = read(name).test
     whole = _pieces(name, files["full"])[1]
     rows = {}
-    with Classifier.open(files["full"], review=False) as full:
+    with Classifier.open(files["full"]) as full:
         for column, file in files.items():
             if column == "full":
                 continue
@@ -274,7 +274,7 @@ def labels(name: str, files: dict[str, Path], count: int) -> dict[str, dict[str,
             for question, one, other in pairs:
                 kinds["same" if one == other else "otherwise"].append(question)
             rows[column] = {}
-            with Classifier.open(file, review=False) as trimmed:
+            with Classifier.open(file) as trimmed:
                 for kind, questions in kinds.items():
                     asked = spread(questions, count)
                     differ = sum(full.ask(q).label != trimmed.ask(q).label for q in asked)

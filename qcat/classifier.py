@@ -6,18 +6,17 @@ Knows nothing of the command line. llama.cpp is loaded when a model is opened, n
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from qcat.base.ollama_store import PREFIX
 from qcat.calibration.calibration import Calibration
-from qcat.calibration.decide import check_coverage, decide
+from qcat.calibration.decide import OWN_RULE, check_coverage, decide
 from qcat.encoding.prompt import (
     QUESTION_ROOM,
     clean_question,
@@ -31,19 +30,16 @@ from qcat.encoding.scoring import (
     temper_bounds,
 )
 from qcat.errors import (
-    DataError,
     ModelError,
     QuestionError,
-    ReviewError,
     ServerError,
 )
-from qcat.monitor.log import OWN_RULE, PredictionLog
 from qcat.opening import Opened, open_file, open_served
 from qcat.prediction import Prediction
 from qcat.threads import MAX_THREADS
 
 if TYPE_CHECKING:
-    from qcat.monitor.review import ReviewQueue
+    pass
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
 """The model that comes with qcat."""
@@ -72,8 +68,7 @@ class Classifier:
         calibration: Calibration,
         coverage: float | None,
         strict: bool,
-        review: ReviewQueue | None,
-        log: PredictionLog | None,
+        rule: str,
     ) -> None:
         self.task = opened.encoded.task
         self.calibration = calibration
@@ -81,9 +76,9 @@ class Classifier:
         self.strict = strict
         self.identity = opened.identity
         """Which model this is, as the log names it."""
-        self.log_error: DataError | None = None
-        """Why the last answer is not in the log; None if it is, or if there is no log."""
-        self._name, self._resources, self._review, self._log = name, resources, review, log
+        self.rule = rule
+        """What decides whether it abstains, likewise: its own thresholds, or which other."""
+        self._name, self._resources = name, resources
         self._labels = tuple(self.task.labels)
         self._encoded, self._vocabulary = opened.encoded, opened.vocabulary
         self._scorer = opened.scorer
@@ -101,10 +96,6 @@ class Classifier:
         threads: int | None = None,
         quick_start: bool = False,
         timeout: float | None = None,
-        review: str | os.PathLike[str] | Literal[False] | None = None,
-        review_hash: bool = False,
-        log: str | os.PathLike[str] | None = None,
-        log_text: bool = False,
         verbose: bool = False,
     ) -> Self:
         """Load a GGUF made by `qcat export` and evaluate its prompt once, or find it on a server.
@@ -130,12 +121,6 @@ class Classifier:
             quick_start: leave the weights as they lie in the file: the model is there sooner, and
                 each question takes somewhat longer. For a handful of questions.
             timeout: seconds that a server may keep silent, 60 by default. Not for a file.
-            review: file of the review queue that questions go to which are left to a person
-                (`abstained`). None: as the task says, in the user's data folder; False: none.
-            review_hash: keep hashes in the queue and no texts, even if the task would keep them.
-            log: file to append each answer to, for `qcat drift`. An answer that cannot be logged
-                comes out all the same, with a warning, and `log_error` says why.
-            log_text: log the questions too.
             verbose: let llama.cpp write its log to stderr.
 
         Raises:
@@ -143,8 +128,6 @@ class Classifier:
                 allow the coverage.
             ModelError: llama.cpp cannot load it, or its vocabulary cannot spell the labels.
             ServerError: the server does not answer, or has no such model made by qcat.
-            ReviewError: the review queue cannot be used, or is another task's.
-            DataError: the log cannot be opened.
             ValueError: an argument that makes no sense.
         """
         served = isinstance(model, str) and model.startswith(OLLAMA)
@@ -184,22 +167,13 @@ class Classifier:
                     verbose=verbose,
                     stack=stack,
                 )
-            calibration, task = opened.calibration, opened.encoded.task
+            calibration = opened.calibration
             rule = OWN_RULE if calibrated else "uncalibrated"
             if threshold is not None:
                 calibration, rule = calibration.with_threshold(threshold), f"threshold {threshold}"
             if coverage is not None:
                 check_coverage(calibration, coverage, name)
                 rule = f"coverage {coverage}"
-            queue = kept = None
-            if review is not False and (review is not None or review_hash or task.review):
-                from qcat.monitor.review import open_for
-
-                queue = stack.enter_context(open_for(task, review, review_hash))
-            if log is not None:
-                kept = stack.enter_context(
-                    PredictionLog(log, model=opened.identity, rule=rule, text=log_text)
-                )
             resources = stack.pop_all()
         return cls(
             opened,
@@ -208,8 +182,7 @@ class Classifier:
             calibration=calibration,
             coverage=coverage,
             strict=strict,
-            review=queue,
-            log=kept,
+            rule=rule,
         )
 
     def ask(self, question: str) -> Prediction:
@@ -219,14 +192,9 @@ class Classifier:
             QuestionError: the question is empty, or too long under `strict`; or it holds the text
                 of a special token, which a server would obey.
             ServerError: the server does not answer.
-            ReviewError: the question is for a person, but the review queue did not take it. The
-                error's `prediction` is the answer.
         """
         rest, truncated = self._encode(question)
-        prediction = self._predict(next(self._scorer.score([rest])), truncated)
-        self._keep(question, prediction)
-        self._queue(question, prediction)
-        return prediction
+        return self._predict(next(self._scorer.score([rest])), truncated)
 
     def ask_many(self, questions: Iterable[str]) -> Iterator[Prediction]:
         """Classify many questions, in order, several in one forward pass.
@@ -240,7 +208,6 @@ class Classifier:
                 its turn comes; the answers before it have been given by then.
             ServerError: likewise for the first question that the server does not answer, so
                 that the caller can go on from there.
-            ReviewError: the review queue did not take a question; after its answer is given.
         """
         number = 1
         try:
@@ -251,8 +218,6 @@ class Classifier:
                 number += 1
         except ServerError as error:
             raise ServerError(f"question {number}: {error}") from None
-        except ReviewError as error:
-            raise ReviewError(f"question {number - 1}: {error}") from None
 
     def ask_each(self, questions: Iterable[str]) -> Iterator[Prediction | QuestionError]:
         """As `ask_many`, but a question that cannot be asked gives its error in its place."""
@@ -260,38 +225,11 @@ class Classifier:
         while window := list(islice(source, WINDOW)):
             encoded = [self._encode_or_error(question) for question in window]
             scores = self._scorer.score([e[0] for e in encoded if not isinstance(e, QuestionError)])
-            for question, entry in zip(window, encoded, strict=True):
+            for entry in encoded:
                 if isinstance(entry, QuestionError):
                     yield entry
-                    continue
-                prediction = self._predict(next(scores), entry[1])
-                self._keep(question, prediction)
-                try:
-                    self._queue(question, prediction)
-                except ReviewError:
-                    yield prediction  # the answer first: it is not lost
-                    raise
-                yield prediction
-
-    def _keep(self, question: str, prediction: Prediction) -> None:
-        """Log an answer; one that cannot be logged is still an answer."""
-        if self._log is None:
-            return
-        try:
-            self._log.add(question, prediction)
-            self.log_error = None
-        except DataError as error:
-            self.log_error = error
-            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
-
-    def _queue(self, question: str, prediction: Prediction) -> None:
-        """Leave a question to a person, if this is one and there is a queue."""
-        if self._review is not None and prediction.abstained:
-            try:
-                self._review.add(question, prediction)
-            except ReviewError as error:
-                error.prediction = prediction
-                raise
+                else:
+                    yield self._predict(next(scores), entry[1])
 
     def _encode_or_error(self, question: str) -> tuple[list[int], bool] | QuestionError:
         try:

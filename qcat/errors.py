@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from qcat.prediction import Prediction
+from collections.abc import Sequence
 
 
 class QcatError(Exception):
@@ -47,5 +44,11 @@ class ServerError(QcatError):
 class ReviewError(QcatError):
     """A review queue that cannot be read or written, or an answer that does not fit it."""
 
-    prediction: Prediction | None = None
-    """Set where a question was answered but could not be queued: its answer is not lost."""
+
+class RecordError(QcatError):
+    """An answer that was given, but not kept in the log, the review queue or both."""
+
+    def __init__(self, errors: Sequence[QcatError]) -> None:
+        super().__init__("; ".join(map(str, errors)))
+        self.errors = tuple(errors)
+        """Why, one for each place that did not take it."""

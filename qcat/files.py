@@ -16,10 +16,14 @@ from qcat.errors import DataError, QcatError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
     """A file to write, under another name beside `path`, which it takes when the block has ended.
 
     A reader sees the old file or the new one, never half of it, also after a crash of the machine.
+
+    Args:
+        path: of the file.
+        mode: its permissions; None for what the system gives a new file.
 
     Raises:
         OSError: the file cannot be written.
@@ -31,6 +35,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if mode is not None:
+            part.chmod(mode)
         part.replace(path)
     finally:
         with suppress(OSError, ValueError):

@@ -20,15 +20,8 @@ from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.prompt import QUESTION_ROOM, Vocabulary
 from qcat.encoding.scoring import BoundedScores, Scores
 from qcat.errors import BundleError, ModelError, ServerError
-from qcat.gguf.bundle import (
-    CALIBRATION_KEY,
-    TASK_KEY,
-    Bundle,
-    fingerprint,
-    identity,
-    is_adapter,
-    section,
-)
+from qcat.gguf.bundle import Bundle, fingerprint, identity, is_adapter
+from qcat.gguf.sections import CALIBRATION_KEY, TASK_KEY, section
 from qcat.gguf.vocabulary import write_vocabulary
 from qcat.threads import default_threads
 
@@ -86,7 +79,8 @@ def open_file(
         files += fingerprint(weights, header)
     elif base is not None:
         raise BundleError(f"{path}: is no adapter: open it by itself")
-    from qcat.backends.llama import LlamaScorer, shared_model
+    from qcat.backends.llama import shared_model
+    from qcat.backends.llama_scorer import LlamaScorer
 
     model = stack.enter_context(shared_model(weights, repack=not quick_start, verbose=verbose))
     encoded = EncodedTask.served(bundle.task, model, str(path))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcat_convert.merge import locate
+from qcat_convert.source import locate
 from qcat_convert.stream import Job
 from qcat_convert.vocab import read_vocabulary
 

@@ -25,7 +25,8 @@ from qcat import Classifier, DataError
 from qcat.classifier import DEFAULT_MODEL
 from qcat.data.tables import SUFFIXES
 from qcat.errors import ServerError
-from qcat.gguf.bundle import TASK_KEY, Bundle, section, write_sections
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.sections import TASK_KEY, section, write_sections
 from qcat.workflows.batch import COLUMNS, batch
 from qcat.workflows.journal import Answer, Journal
 
@@ -44,7 +45,7 @@ MANY = [{"id": number, "text": f"who fixed the gate latch {number}"} for number 
 
 @pytest.fixture(scope="module")
 def house():
-    with Classifier.open(review=False) as classifier:
+    with Classifier.open() as classifier:
         yield classifier
 
 
@@ -367,7 +368,7 @@ def test_half_done_work_is_not_mixed_with_other(folder, house):
     write(source, [{"q": 1, **row} for row in MANY[:20]])
     refuse(house, source, target, "with another input and another column: give", column="q")
     write(source, MANY[:20])
-    with Classifier.open(threshold=0.5, review=False) as strict:
+    with Classifier.open(threshold=0.5) as strict:
         refuse(strict, source, target, "with another threshold: give")
     write_jsonl(source, MANY[:19])
     with source.open("a") as file:
@@ -401,7 +402,7 @@ def test_the_same_bytes_under_another_suffix_are_another_input(folder, house):
 def test_half_done_work_of_another_model(folder, house, reviewed):
     source, target = write(folder / "in.jsonl", MANY[:20]), folder / "out.csv"
     part = stop(house, source, target, 5)
-    with Classifier.open(reviewed, review=False) as other:
+    with Classifier.open(reviewed) as other:
         refuse(other, source, target, "with another model")
     part.unlink()
 
@@ -459,7 +460,7 @@ def test_an_input_that_grew_and_is_as_before_again(folder, house):
 def test_killed_between_the_last_two_steps(folder, qcat):
     source, target = write(folder / "in.jsonl", MANY[:20]), folder / "out.parquet"
     part = folder / "out.parquet.part"
-    with Classifier.open(review=False) as house:
+    with Classifier.open() as house:
         stop(house, source, target, 20)
         journal = part.read_bytes()
         batch(house, source, target)

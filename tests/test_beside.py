@@ -12,7 +12,8 @@ from qcat import Classifier
 from qcat.backends import llama
 from qcat.cli.retrain import _recipe
 from qcat.errors import BundleError, ExportError
-from qcat.gguf.bundle import Bundle, read_header
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.header import read_header
 from qcat.workflows.export import export
 from qcat.workflows.export_job import Request
 
@@ -121,7 +122,7 @@ def test_through_the_command(qcat, make_pair, household, tmp_path):
 
 
 def test_a_base_with_a_capable_template_is_copied_for_ollama(make_pair, household, tmp_path):
-    from qcat.gguf.bundle import _rewrite
+    from qcat.gguf.sections import _rewrite
 
     base, adapter = make_pair()
     capable = tmp_path / "capable.gguf"

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcat import Classifier, cache
-from qcat.gguf import bundle
-from qcat.gguf.bundle import Bundle, Length, fingerprint, read_header
+from qcat.gguf import header as headers
+from qcat.gguf.bundle import Bundle, fingerprint
+from qcat.gguf.header import Length, read_header
 
 QUESTIONS = ["When was the pool pump replaced?", "x", "who fixed the gate latch " * 9]
 
@@ -30,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def answers(model):
-    with Classifier.open(model, review=False) as house:
+    with Classifier.open(model) as house:
         return [house.ask(question).to_dict() for question in QUESTIONS]
 
 
@@ -110,20 +111,20 @@ def test_number_and_size_are_bounded(folder, monkeypatch):
 
 
 def test_a_header_recalled_is_the_header_read(folder, house, monkeypatch):
-    monkeypatch.setattr(bundle, "_LARGE", 0)
+    monkeypatch.setattr(headers, "_LARGE", 0)
     read = read_header(house, remember=True)
     assert len(entries(folder)) == 1
-    monkeypatch.setattr(bundle, "_parse", None)  # it is not read a second time
+    monkeypatch.setattr(headers, "_parse", None)  # it is not read a second time
     recalled = read_header(house)
     assert recalled == read
     for key, value in read.metadata.items():
         assert type(recalled.metadata[key]) is type(value)
     assert any(isinstance(value, Length) for value in recalled.metadata.values())
-    assert all(isinstance(tensor, bundle.Tensor) for tensor in recalled.tensors)
+    assert all(isinstance(tensor, headers.Tensor) for tensor in recalled.tensors)
 
 
 def test_a_changed_header_is_read_again(folder, house, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle, "_LARGE", 0)
+    monkeypatch.setattr(headers, "_LARGE", 0)
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(house.read_bytes())
     before, status = read_header(copy, remember=True), copy.stat()
@@ -138,7 +139,7 @@ def test_a_changed_header_is_read_again(folder, house, tmp_path, monkeypatch):
 
 
 def test_only_a_file_that_is_opened_to_be_asked_is_remembered(folder, house, monkeypatch):
-    monkeypatch.setattr(bundle, "_LARGE", 0)
+    monkeypatch.setattr(headers, "_LARGE", 0)
     read_header(house)
     Bundle.read(house)
     assert not folder.exists()
@@ -167,7 +168,7 @@ def test_only_a_file_that_is_opened_to_be_asked_is_remembered(folder, house, mon
 )
 def test_a_header_that_another_qcat_remembered_is_read_again(folder, house, monkeypatch, change):
     """Files with a right checksum over something that is no header of this qcat."""
-    monkeypatch.setattr(bundle, "_LARGE", 0)
+    monkeypatch.setattr(headers, "_LARGE", 0)
     read = read_header(house, remember=True)
     (entry,) = entries(folder)
     fields = change(json.loads(entry.read_bytes()[len(whole(b"")) :]))

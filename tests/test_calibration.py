@@ -29,7 +29,8 @@ from qcat.data.dataset import read_examples
 from qcat.data.split import split_examples
 from qcat.encoding.scoring import entropy, label_energy, label_mass, temper, temper_bounds
 from qcat.errors import BundleError, DataError
-from qcat.gguf.bundle import CALIBRATION_KEY, REFERENCE_KEY, read_header, section, write_sections
+from qcat.gguf.header import read_header
+from qcat.gguf.sections import CALIBRATION_KEY, REFERENCE_KEY, section, write_sections
 from qcat.report.trust_figures import reliability_png, reliability_svg, risk_coverage_png
 from qcat.workflows.calibrate import Asked, Question, carry_threshold
 

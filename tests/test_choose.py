@@ -14,7 +14,8 @@ from qcat_convert.quantize import CANDIDATES
 from qcat.cli.retrain import _recipe
 from qcat.errors import ExportError
 from qcat.evaluation.proof import Replayed
-from qcat.gguf.bundle import Bundle, read_header
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.header import read_header
 from qcat.workflows.choose import Trial, choose, try_all, within_size
 from qcat.workflows.export import export
 from qcat.workflows.export_job import Request

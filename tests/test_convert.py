@@ -12,7 +12,8 @@ import tiny_model
 import torch
 from export_job import job_of
 from qcat_convert import writer
-from qcat_convert.merge import Merger, locate
+from qcat_convert.merge import Merger
+from qcat_convert.source import locate
 from qcat_convert.stream import convert
 from safetensors.torch import load_file, save_file
 from whole_model import whole

@@ -28,16 +28,10 @@ from qcat.classifier import DEFAULT_MODEL
 from qcat.cli import run
 from qcat.data.dataset import read_examples, read_texts
 from qcat.data.split import find_families, split_examples
-from qcat.errors import DataError
-from qcat.gguf.bundle import (
-    CALIBRATION_KEY,
-    REFERENCE_KEY,
-    REPORT_KEY,
-    identity,
-    read_header,
-    section,
-    write_sections,
-)
+from qcat.errors import DataError, RecordError
+from qcat.gguf.bundle import identity
+from qcat.gguf.header import read_header
+from qcat.gguf.sections import CALIBRATION_KEY, REFERENCE_KEY, REPORT_KEY, section, write_sections
 from qcat.monitor.drift import (
     FEWEST,
     LEVEL,
@@ -50,6 +44,7 @@ from qcat.monitor.drift import (
     psi,
 )
 from qcat.monitor.log import PredictionLog, Record, read_log, scan_log
+from qcat.monitor.recorder import Recorder
 from qcat.report.figures import drift_png
 from qcat.task import MAX_LABELS
 
@@ -275,25 +270,28 @@ def test_what_is_no_file_is_refused(tmp_path):
             read_log(bad)
 
 
-def test_a_classifier_logs_and_answers_even_if_it_cannot(house, tmp_path):
+def test_a_recorder_logs_and_says_if_it_cannot(house, tmp_path):
     path = tmp_path / "log"
-    with Classifier.open(house, log=path, log_text=True, threshold=0.2) as classifier:
+    questions = ["the fence?", "the car?"]
+    with (
+        Classifier.open(house, threshold=0.2) as classifier,
+        Recorder.open(classifier, log=path, log_text=True) as recorder,
+    ):
         first = classifier.ask("the pool?")
-        many = list(classifier.ask_many(["the fence?", "the car?"]))
+        recorder.add("the pool?", first)
         path.unlink()
         path.mkdir()
-        with pytest.warns(RuntimeWarning, match="not in the log: Is a directory"):
-            assert classifier.ask("the pool?") == first
-        assert classifier.log_error is not None
+        with pytest.raises(RecordError, match="not in the log: Is a directory"):
+            recorder.add("the pool?", first)
         path.rmdir()
-        classifier.ask("again?")
-        assert classifier.log_error is None
-    assert [record.text for record in read_log(path).records] == ["again?"]
-    with Classifier.open(house, log=path, log_text=True, threshold=0.2) as classifier:
-        list(classifier.ask_many(["the fence?", "the car?"]))
-    records = read_log(path).records[1:]
+        recorder.add("again?", first)
+        many = list(classifier.ask_many(questions))
+        for question, prediction in zip(questions, many, strict=True):
+            recorder.add(question, prediction)
+    again, *records = read_log(path).records
+    assert again.text == "again?"
     assert [(r.text, r.label) for r in records] == list(
-        zip(["the fence?", "the car?"], [p.label for p in many], strict=True)
+        zip(questions, [p.label for p in many], strict=True)
     )
     assert {(r.rule, r.model) for r in records} == {("threshold 0.2", classifier.identity)}
 

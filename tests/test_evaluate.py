@@ -23,18 +23,9 @@ from qcat.data.dataset import Example, read_examples, read_texts
 from qcat.data.split import split_examples
 from qcat.errors import DataError
 from qcat.evaluation.baseline import tfidf_predictions
-from qcat.evaluation.evaluate import (
-    INVALID,
-    Comparison,
-    Confusion,
-    Flip,
-    Request,
-    confusion,
-    evaluate,
-    label_scores,
-    labels_said,
-    quality,
-)
+from qcat.evaluation.evaluate import Request, evaluate, labels_said
+from qcat.evaluation.metrics import INVALID, confusion, label_scores, quality
+from qcat.evaluation.results import Comparison, Confusion, Flip
 from qcat.report.figures import confusion_png, confusion_svg
 from qcat.report.html_report import html_report
 from qcat.task import Task

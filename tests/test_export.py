@@ -21,7 +21,9 @@ from whole_model import whole
 
 from qcat.classifier import Classifier
 from qcat.encoding.prompt import Prompt, Segment
-from qcat.gguf.bundle import Bundle, read_header, section
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.header import read_header
+from qcat.gguf.sections import section
 from qcat.report.modelfile import go_template, render
 from qcat.task import Task
 from qcat.workflows.export import export

@@ -26,7 +26,7 @@ from qcat.base.gguf_tokenizer import check_tokenizer
 from qcat.base.ollama_store import find_model
 from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ExportError, ModelError
-from qcat.gguf.bundle import read_header
+from qcat.gguf.header import read_header
 
 KINDS = ("qwen3", "qwen2", "llama")
 

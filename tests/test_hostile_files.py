@@ -22,7 +22,8 @@ import pytest
 from conftest import EXAMPLE
 
 from qcat import Classifier, QcatError, Task
-from qcat.gguf.bundle import TASK_KEY, read_header
+from qcat.gguf.header import read_header
+from qcat.gguf.sections import TASK_KEY
 
 QUESTION = "When was the pool pump replaced?"
 TOKENS = "tokenizer.ggml.tokens"

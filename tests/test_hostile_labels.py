@@ -25,7 +25,7 @@ from test_hostile_files import run_apart
 from qcat import Classifier, QcatError, Task, TaskError
 from qcat.encoding.grammar import grammar
 from qcat.encoding.prompt import Prompt, build_prompt, clean_question, with_codes
-from qcat.gguf.bundle import TASK_KEY, write_sections
+from qcat.gguf.sections import TASK_KEY, write_sections
 from qcat.report.modelfile import chat_template, modelfile, render
 
 COUNT = 2020  # label sets

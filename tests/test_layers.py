@@ -16,18 +16,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qcat_convert.merge import Merger, locate
+from qcat_convert.merge import Merger
+from qcat_convert.source import locate
 from whole_model import put_together, whole
 
 from qcat.base.checkpoint import load_base, load_config
 from qcat.data.dataset import read_examples
 from qcat.data.split import split_examples
 from qcat.errors import ExportError, ModelError, TrainError
-from qcat.gguf.bundle import read_header
+from qcat.gguf.header import read_header
 from qcat.task import Task
 from qcat.training.depth import depths, train_shallowest
 from qcat.training.retrain import Run
-from qcat.training.train import Settings, train
+from qcat.training.settings import Settings
+from qcat.training.train import train
 
 IDS = torch.arange(3, 40)[None]
 
@@ -229,7 +231,7 @@ def test_a_walk_stopped_anywhere_ends_where_the_depth_alone_does(
     settings = Settings(base=str(base), method="lora", epochs=2, rate=1e-3, layers=1)
     alone = train(task, split, settings, tmp_path / "alone")
 
-    monkeypatch.setattr("qcat.training.train._SAVE_SECONDS", 0)  # a checkpoint after every step
+    monkeypatch.setattr("qcat.training.loop._SAVE_SECONDS", 0)  # a checkpoint after every step
     target = tmp_path / "run"
     for stop in (
         ("2 of 2 layers: train", 5),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from conftest import EXAMPLE, REAL_TOKENIZER, needs_real_tokenizer
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcat.data.characters import oddities, unmangle
-from qcat.data.lint import Finding, fix, lint
+from qcat.data.findings import Finding
+from qcat.data.lint import fix, lint
 from qcat.data.near import families, near_pairs
 from qcat.encoding.prompt import clean_question
 from qcat.encoding.trie import LabelTrie
@@ -26,13 +28,15 @@ TOPICS = [
 
 
 class Letters:
-    """Spells every character as itself, a space and what follows as one token; has no codes."""
+    """Spells every character as itself, a space and a letter after it as one; has no codes."""
 
     end = 0
 
     def encode(self, text, *, special):
-        letters = [ord(char) for char in text]
-        return [-letters[1], *letters[2:]] if text.startswith(" ") and text != " " else letters
+        return [
+            ord(piece) if len(piece) == 1 else -ord(piece[1])
+            for piece in re.findall(" [^ ]|.", text, re.DOTALL)
+        ]
 
 
 class Words:

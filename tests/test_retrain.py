@@ -24,18 +24,14 @@ from qcat.data.dataset import Example, read_examples
 from qcat.data.near import near_texts
 from qcat.data.split import Split, find_families, split_examples
 from qcat.errors import DataError, ExportError, TrainError
-from qcat.evaluation.evaluate import Comparison, Flip
-from qcat.gguf.bundle import (
-    CALIBRATION_KEY,
-    SOURCE_KEY,
-    Bundle,
-    read_header,
-    section,
-    write_sections,
-)
+from qcat.evaluation.results import Comparison, Flip
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.header import read_header
+from qcat.gguf.sections import CALIBRATION_KEY, SOURCE_KEY, section, write_sections
 from qcat.task import Task
 from qcat.training.retrain import Run, add_questions, refusal
-from qcat.training.train import Settings, train
+from qcat.training.settings import Settings
+from qcat.training.train import train
 from qcat.workflows.promote import candidate_of, clear, previous_of, promote, reserved
 
 # What to train on
@@ -472,7 +468,7 @@ def test_retrains_after_a_kill_compares_and_promotes(call, easy_job, tmp_path):
     assert threshold(serving) == 0.5
     right = {}
     for bundle in (old, serving):
-        with Classifier.open(bundle / "sorts.gguf", review=False) as classifier:
+        with Classifier.open(bundle / "sorts.gguf") as classifier:
             right[bundle] = [
                 classifier.ask(row["text"]).label == row["label"]
                 for row in map(json.loads, (out / "reviewed.jsonl").read_text().splitlines())

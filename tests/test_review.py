@@ -40,7 +40,9 @@ from qcat.cli.review_walk import (
 from qcat.data import near
 from qcat.data.dataset import read_examples, read_texts
 from qcat.data.split import split_examples
-from qcat.errors import ReviewError, TaskError
+from qcat.errors import DataError, RecordError, ReviewError, TaskError
+from qcat.monitor.log import read_log
+from qcat.monitor.recorder import Recorder
 from qcat.monitor.review import LABEL_KEYS, NONE, Decided, Entry, ReviewQueue, question_hash
 from qcat.monitor.review_csv import questions_csv
 from qcat.monitor.review_import import read_answers
@@ -365,30 +367,40 @@ def test_a_task_asks_for_a_queue_but_names_no_file():
             Task.from_dict({"name": "sorts", "labels": labels, "review": wrong})
 
 
-def test_the_classifier_leaves_questions_in_the_queue(house, path):
-    questions = ["who fixed it?", " ", "when?"]
-    with Classifier.open(house, threshold=1, review=path) as classifier:
-        classifier.ask("who fixed it?")
-        list(classifier.ask_many(["how much?"]))
-        list(classifier.ask_each(questions))
-    with Classifier.open(house, review=path) as sure:
-        assert not sure.ask("never left to a person").abstained
+def test_abstentions_go_into_the_queue(house, path):
+    questions = ["who fixed it?", "how much?", "who fixed it?", "when?"]
+    with (
+        Classifier.open(house, threshold=1) as classifier,
+        Recorder.open(classifier, review=path) as recorder,
+    ):
+        for question, prediction in zip(questions, classifier.ask_many(questions), strict=True):
+            recorder.add(question, prediction)
+    with Classifier.open(house) as sure, Recorder.open(sure, review=path) as recorder:
+        answer = sure.ask("never left to a person")
+        assert not answer.abstained
+        recorder.add("never left to a person", answer)
     with ReviewQueue.existing(path) as queue:
         assert [(one.text, one.seen) for one in queue.pending()] == [
             ("who fixed it?", 2), ("how much?", 1), ("when?", 1),
         ]  # fmt: skip
 
 
-def test_an_answer_is_not_lost_where_the_queue_fails(house, path):
-    with Classifier.open(house, threshold=1, review=path) as classifier:
-        expected = classifier.ask("who?")
+def test_both_places_are_tried_and_named(house, path, tmp_path):
+    log = tmp_path / "log"
+    with (
+        Classifier.open(house, threshold=1) as classifier,
+        Recorder.open(classifier, review=path, log=log) as recorder,
+    ):
+        answer = classifier.ask("who?")
         table(path, "DROP TABLE questions")
-        with pytest.raises(ReviewError) as caught:
-            classifier.ask("who?")
-        assert caught.value.prediction == expected
-        given_answers = []
-        with pytest.raises(ReviewError, match=r"^question 1: .*damaged"):
-            given_answers.extend(classifier.ask_many(["who?", "when?"]))
+        with pytest.raises(RecordError, match="damaged"):
+            recorder.add("who?", answer)
+        assert len(read_log(log).records) == 1
+        log.unlink()
+        log.mkdir()
+        with pytest.raises(RecordError) as caught:
+            recorder.add("who?", answer)
+        assert [type(error) for error in caught.value.errors] == [DataError, ReviewError]
 
 
 def test_a_models_own_queue_lies_in_the_users_folder(
@@ -398,7 +410,10 @@ def test_a_models_own_queue_lies_in_the_users_folder(
     for kind in ("text", "hash"):
         task = household.replace(name=f"own-{kind}", review=kind)
         model = bundle_file(task)
-        assert qcat("ask", "-m", model, "--threshold", "1", "a secret?").returncode == 3
+        ask = ("ask", "-m", model, "--threshold", "1")
+        assert qcat(*ask, "not kept").returncode == 3
+        assert not (tmp_path / "qcat" / "review" / f"own-{kind}.db").exists()
+        assert qcat(*ask, "--review-default", "a secret?").returncode == 3
         assert qcat("ask", "-m", model, "--decode", "free", "another?").returncode == 0
         file = tmp_path / "qcat" / "review" / f"own-{kind}.db"
         assert (b"secret" in file.read_bytes()) == (kind == "text")
@@ -407,7 +422,7 @@ def test_a_models_own_queue_lies_in_the_users_folder(
         assert done.returncode == 0
         assert ("kept as hashes only" in done.stderr) == (kind == "hash")
     # What is measured is not left to a person: its labels are known, and it would leak.
-    with Classifier.open(model, threshold=1, review=False) as classifier:
+    with Classifier.open(model, threshold=1) as classifier:
         classifier.ask("not queued")
     with ReviewQueue.existing(file) as queue:
         assert queue.counts().total == 1

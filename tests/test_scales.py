@@ -17,7 +17,8 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from qcat_convert.merge import Merger, locate
+from qcat_convert.merge import Merger
+from qcat_convert.source import locate
 from qcat_convert.stream import convert
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,7 +27,7 @@ from qcat.base.checkpoint import load_base
 from qcat.errors import ExportError, TrainError
 from qcat.gguf import q4_0
 from qcat.gguf.architecture import EMBEDDING, architecture, gguf_name, gguf_tensor, hyper_parameters
-from qcat.gguf.bundle import read_header
+from qcat.gguf.header import read_header
 from qcat.training.adapters import RoundedEmbedding, ScaledLinear, attach_scales, save
 from qcat.workflows.choose import kinds_to_make
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcat.backends.llama import LlamaModel, LlamaScorer
+from qcat.backends.llama import LlamaModel
+from qcat.backends.llama_scorer import LlamaScorer
 from qcat.classifier import Classifier
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.grammar import grammar
@@ -264,7 +265,7 @@ def test_ask_many_agrees_with_ask(labels, bundle_file):
 
 @pytest.fixture(scope="module")
 def shipped():
-    with Classifier.open(review=False) as classifier:
+    with Classifier.open() as classifier:
         yield classifier
 
 
@@ -309,7 +310,7 @@ def test_ask_each_is_ask_in_order(shipped, asked):
 
 
 def test_a_quick_start_answers_the_same_within_the_bound(shipped):
-    with Classifier.open(review=False, quick_start=True) as quick:
+    with Classifier.open(quick_start=True) as quick:
         for question in random_questions(60):
             usual, other = shipped.ask(question), quick.ask(question)
             for label, probability in usual.probabilities.items():
@@ -403,7 +404,7 @@ def test_many_labels_with_many_branches(bundle_file):
     words = ["pool", "fence", "car", "gutters", "hvac", "doorbell", "fountain", "electric"]
     labels = [f"{a} {b} {c}" for a in words for b in words for c in words[:5]]
     with Classifier.open(bundle_file(task_of(labels))) as classifier:
-        assert len(classifier._trie.deep_branches) > 64
+        assert len(classifier._encoded.trie.deep_branches) > 64
         prediction = classifier.ask("When was the pool pump replaced?")
         assert sum(prediction.probabilities.values()) == pytest.approx(1)
         together = list(classifier.ask_many(["When was the pool pump replaced?"] * 3))
@@ -560,6 +561,6 @@ def test_without_repacking_the_file_is_mapped(shipped, monkeypatch):
     monkeypatch.setattr(llama.llama_cpp, "llama_print_system_info", info)
     assert not llama.repacks()
     question = "When was the pool pump replaced?"
-    with Classifier.open(review=False) as classifier:
+    with Classifier.open() as classifier:
         assert not classifier._vocabulary.repacked
         assert classifier.ask(question).label == shipped.ask(question).label == "pool"

@@ -14,7 +14,9 @@ from qcat import Classifier
 from qcat.classifier import DEFAULT_MODEL
 from qcat.data.dataset import read_examples
 from qcat.data.split import split_examples
-from qcat.gguf.bundle import Bundle, read_header, section
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.header import read_header
+from qcat.gguf.sections import section
 
 BASE = ROOT / "examples" / "base" / "model"
 

@@ -14,7 +14,8 @@ import torch
 from conftest import EXAMPLE
 from export_job import job_of
 from qcat_convert.apart import apart
-from qcat_convert.merge import Merger, locate
+from qcat_convert.merge import Merger
+from qcat_convert.source import locate
 from qcat_convert.stream import convert
 from qcat_convert.weights import Checkpoint, Rows
 from whole_model import parts, whole

@@ -124,7 +124,7 @@ def test_the_option_has_the_same_bounds(call, tmp_path, command):
 
 
 def test_as_many_as_there_may_be(house):
-    with Classifier.open(house, review=False, threads=MAX_THREADS) as classifier:
+    with Classifier.open(house, threads=MAX_THREADS) as classifier:
         assert classifier.ask("x").label
 
 

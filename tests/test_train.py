@@ -29,8 +29,10 @@ from qcat.encoding.trie import LabelTrie
 from qcat.errors import DataError, ModelError, TrainError
 from qcat.task import Task
 from qcat.training.forward import last_states, shared_prefix_states
+from qcat.training.loop import _parts
 from qcat.training.objective import Encoded, Scorer
-from qcat.training.train import Settings, _parts, _thinned, train
+from qcat.training.settings import Settings
+from qcat.training.train import _thinned, train
 
 # First tokens shared, a label that begins another, a label alone on its branch.
 SEQUENCES = [(5,), (5, 6), (5, 6, 7), (8, 9), (8, 10, 11), (12,)]
@@ -310,7 +312,7 @@ def stop_at(step_number):
 def test_a_run_stopped_within_an_epoch_goes_on_to_the_same_end(
     job, tmp_path, monkeypatch, method, embeddings
 ):
-    monkeypatch.setattr("qcat.training.train._SAVE_SECONDS", 0)  # a checkpoint after every step
+    monkeypatch.setattr("qcat.training.loop._SAVE_SECONDS", 0)  # a checkpoint after every step
     folder, _ = job
     task = Task.read(folder / "task.toml")
     split = split_examples(read_examples(folder / "q.jsonl", task), task, seed=0)

@@ -23,7 +23,8 @@ from qcat.encoding.agreement import check_questions
 from qcat.encoding.prompt import build_prompt
 from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import BundleError, DataError, ExportError
-from qcat.gguf.bundle import Bundle, read_header
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.header import read_header
 from qcat.report.card import vocabulary_line
 from qcat.workflows.export import export
 from qcat.workflows.export_job import Request
@@ -409,7 +410,7 @@ def test_other_tokenizers_are_refused(call, make_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("vocabulary", [{}, {"merges": "many"}, 5])
 def test_a_damaged_report_is_told_to_retrain(vocabulary, house, tmp_path):
-    from qcat.gguf.bundle import REPORT_KEY, write_sections
+    from qcat.gguf.sections import REPORT_KEY, write_sections
 
     file = tmp_path / "house.gguf"
     file.write_bytes(house.read_bytes())

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 
 import torch
-from qcat_convert.merge import Merger, locate
+from qcat_convert.merge import Merger
+from qcat_convert.source import locate
 
 
 def whole(adapter, base=None):

@@ -19,17 +19,13 @@ from qcat.base.ollama_store import PREFIX
 from qcat.errors import ExportError
 from qcat.gguf.adapter import BASE_KEY, BaseFile
 from qcat.gguf.architecture import architecture, gguf_name, gguf_tensor, hyper_parameters
-from qcat.gguf.bundle import (
-    SOURCE_KEY,
-    TASK_KEY,
-    check_model,
-    copy_without,
-    fingerprint,
-    read_header,
-)
+from qcat.gguf.bundle import fingerprint
+from qcat.gguf.check import check_model
+from qcat.gguf.header import read_header
+from qcat.gguf.sections import SOURCE_KEY, TASK_KEY, copy_without
 from qcat.task import Task
-from qcat_convert.merge import Source
 from qcat_convert.quantize import Quantized
+from qcat_convert.source import Source
 
 if TYPE_CHECKING:
     import torch

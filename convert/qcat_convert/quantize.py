@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qcat.errors import ExportError
-from qcat.gguf.bundle import read_header
+from qcat.gguf.header import read_header
 from qcat_convert.imatrix import ImportanceMatrix
 
 QUANTIZATIONS = ("q4_k_m", "q4_0", "q5_k_m", "q8_0", "q3_k_m", "iq4_nl")

@@ -19,8 +19,9 @@ from qcat.task import Task
 from qcat.threads import default_threads
 from qcat_convert.decoder import OneLayer
 from qcat_convert.imatrix import Importance, ImportanceMatrix
-from qcat_convert.merge import Merger, Source
+from qcat_convert.merge import Merger
 from qcat_convert.replay import Replay, label_distributions
+from qcat_convert.source import Source
 from qcat_convert.vocab import Vocabulary
 from qcat_convert.writer import GGUFFile, Precision
 

@@ -19,8 +19,8 @@ from qcat.gguf.architecture import (
     gguf_tensor,
     hyper_parameters,
 )
-from qcat.gguf.bundle import SOURCE_KEY, TASK_KEY
 from qcat.gguf.q4_0 import pack
+from qcat.gguf.sections import SOURCE_KEY, TASK_KEY
 from qcat.task import Task
 from qcat_convert.scales import Blocks
 from qcat_convert.vocab import Vocabulary

@@ -1,4 +1,4 @@
-"""llama.cpp in this process: tokens, and logits at the trie's branches. Sees no file but the model.
+"""llama.cpp in this process: its log, a model's tokens and weights, and models that are shared.
 
 The low-level interface is used because the high-level one keeps every position's logits and sorts
 the vocabulary in Python. Every handle is tied to its free where it is acquired.
@@ -17,24 +17,8 @@ from typing import Any, Self
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 
-from qcat import cache
-from qcat.encoding.scoring import Scores, label_energy, label_mass
-from qcat.encoding.trie import Branch, LabelTrie
 from qcat.errors import ModelError
-
-MAX_BATCH = 16
-"""Questions in one forward pass."""
-PASS_TOKENS = 128
-"""Tokens in one forward pass, unless one question has more. With more the weights are read less
-often, but each token attends over the cells of all the others: bench/speed.py."""
-_MAX_DEEP = 64  # branches below the root in one forward pass
-_DEEP_CELLS = 256  # KV cells for them
-_FREE_TOKENS = 64  # KV cells for unconstrained generation
-_UBATCH = 128  # tokens that llama.cpp computes at once: more costs memory and gains nothing here
-
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUES = 3, 4, 5  # ggml_log_level in ggml.h
 
@@ -55,13 +39,15 @@ def _log(level: int, text: bytes, _data: object) -> None:
         del _log_lines[:-10_000]
 
 
-def capture_log(*, verbose: bool) -> list[str]:
+def capture_log(*, verbose: bool | None = None) -> list[str]:
     """Keep llama.cpp's messages off the terminal unless `verbose`; return its last warnings.
+
+    With None they go where they went before.
 
     llama.cpp has one logger a process: this replaces it, for other users of llama_cpp too.
     """
     global _verbose
-    _verbose = verbose
+    _verbose = _verbose if verbose is None else verbose
     llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
     _log_lines.clear()
     return _log_lines
@@ -80,7 +66,7 @@ def repacks() -> bool:
 class LlamaModel:
     """One GGUF opened in llama.cpp: its vocabulary and, unless `vocab_only`, its weights.
 
-    The file must have been through `qcat.gguf.bundle.check_model`: llama.cpp can abort on others.
+    The file must have been through `qcat.gguf.check.check_model`: llama.cpp can abort on others.
 
     Args:
         path: of the file.
@@ -166,6 +152,25 @@ class LlamaModel:
         with self.lock:
             return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
+    def load_adapter(self, path: Path) -> Any:
+        """The native handle of a LoRA adapter, to be freed before the model.
+
+        Args:
+            path: of the adapter's GGUF, checked by `qcat.gguf.adapter.check_adapter`.
+
+        Raises:
+            ModelError: llama.cpp refuses it.
+        """
+        log = capture_log()
+        adapter = llama_cpp.llama_adapter_lora_init(self.handle, os.fsencode(path))
+        if not adapter:
+            reason = next((line for line in reversed(log) if "fail" in line), "no reason given")
+            raise ModelError(
+                f"{path}: llama.cpp cannot use it beside {self.path} "
+                f"({' '.join(reason.split())[:200]}): export it again"
+            )
+        return adapter
+
     def close(self) -> None:
         """Free the model. Harmless a second time."""
         with self.lock:
@@ -213,7 +218,7 @@ def shared_model(path: Path, *, repack: bool, verbose: bool) -> Iterator[LlamaMo
                 shared.model.close()
 
 
-class _Batch:
+class Batch:
     """A `llama_batch` over arrays of ours, made once: each token belongs to one sequence."""
 
     def __init__(self, room: int) -> None:
@@ -248,341 +253,3 @@ class _Batch:
         self._outputs[end - 1] = output
         self.size = end
         return end - 1
-
-
-class LlamaScorer:
-    """A context with a task's prefix evaluated, which scores questions against a label trie.
-
-    Sequence 0 holds the prefix; questions and branches share its KV cells (`llama_memory_seq_cp`
-    on a unified cache copies nothing). One lock makes it safe, not parallel, across threads.
-
-    Args:
-        model: the loaded model; it must outlive the scorer.
-        prefix: token ids of the prompt up to the question.
-        trie: the label language.
-        grammar: the same language as GBNF.
-        room: the most tokens that one question and the words after it may have.
-        threads: threads of computation.
-        fingerprint: of the model's file, and of the adapter's; with it the evaluated prefix is
-            kept in the user's cache folder for the next time.
-        adapter: a LoRA adapter's GGUF to lie beside the weights, checked by
-            `qcat.gguf.adapter.check_adapter`.
-
-    Raises:
-        ModelError: the context cannot be made, or llama.cpp refuses the grammar.
-    """
-
-    def __init__(
-        self,
-        model: LlamaModel,
-        *,
-        prefix: Sequence[int],
-        trie: LabelTrie,
-        grammar: str,
-        room: int,
-        threads: int,
-        fingerprint: str | None = None,
-        adapter: Path | None = None,
-    ) -> None:
-        self._model, self._trie, self._room = model, trie, room
-        self._prefix, self._threads, self._fingerprint = list(prefix), threads, fingerprint
-        self._n_prefix = len(prefix)
-        self._lock = threading.RLock()  # not the model's, which other scorers may use meanwhile
-        self._stack, self._context_stack = ExitStack(), ExitStack()
-        deep = trie.deep_branches
-        paths = [len(branch.path) for branch in deep]
-        self._n_sequences = 1 + MAX_BATCH + min(_MAX_DEEP, MAX_BATCH * len(deep))
-        self._deep_cells = max(min(_DEEP_CELLS, MAX_BATCH * sum(paths)), *paths, 0)
-        self._most_tokens = room + _FREE_TOKENS
-        cells = self._cells(self._most_tokens)
-        if cells > model.n_ctx_train:
-            raise ModelError(
-                f"{model.path}: the prompt needs {cells} tokens, the model has room for "
-                f"{model.n_ctx_train}: shorten the labels' descriptions"
-            )
-        try:
-            self._batch = _Batch(cells)
-            self._grammar = llama_cpp.llama_sampler_init_grammar(
-                model.vocab, grammar.encode(), b"root"
-            )
-            if not self._grammar:
-                raise ModelError(f"{model.path}: llama.cpp refuses the labels' grammar")
-            self._stack.callback(llama_cpp.llama_sampler_free, self._grammar)
-            self._accepted: dict[int, bool] = {}
-            self._adapter = self._load_adapter(adapter) if adapter else None
-            self._begin(min(PASS_TOKENS, self._most_tokens))
-        except BaseException:
-            self.close()
-            raise
-
-    def _cells(self, tokens: int) -> int:
-        """KV cells for the prefix, so many tokens of questions, and the branches after them."""
-        return self._n_prefix + tokens + self._deep_cells
-
-    def _begin(self, tokens: int) -> None:
-        """Make a context with room for so many tokens, in the place of one for fewer."""
-        self._context = None  # also if there is no memory for another
-        self._context_stack.close()
-        cells = self._cells(tokens)
-        self._context = self._open_context(cells, self._n_sequences, self._threads)
-        self._memory = llama_cpp.llama_get_memory(self._context)
-        self._n_tokens = tokens
-        self._put_prefix()
-
-    def _open_context(self, cells: int, n_sequences: int, threads: int) -> Any:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = cells
-        params.n_ubatch = min(_UBATCH, cells)
-        params.n_seq_max = n_sequences
-        params.n_outputs_max = n_sequences
-        params.kv_unified = True
-        # On the CPU flash attention sums in float16: its noise shows in the third digit of a
-        # probability.
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.n_threads = params.n_threads_batch = threads
-        params.no_perf = True
-        context = llama_cpp.llama_init_from_model(self._model.handle, params)
-        if not context:
-            raise ModelError(
-                f"{self._model.path}: not enough memory for a context of {cells} tokens"
-            )
-        self._context_stack.callback(llama_cpp.llama_free, context)
-        if self._adapter:
-            one = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
-            if llama_cpp.llama_set_adapters_lora(context, one, 1, (ctypes.c_float * 1)(1.0)):
-                raise ModelError(f"{self._model.path}: llama.cpp cannot use the adapter")
-        return context
-
-    def _load_adapter(self, path: Path) -> Any:
-        log = capture_log(verbose=_verbose)
-        adapter = llama_cpp.llama_adapter_lora_init(self._model.handle, os.fsencode(path))
-        if not adapter:
-            reason = next((line for line in reversed(log) if "fail" in line), "no reason given")
-            raise ModelError(
-                f"{path}: llama.cpp cannot use it beside {self._model.path} "
-                f"({' '.join(reason.split())[:200]}): export it again"
-            )
-        self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
-        return adapter
-
-    def _put_prefix(self) -> None:
-        """Fill sequence 0: from the cache folder in milliseconds, else by evaluating the tokens."""
-        prefix, fingerprint = self._prefix, self._fingerprint
-        settings = (
-            llama_cpp.__version__,
-            llama_cpp.llama_print_system_info(),  # how it was compiled changes the last digits
-            llama_cpp.llama_n_ubatch(self._context),
-            self._model.repacked,  # other instructions, other last digits
-            prefix,
-        )
-        key = f"prefix {fingerprint} {settings}".encode()
-        if fingerprint and self._restore(cache.load(key), len(prefix)):
-            return
-        self._batch.add(prefix, 0, 0, output=False)
-        self._decode()
-        size = llama_cpp.llama_state_seq_get_size(self._context, 0)
-        if fingerprint and size <= cache.MAX_CONTENT:
-            state = (ctypes.c_uint8 * size)()
-            if llama_cpp.llama_state_seq_get_data(self._context, state, size, 0) == size:
-                cache.save(key, memoryview(state).cast("B"))
-
-    def _restore(self, saved: memoryview | None, n_prefix: int) -> bool:
-        if saved is None:
-            return False
-        state = (ctypes.c_uint8 * len(saved)).from_buffer(saved)
-        used = llama_cpp.llama_state_seq_set_data(self._context, state, len(saved), 0)
-        last = llama_cpp.llama_memory_seq_pos_max(self._memory, 0)
-        if used == len(saved) and last == n_prefix - 1:
-            return True
-        llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)
-        return False
-
-    def score(self, rests: Sequence[Sequence[int]]) -> Iterator[Scores]:
-        """Logits at every branch, for each question in turn.
-
-        Questions share a forward pass, up to `MAX_BATCH` of them and `PASS_TOKENS` tokens; a
-        longer one has a pass for itself. A pass is made when its first result is asked for, so an
-        iterator given up early costs nothing more.
-
-        Args:
-            rests: for each question the token ids after the prefix, at most `room` of them.
-        """
-        group: list[Sequence[int]] = []
-        size = 0
-        for rest in rests:
-            if len(rest) > self._room:
-                raise ModelError(f"a question of {len(rest)} tokens, room for {self._room}")
-            if group and (len(group) == MAX_BATCH or size + len(rest) > PASS_TOKENS):
-                yield from self._score_group(group)
-                group, size = [], 0
-            group.append(rest)
-            size += len(rest)
-        if group:
-            yield from self._score_group(group)
-
-    def _make_room(self, tokens: int) -> None:
-        """See that so many tokens fit: there is room for usual questions until a long one comes."""
-        if tokens > self._n_tokens:
-            self._begin(self._most_tokens)
-
-    def _score_group(self, group: list[Sequence[int]]) -> list[Scores]:
-        with self._lock:
-            self._check_open()
-            self._make_room(sum(map(len, group)))
-            try:
-                ends = [
-                    self._extend(0, 1 + number, self._n_prefix, rest)
-                    for number, rest in enumerate(group)
-                ]
-                self._decode()
-                found: list[Scores] = []
-                for at in ends:
-                    row = self._row(at)
-                    root = self._trie.root_branch
-                    logits = [self._finite(row[root.tokens])] if root else []
-                    first = self._trie.first_tokens
-                    found.append(Scores(logits, label_mass(row, first), label_energy(row, first)))
-                self._score_deep(group, found)
-            finally:
-                self._forget()
-            return found
-
-    def _score_deep(self, group: list[Sequence[int]], found: list[Scores]) -> None:
-        """Evaluate the branches below the root for all questions, as many at once as fit."""
-        jobs = (
-            (number, branch) for number in range(len(group)) for branch in self._trie.deep_branches
-        )
-        for chunk in self._deep_chunks(jobs):
-            rows = [
-                self._extend(
-                    1 + number,
-                    1 + MAX_BATCH + slot,
-                    self._n_prefix + len(group[number]),
-                    branch.path,
-                )
-                for slot, (number, branch) in enumerate(chunk)
-            ]
-            self._decode()
-            for at, (number, branch) in zip(rows, chunk, strict=True):
-                found[number].logits.append(self._finite(self._row(at)[branch.tokens]))
-            for slot in range(len(chunk)):
-                llama_cpp.llama_memory_seq_rm(self._memory, 1 + MAX_BATCH + slot, -1, -1)
-
-    def _deep_chunks(
-        self, jobs: Iterator[tuple[int, Branch]]
-    ) -> Iterator[list[tuple[int, Branch]]]:
-        waiting = next(jobs, None)
-        while waiting is not None:
-            chunk: list[tuple[int, Branch]] = []
-            cells = self._deep_cells
-            while waiting and len(chunk) < _MAX_DEEP and len(waiting[1].path) <= cells:
-                chunk.append(waiting)
-                cells -= len(waiting[1].path)
-                waiting = next(jobs, None)
-            yield chunk
-
-    def accepts(self, label: int) -> bool:
-        """Whether llama.cpp's own grammar sampler lets a label through, token by token.
-
-        At every step the sampler masks the trie's candidates only: the same verdict as over the
-        whole vocabulary, without its cost. A label's verdict is found once.
-        """
-        if label not in self._accepted:
-            self._accepted[label] = self._ask_grammar(label)
-        return self._accepted[label]
-
-    def _ask_grammar(self, label: int) -> bool:
-        with self._lock:
-            self._check_open()
-            sampler = llama_cpp.llama_sampler_clone(self._grammar)
-            try:
-                sequence = self._trie.sequences[label]
-                for depth in range(len(sequence) + 1):
-                    token = sequence[depth] if depth < len(sequence) else self._trie.end
-                    if token not in self._allowed(sampler, self._trie.children[sequence[:depth]]):
-                        return False
-                    llama_cpp.llama_sampler_accept(sampler, token)
-            finally:
-                llama_cpp.llama_sampler_free(sampler)
-            return True
-
-    def spells(self, _ids: Sequence[int]) -> bool:
-        """Whether the model gets these very token ids: always, here."""
-        return True
-
-    @staticmethod
-    def _allowed(sampler: Any, candidates: Sequence[int]) -> npt.NDArray[np.int32]:
-        data = np.zeros(len(candidates), _CANDIDATE)
-        data["id"] = candidates
-        array = llama_cpp.llama_token_data_array(
-            data=data.ctypes.data_as(llama_cpp.llama_token_data_p),
-            size=len(candidates),
-            selected=-1,
-            sorted=False,
-        )
-        llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
-        return np.asarray(data["id"][np.isfinite(data["logit"])])
-
-    def generate(self, rest: Sequence[int], limit: int) -> str:
-        """What the model says without any constraint, greedily, up to `limit` tokens."""
-        limit = min(limit, _FREE_TOKENS)
-        with self._lock:
-            self._check_open()
-            self._make_room(len(rest) + limit)
-            said: list[int] = []
-            try:
-                at = self._extend(0, 1, self._n_prefix, rest)
-                position = self._n_prefix + len(rest)
-                for _ in range(limit):
-                    self._decode()
-                    token = int(self._row(at).argmax())
-                    if self._model.ends(token):
-                        break
-                    said.append(token)
-                    at = self._batch.add([token], position, 1, output=True)
-                    position += 1
-            finally:
-                self._forget()
-            return self._model.decode(said)
-
-    def _extend(self, source: int, target: int, position: int, tokens: Sequence[int]) -> int:
-        """Let sequence `target` share `source`, add tokens to it; return the last one's index."""
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-        return self._batch.add(tokens, position, target, output=True)
-
-    def _decode(self) -> None:
-        self._batch.native.n_tokens = self._batch.size
-        self._batch.size = 0
-        status = llama_cpp.llama_decode(self._context, self._batch.native)
-        if status:
-            raise ModelError(f"{self._model.path}: llama.cpp could not evaluate it ({status})")
-
-    def _row(self, at: int) -> npt.NDArray[np.float32]:
-        """Logits of the whole vocabulary at a batch index: a view, valid until the next decode."""
-        pointer = llama_cpp.llama_get_logits_ith(self._context, at)
-        row = np.ctypeslib.as_array(pointer, (self._model.n_vocab,))
-        self._finite(row.max())  # which hands on a NaN from anywhere in the row
-        return row
-
-    def _finite(self, values: Any) -> Any:
-        if not np.isfinite(values).all():
-            raise ModelError(
-                f"{self._model.path}: the model answers no numbers: its weights are bad"
-            )
-        return values
-
-    def _forget(self) -> None:
-        """Drop every sequence but the prefix, and whatever waits in the batch."""
-        self._batch.size = 0
-        llama_cpp.llama_memory_seq_keep(self._memory, 0)
-
-    def _check_open(self) -> None:
-        if self._context is None:
-            raise ModelError(f"{self._model.path}: the classifier is closed: open it again")
-
-    def close(self) -> None:
-        """Free the context. Harmless a second time."""
-        with self._lock:
-            self._context_stack.close()
-            self._stack.close()
-            self._context = None

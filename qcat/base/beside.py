@@ -7,7 +7,10 @@ from pathlib import Path
 from qcat.base.gguf_base import gguf_file
 from qcat.errors import BundleError, ModelError
 from qcat.gguf.adapter import BASE_KEY, BaseFile
-from qcat.gguf.bundle import Bundle, Header, check_model, fingerprint, read_header, section
+from qcat.gguf.bundle import Bundle, fingerprint
+from qcat.gguf.check import check_model
+from qcat.gguf.header import Header, read_header
+from qcat.gguf.sections import section
 
 
 def find_base(bundle: Bundle, named: Path | None) -> tuple[Path, Header]:

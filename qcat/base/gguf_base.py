@@ -31,7 +31,9 @@ from qcat.gguf.architecture import (
     interleaved_heads,
     undo_interleaving,
 )
-from qcat.gguf.bundle import Header, fingerprint, read_header, unfit
+from qcat.gguf.bundle import fingerprint
+from qcat.gguf.check import unfit
+from qcat.gguf.header import Header, read_header
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,6 +11,8 @@ from qcat.encoding.scoring import Floats, entropy, log_shares, temper
 from qcat.errors import BundleError
 from qcat.prediction import Prediction, Reason
 
+OWN_RULE = "the model's own"
+"""What decides whether a model abstains, where nobody overrode its thresholds."""
 _TINY = np.finfo(np.float64).tiny
 
 

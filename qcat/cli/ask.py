@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import click
 
 from qcat.classifier import OLLAMA, Classifier
 from qcat.cli.output import FloatRange, given, json_line, threads_option, timeout_option
-from qcat.errors import QuestionError, ReviewError, ServerError
+from qcat.errors import QcatError, QuestionError, RecordError, ReviewError, ServerError
+from qcat.monitor.recorder import Recorder
 from qcat.prediction import Prediction
 
 ABSTAINED = 3
@@ -87,8 +88,13 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
     envvar="QCAT_REVIEW",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Queue the questions that are left to a person for `qcat review`; made if there is none. "
-    "A model whose task.toml says so has a queue without this.  [env: QCAT_REVIEW]",
+    help="Queue the questions that the model abstains on for `qcat review`; made if there is none."
+    "  [env: QCAT_REVIEW]",
+)
+@click.option(
+    "--review-default",
+    is_flag=True,
+    help="As --review, with the file in your data folder that `qcat review -m MODEL` opens.",
 )
 @click.option(
     "--review-hash",
@@ -123,6 +129,7 @@ def command(
     coverage: float,
     abstain: str,
     review: Path | None,
+    review_default: bool,
     review_hash: bool,
     strict: bool,
     decode: str,
@@ -167,7 +174,9 @@ def command(
         )
     if given("coverage") and not as_set:
         raise click.UsageError("--coverage is for --set")
-    if decode == "free" and (given("review") or review_hash):
+    if review_default and given("review"):
+        raise click.UsageError("--review and --review-default name two files: give one of them")
+    if decode == "free" and (given("review") or review_default or review_hash):
         raise click.UsageError("--review is for --decode label: a free answer has no probabilities")
     if log_text and log is None:
         raise click.UsageError("--log-text is for --log")
@@ -181,7 +190,7 @@ def command(
             raise click.UsageError("stdin is closed: give a QUESTION, or questions on stdin")
         groups = _available_lines(sys.stdin.fileno())
     status, warned, unlogged = 0, False, False
-    with Classifier.open(
+    classifier = Classifier.open(
         model,
         adapter=adapter,
         threshold=threshold,
@@ -190,12 +199,19 @@ def command(
         threads=threads,
         quick_start=0 < len(questions) <= FEW and questions != ("-",),
         timeout=timeout if served else None,
-        review=False if decode == "free" else review,
-        review_hash=review_hash,
-        log=log,
-        log_text=log_text,
         verbose=verbose,
-    ) as classifier:
+    )
+    queue = None if decode == "free" else True if review_default else review
+    with (
+        classifier,
+        Recorder.open(
+            classifier,
+            log=log,
+            log_text=log_text,
+            review=False if queue is None else queue,
+            review_hash=review_hash,
+        ) as recorder,
+    ):
         answers = _say(classifier, groups) if decode == "free" else _ask(classifier, groups)
         for number, question, answer in answers:
             if isinstance(answer, QuestionError):
@@ -220,10 +236,14 @@ def command(
                     )
                 if answer.abstained and status == 0:
                     status = ABSTAINED
+                errors = _record(recorder, question, answer)
                 click.echo(_line(question, answer, as_json, top, abstain))
-                if classifier.log_error and not unlogged:
-                    click.echo(f"qcat: error: {classifier.log_error}", err=True)
-                unlogged = unlogged or classifier.log_error is not None
+                for error in errors:
+                    if isinstance(error, ReviewError):  # the next question would be lost too
+                        raise ReviewError(f"question {number}: {error}")
+                    if not unlogged:
+                        click.echo(f"qcat: error: {error}", err=True)
+                    unlogged = True
     return 1 if unlogged else status
 
 
@@ -240,8 +260,15 @@ def _ask(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer
                 yield number, question, answer
     except ServerError as error:
         raise ServerError(f"question {number + 1}: {error}") from None
-    except ReviewError as error:
-        raise ReviewError(f"question {number}: {error}") from None
+
+
+def _record(recorder: Recorder, question: str, answer: Prediction) -> Sequence[QcatError]:
+    """Keep an answer; why it is not kept, if it is not."""
+    try:
+        recorder.add(question, answer)
+    except RecordError as error:
+        return error.errors
+    return ()
 
 
 def _say(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer]:

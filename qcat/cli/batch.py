@@ -101,7 +101,6 @@ def command(
                 threshold=threshold,
                 threads=threads,
                 timeout=timeout if served else None,
-                review=False,
             ) as asked,
             Bars() as bars,
         ):

@@ -17,7 +17,8 @@ from qcat.cli.output import Bars, FloatRange, check_writable, given, json_line, 
 from qcat.data.dataset import read_examples
 from qcat.errors import BundleError
 from qcat.files import write_whole
-from qcat.gguf.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, section, write_sections
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.sections import CALIBRATION_KEY, REFERENCE_KEY, section, write_sections
 from qcat.opening import read_calibration
 from qcat.workflows.calibrate import Asked, Judged, Question, ask_all, sections, summary
 

@@ -16,7 +16,8 @@ from qcat.cli.output import Bars, FloatRange, check_writable, given, table
 from qcat.data.dataset import read_examples
 from qcat.errors import BundleError, DataError
 from qcat.files import write_whole
-from qcat.gguf.bundle import REFERENCE_KEY, Bundle, identity, section
+from qcat.gguf.bundle import Bundle, identity
+from qcat.gguf.sections import REFERENCE_KEY, section
 from qcat.monitor.drift import FEWEST, LEVEL, Accuracy, Drift, Reference, Signal, compare, history
 from qcat.monitor.log import LogWindow, read_log, scan_log
 
@@ -181,7 +182,7 @@ def _accuracy(model: Path, path: Path, reference: Reference) -> Accuracy:
         )
     examples = read_examples(path, Bundle.read(model).task)
     right = 0
-    with Classifier.open(model, review=False) as classifier, Bars() as bars:
+    with Classifier.open(model) as classifier, Bars() as bars:
         labels = list(classifier.task.labels)
         predictions = classifier.ask_many(example.text for example in examples)
         for number, (said, example) in enumerate(zip(predictions, examples, strict=True), 1):

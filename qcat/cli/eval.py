@@ -13,15 +13,8 @@ import click
 from qcat.calibration.reliability import UNSCALED, reliability_rows
 from qcat.cli.output import ROWS, Bars, check_writable, more, shown, table
 from qcat.errors import DataError
-from qcat.evaluation.evaluate import (
-    Comparison,
-    Confusion,
-    Evaluation,
-    OffTopic,
-    Request,
-    evaluate,
-    off_topic_rows,
-)
+from qcat.evaluation.evaluate import Request, evaluate
+from qcat.evaluation.results import Comparison, Confusion, Evaluation, OffTopic, off_topic_rows
 from qcat.files import write_whole
 
 _FILE = click.Path(path_type=Path)

@@ -12,7 +12,8 @@ import click
 from qcat.calibration.calibration import Calibration
 from qcat.errors import BundleError
 from qcat.gguf.adapter import BASE_KEY
-from qcat.gguf.bundle import REPORT_KEY, SOURCE_KEY, Bundle, is_adapter, section
+from qcat.gguf.bundle import Bundle, is_adapter
+from qcat.gguf.sections import REPORT_KEY, SOURCE_KEY, section
 from qcat.opening import read_calibration
 from qcat.report.card import layers_text, vocabulary_line
 from qcat.task import Task

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 from qcat.base.checkpoint import base_folder
-from qcat.data.lint import Finding, Fixed, Report, Severity, fix, lint
+from qcat.data.findings import Finding, Report, Severity
+from qcat.data.lint import Fixed, fix, lint
 from qcat.encoding.prompt import Tokenizer
 from qcat.task import Task
 
@@ -95,7 +96,8 @@ def _tokenizer(base: str | None, model: Path | None) -> Iterator[Tokenizer | Non
         yield HubTokenizer(base_folder(base, weights=False))
     elif model:
         from qcat.backends.llama import LlamaModel
-        from qcat.gguf.bundle import check_model, read_header
+        from qcat.gguf.check import check_model
+        from qcat.gguf.header import read_header
 
         check_model(model, read_header(model))  # llama.cpp can abort on what this refuses
         with LlamaModel(model, vocab_only=True) as loaded:

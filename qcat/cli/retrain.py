@@ -13,12 +13,13 @@ import click
 from qcat.cli.output import ROWS, Bars, FloatRange, more, shown, table
 from qcat.data.dataset import Example, read_examples
 from qcat.errors import BundleError, DataError, ExportError
-from qcat.gguf.bundle import REPORT_KEY, SOURCE_KEY, Bundle, find_gguf, section
+from qcat.gguf.bundle import Bundle, find_gguf
+from qcat.gguf.sections import REPORT_KEY, SOURCE_KEY, section
 from qcat.opening import read_calibration
 from qcat.threads import wait_briefly
 
 if TYPE_CHECKING:
-    from qcat.evaluation.evaluate import Abstaining, Comparison, Evaluation, Flip
+    from qcat.evaluation.results import Abstaining, Comparison, Evaluation, Flip
     from qcat.training.retrain import Addition, Run
 
 _FOLDER = click.Path(path_type=Path)
@@ -73,7 +74,7 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
     wait_briefly()
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
-    from qcat_convert.merge import fingerprint
+    from qcat_convert.source import fingerprint
 
     from qcat.base.checkpoint import base_folder
     from qcat.cli.train import train_and_tell
@@ -120,7 +121,7 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
 
 def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
     """The bundle that serves, once it is known that it can be replaced by one of `output`."""
-    from qcat_convert.merge import fingerprint
+    from qcat_convert.source import fingerprint
 
     from qcat.base.checkpoint import base_folder
 

@@ -16,7 +16,7 @@ from qcat.threads import wait_briefly
 
 if TYPE_CHECKING:
     from qcat.data.split import Split
-    from qcat.training.train import Settings
+    from qcat.training.settings import Settings
 
 _FILE = click.Path(path_type=Path)
 
@@ -186,7 +186,7 @@ def command(
     from qcat.base.gguf_base import describe, gguf_checkpoint, gguf_file, is_gguf
     from qcat.data.split import split_examples
     from qcat.gguf.architecture import architecture, hyper_parameters
-    from qcat.training.train import Settings
+    from qcat.training.settings import Settings
 
     # Before a download what cannot be, before hours of training what export would refuse then.
     gguf = gguf_file(base) if is_gguf(base) else None

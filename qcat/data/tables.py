@@ -13,9 +13,6 @@ Knows nothing of questions. pyarrow is loaded for Parquet alone.
 from __future__ import annotations
 
 import csv
-import json
-import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -23,6 +20,17 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from qcat.data.rows import csv_columns, csv_rows, jsonl_rows, parquet_file
+from qcat.data.values import (
+    SURROGATE,
+    arrow_type,
+    cell,
+    common_kind,
+    fitting,
+    has_form,
+    json_kind,
+    json_text,
+    plain,
+)
 from qcat.errors import DataError
 
 Kind = Literal["text", "bool", "whole", "real"]
@@ -31,9 +39,6 @@ Values = Sequence[str | bool | float | None]
 """A row of such columns."""
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 _BATCH = 2048  # rows of Parquet that are in memory at once
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_EXACT = 2**53  # up to here a double has every whole number
 
 
 class Table(ABC):
@@ -132,7 +137,7 @@ def check_names(path: Path, names: Sequence[str]) -> None:
     for name in names:
         if name in seen:
             raise DataError(f"{path}: two columns are called {name!r}: rename one")
-        if _SURROGATE.search(name):
+        if SURROGATE.search(name):
             raise DataError(f"{path}: a column's name, {name!r}, is not UTF-8: rename it")
         seen.add(name)
 
@@ -164,10 +169,10 @@ class _JsonlTable(Table):
         for row in self.rows():
             self.count += 1
             for name, value in row.items():
-                seen.setdefault(name, set()).add(_json_kind(value))
+                seen.setdefault(name, set()).add(json_kind(value))
         check_names(path, tuple(seen))
         self.columns = tuple(seen)
-        self._kinds = {name: _common(kinds) for name, kinds in seen.items()}
+        self._kinds = {name: common_kind(kinds) for name, kinds in seen.items()}
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for line, fields in jsonl_rows(self.path, "an object, {…},"):
@@ -188,7 +193,7 @@ class _ParquetTable(Table):
         super().__init__(path, schema.names)
         if not as_parquet:
             for field in schema:
-                if not _has_form(field.type):
+                if not has_form(field.type):
                     raise DataError(
                         f"{path}: column {field.name!r} is of type {field.type}, which CSV and "
                         "JSONL have no form for: write Parquet, or leave it out"
@@ -197,7 +202,7 @@ class _ParquetTable(Table):
             try:
                 batch.validate(full=True)
                 if not as_parquet:
-                    _plain(batch)
+                    plain(batch)
             except pyarrow.ArrowException as error:
                 reason = str(error).splitlines()[0]
                 rows = f"rows {self.count + 1} to {self.count + batch.num_rows}"
@@ -206,7 +211,7 @@ class _ParquetTable(Table):
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for batch in self.batches():
-            yield from _plain(batch).to_pylist()
+            yield from plain(batch).to_pylist()
 
     def batches(self) -> Iterator[Any]:
         yield from self._read(None)
@@ -233,7 +238,7 @@ def _write_csv(
 
     write([*table.columns, *names])
     for row, values in zip(table.rows(), more, strict=True):
-        write([*(_cell(row.get(name)) for name in table.columns), *map(_cell, values)])
+        write([*(cell(row.get(name)) for name in table.columns), *map(cell, values)])
 
 
 class _Lines:
@@ -251,7 +256,7 @@ def _write_jsonl(
 ) -> None:
     for row, values in zip(table.rows(), more, strict=True):
         row.update(zip(names, values, strict=True))
-        file.write(_json(row).encode() + b"\n")
+        file.write(json_text(row).encode() + b"\n")
 
 
 def _write_parquet(
@@ -260,7 +265,7 @@ def _write_parquet(
     import pyarrow.parquet
 
     further = iter(more)
-    types = [_arrow_type(kind) for kind in names.values()]
+    types = [arrow_type(kind) for kind in names.values()]
     writer = None
     try:
         for batch in table.batches():
@@ -277,156 +282,14 @@ def _write_parquet(
             writer.close()
 
 
-def _cell(value: Any) -> str:
-    """A value as CSV has it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return _utf8(value) if isinstance(value, str) else _json_if_any(value) or ""
-
-
-def _json_if_any(value: Any) -> str | None:
-    """A value's JSON, or None for what is null there."""
-    text = _json(value)
-    return None if text == "null" else text
-
-
-def _json(value: Any) -> str:
-    try:
-        text = _ENCODE(value)
-    except ValueError:
-        value = _finite(value)
-        text = _ENCODE(value)
-    # A lone surrogate can only be escaped.
-    return json.dumps(value, allow_nan=False) if _SURROGATE.search(text) else text
-
-
-def _finite(value: Any) -> Any:
-    """A value with None for each number in it that JSON has no form for."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case dict():
-            return {name: _finite(item) for name, item in value.items()}
-    return value
-
-
-def _utf8(text: str) -> str:
-    return _SURROGATE.sub("\ufffd", text)
-
-
-def _json_kind(value: Any) -> str:
-    """The kind of a value of JSON: a `Kind`, `long` (a whole number that only a whole column has
-    room for), `json` or `none`."""
-    match value:
-        case None:
-            return "none"
-        case bool():
-            return "bool"
-        case int():
-            if -_EXACT <= value <= _EXACT:
-                return "whole"
-            return "long" if -(2**63) <= value < 2**63 else "json"
-        case float():
-            return "real"
-        case str():
-            return "text"
-    return "json"
-
-
-def _common(seen: set[str]) -> str:
-    """The kind that a column with values of these kinds has: a `Kind`, or `json`."""
-    kinds = seen - {"none"}
-    for kind, may_hold in (
-        ("text", {"text"}),
-        ("bool", {"bool"}),
-        ("whole", {"whole", "long"}),
-        ("real", {"whole", "real"}),
-    ):
-        if kinds <= may_hold:
-            return kind
-    return "json"
-
-
 def _record_batches(rows: Iterator[dict[str, Any]], kinds: Mapping[str, str]) -> Iterator[Any]:
     """Rows of JSON's values as record batches."""
     import pyarrow
 
-    schema = pyarrow.schema([(name, _arrow_type(kind)) for name, kind in kinds.items()])
+    schema = pyarrow.schema([(name, arrow_type(kind)) for name, kind in kinds.items()])
     while some := list(islice(rows, _BATCH)):
         columns = [
-            pyarrow.array([_fitting(row.get(name), kind) for row in some], field.type)
+            pyarrow.array([fitting(row.get(name), kind) for row in some], field.type)
             for (name, kind), field in zip(kinds.items(), schema, strict=True)
         ]
         yield pyarrow.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def _fitting(value: Any, kind: str) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return _utf8(value)
-    return _json_if_any(value) if kind == "json" else value
-
-
-def _arrow_type(kind: str) -> Any:
-    import pyarrow
-
-    types = {"bool": pyarrow.bool_(), "whole": pyarrow.int64(), "real": pyarrow.float64()}
-    return types.get(kind, pyarrow.string())
-
-
-def _is_text_elsewhere(type_: Any) -> bool:
-    """Whether values of an Arrow type become text where there is no Parquet."""
-    from pyarrow import types
-
-    return bool(types.is_temporal(type_) or types.is_decimal(type_))
-
-
-def _is_plain(type_: Any) -> bool:
-    """Whether JSON has a form for values of an Arrow type."""
-    from pyarrow import types
-
-    if types.is_struct(type_):
-        return all(_is_plain(field.type) for field in type_)
-    if types.is_map(type_):
-        return _is_plain(type_.key_type) and _is_plain(type_.item_type)
-    if any(
-        is_so(type_)
-        for is_so in (
-            types.is_dictionary,
-            types.is_list,
-            types.is_large_list,
-            types.is_fixed_size_list,
-        )
-    ):
-        return _is_plain(type_.value_type)
-    return any(
-        is_so(type_)
-        for is_so in (
-            types.is_null,
-            types.is_boolean,
-            types.is_integer,
-            types.is_floating,
-            types.is_string,
-            types.is_large_string,
-            types.is_string_view,
-        )
-    )
-
-
-def _has_form(type_: Any) -> bool:
-    return _is_plain(type_) or _is_text_elsewhere(type_)
-
-
-def _plain(batch: Any) -> Any:
-    """A batch in which what JSON has no form for is text."""
-    import pyarrow
-    from pyarrow import compute
-
-    columns = [
-        compute.cast(column, pyarrow.string()) if _is_text_elsewhere(column.type) else column
-        for column in batch.columns
-    ]
-    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)

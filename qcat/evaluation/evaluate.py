@@ -8,297 +8,49 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from qcat.calibration.calibration import Calibration
 from qcat.calibration.fit import label_matrix
-from qcat.calibration.reliability import Detection, Reliability, detection, reliability
+from qcat.calibration.reliability import detection, reliability
 from qcat.classifier import Classifier
 from qcat.data.dataset import Example, read_examples, read_texts
 from qcat.encoding.scoring import log_shares, temper
 from qcat.errors import DataError
 from qcat.evaluation.baseline import NAME as BASELINE_NAME
 from qcat.evaluation.baseline import tfidf_predictions
+from qcat.evaluation.metrics import INVALID, confusion, label_scores, mcnemar, quality
+from qcat.evaluation.results import (
+    WARM_UP,
+    Abstaining,
+    Answer,
+    Baseline,
+    Bootstrap,
+    Comparison,
+    Confidence,
+    Decode,
+    Evaluation,
+    Flip,
+    Latency,
+    Mass,
+    OffTopic,
+    Quality,
+    Signal,
+)
 from qcat.gguf.bundle import Bundle
 from qcat.prediction import Prediction
 from qcat.progress import Progress, silent
 from qcat.task import Task
 
-Decode = Literal["label", "free"]
-"""Called with the step's name, what is done of it, and the total."""
-
-RESAMPLES = 1000
-LEVEL = 0.95
-SEED = 0
 LATENCY_QUESTIONS = 100
 """So many are timed by default, or all that there are."""
-WARM_UP = 3
-"""Questions asked before the clock starts."""
 MISTAKES = 10
-INVALID = -1
-"""Stands for a free answer that is no label, among label indices."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its bootstrap interval; without bounds where there is only one family."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f} ({self.low:.3f}–{self.high:.3f})"
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How good the answers of one system are."""
-
-    accuracy: Estimate
-    macro_f1: Estimate
-    """Unweighted mean over the labels that occur, as the right one or as an answer."""
-    weighted_f1: Estimate
-    """Mean over labels, weighted by how often each is the right one."""
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How the intervals were made: percentiles over resamples of whole families."""
-
-    unit: Literal["group", "question"]
-    units: int
-    resamples: int = RESAMPLES
-    level: float = LEVEL
-    seed: int = SEED
-
-    def __str__(self) -> str:
-        if self.units < 2:
-            return f"No intervals: there is only one {self.unit}."
-        text = (
-            f"Intervals: {self.level:.0%} percentile bootstrap, {self.resamples} resamples of "
-            f"{self.units} {self.unit}s, seed {self.seed}"
-        )
-        if self.unit == "group":
-            text += "; whole groups are drawn, since paraphrases are not independent"
-        return f"{text}."
-
-
-@dataclass(frozen=True)
-class LabelScore:
-    """One row of the table by label."""
-
-    label: str
-    precision: float
-    recall: float
-    f1: float
-    support: int
-    """Questions with this right label."""
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """Counts of questions by right label (rows) and answer (columns)."""
-
-    labels: tuple[str, ...]
-    matrix: tuple[tuple[int, ...], ...]
-    invalid: tuple[int, ...] | None
-    """By right label, free answers that are no label; None where that cannot happen."""
-
-    def pairs(self) -> list[tuple[str, str, int]]:
-        """Confused pairs (right label, answer, count), most frequent first."""
-        found = [
-            (truth, answer, count)
-            for truth, row in zip(self.labels, self.matrix, strict=True)
-            for answer, count in zip(self.labels, row, strict=True)
-            if count and truth != answer
-        ]
-        return sorted(found, key=lambda pair: -pair[2])
-
-    def used(self) -> Confusion:
-        """Only the labels that occur, as the right one or as an answer."""
-        counts = np.array(self.matrix)
-        missed = np.array(self.invalid or [0] * len(self.labels))
-        kept = np.flatnonzero(counts.sum(0) + counts.sum(1) + missed)
-        return Confusion(
-            tuple(self.labels[i] for i in kept),
-            tuple(tuple(int(self.matrix[i][j]) for j in kept) for i in kept),
-            tuple(self.invalid[i] for i in kept) if self.invalid else None,
-        )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One question of the file and what the model made of it."""
-
-    line: int
-    text: str
-    truth: str
-    answer: str | None
-    """None for a free answer that is no label."""
-    confidence: float | None
-    """Probability of the answer among the labels."""
-    label_mass: float
-    said: str | None
-    """The free answer, stripped; None unless asked for."""
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds a question, asked one at a time after warm-up."""
-
-    median_ms: float
-    p95_ms: float
-    questions: int
-    warm_up: int = WARM_UP
-
-
-@dataclass(frozen=True)
-class Mass:
-    """Label mass over the questions of the file."""
-
-    median: float
-    p5: float
-    """Five in a hundred questions have less."""
-    least: float
-
-
-@dataclass(frozen=True)
-class Signal:
-    """One figure of a prediction, of questions on the list and of others."""
-
-    name: str
-    median_on: float
-    median_off: float
-    detection: Detection
-
-
-@dataclass(frozen=True)
-class OffTopic:
-    """How well figures of a prediction tell the list's questions (on) from others (off)."""
-
-    data: str
-    questions: int
-    signals: tuple[Signal, ...]
-    """All are higher for questions of the list."""
-    caught: int
-    """Questions off the list that the model calls off-topic …"""
-    false_alarms: int
-    """… and questions of the list that it does."""
-    masses: tuple[float, ...]
-    """Label mass of the questions off the list, in file order."""
-
-
-@dataclass(frozen=True)
-class Confidence:
-    """How well calibrated the model is."""
-
-    temperature: float
-    calibrated: bool
-    """If so and the temperature is 1, the calibration's questions said too little of it."""
-    before: Reliability
-    after: Reliability
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A question that two models answer differently."""
-
-    line: int
-    text: str
-    truth: str
-    other: str | None
-    this: str | None
-
-
-@dataclass(frozen=True)
-class Abstaining:
-    """What the thresholds in the model do."""
-
-    reasons: Mapping[str, int]
-    """Questions left to a person, by reason."""
-    answered: int
-    errors: int
-    """Wrong among those answered."""
-
-    @property
-    def left(self) -> int:
-        """Questions left to a person."""
-        return sum(self.reasons.values())
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """This model against another on the same questions."""
-
-    model: str
-    quality: Quality
-    flips: tuple[Flip, ...]
-    fixed: int
-    """Wrong by the other, right by this one."""
-    broken: int
-    """Right by the other, wrong by this one."""
-    p_value: float
-    """McNemar's exact test, two-sided; it takes the questions as independent."""
-    abstaining: Abstaining
-    """Of the other model."""
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The baseline's quality on the same questions."""
-
-    name: str
-    train_data: str
-    train_questions: int
-    quality: Quality
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All that was measured."""
-
-    model: str
-    task: str
-    data: str
-    decode: Decode
-    questions: int
-    truncated: int
-    """Questions that were too long and cut."""
-    bootstrap: Bootstrap
-    quality: Quality
-    per_label: tuple[LabelScore, ...]
-    confusion: Confusion
-    mistakes: tuple[Answer, ...]
-    """The most confident ones."""
-    invalid: int | None
-    """How many free answers are no label; None where that cannot happen."""
-    latency: Latency
-    label_mass: Mass
-    confidence: Confidence
-    abstaining: Abstaining
-    off_topic: OffTopic | None
-    comparison: Comparison | None
-    baseline: Baseline | None
-    answers: tuple[Answer, ...]
-
-    def systems(self) -> list[tuple[str, Quality]]:
-        """The model and what it is measured against, by name."""
-        others = [(c.model, c.quality) for c in (self.comparison,) if c]
-        others += [(b.name, b.quality) for b in (self.baseline,) if b]
-        return [(self.model, self.quality), *others]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -337,7 +89,7 @@ def evaluate(request: Request, progress: Progress = silent) -> Evaluation:
 
     texts = [example.text for example in examples]
     truth = np.array([example.label for example in examples])
-    with Classifier.open(request.model, review=False) as classifier:
+    with Classifier.open(request.model) as classifier:
         calibration = classifier.calibration
         predictions = _ask(classifier, texts, "questions", progress)
         said = _say(classifier, texts, progress) if request.decode == "free" else None
@@ -381,92 +133,6 @@ def evaluate(request: Request, progress: Progress = silent) -> Evaluation:
         comparison=comparison,
         baseline=baseline,
         answers=answers,
-    )
-
-
-def off_topic_rows(off: OffTopic) -> list[tuple[str, ...]]:
-    """The signals as a table, heading first."""
-    rows: list[tuple[str, ...]] = [("median", "on the list", "off the list", "AUROC", "FPR95")]
-    for signal in off.signals:
-        medians = (f"{signal.median_on:.4f}", f"{signal.median_off:.4f}")
-        found = signal.detection
-        rows.append((signal.name, *medians, f"{found.auroc:.3f}", f"{found.fpr:.3f}"))
-    return rows
-
-
-def quality(
-    truth: npt.NDArray[np.int_],
-    answers: npt.NDArray[np.int_],
-    families: Sequence[npt.NDArray[np.int_]],
-    resamples: int = RESAMPLES,
-) -> Quality:
-    """Accuracy and F1 with percentile bootstrap intervals over families of questions.
-
-    Args:
-        truth: index of the right label, shape (questions,).
-        answers: index of the label given, or `INVALID`; same shape.
-        families: rows that belong together; each row is in one family.
-        resamples: how often as many families are drawn, with replacement.
-    """
-    from scipy.stats import bootstrap
-
-    values = _figures(truth, answers)
-    low = high = [None, None, None]
-    if len(families) > 1:
-
-        def figures(drawn: npt.NDArray[np.int_]) -> npt.NDArray[np.float64]:
-            rows = np.concatenate([families[number] for number in drawn])
-            return _figures(truth[rows], answers[rows])
-
-        interval = bootstrap(
-            (np.arange(len(families)),),
-            figures,
-            n_resamples=resamples,
-            confidence_level=LEVEL,
-            method="percentile",
-            vectorized=False,
-            rng=np.random.default_rng(SEED),
-        ).confidence_interval
-        low, high = interval.low.tolist(), interval.high.tolist()
-    return Quality(*(Estimate(float(v), a, b) for v, a, b in zip(values, low, high, strict=True)))
-
-
-def _figures(truth: npt.NDArray[np.int_], answers: npt.NDArray[np.int_]) -> npt.NDArray[np.float64]:
-    """Accuracy, macro-F1 and weighted F1, as `accuracy_score` and `f1_score` give them."""
-    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-
-    occur = np.setdiff1d(np.union1d(truth, answers), [INVALID])
-    _, _, f1, support = precision_recall_fscore_support(
-        truth, answers, labels=occur, zero_division=0.0
-    )
-    return np.array([accuracy_score(truth, answers), f1.mean(), np.average(f1, weights=support)])
-
-
-def label_scores(
-    task: Task, truth: npt.NDArray[np.int_], answers: npt.NDArray[np.int_]
-) -> tuple[LabelScore, ...]:
-    """Precision, recall, F1 and support of every label, in the task's order; 0 for 0/0."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    columns = precision_recall_fscore_support(
-        truth, answers, labels=range(len(task.labels)), zero_division=0.0
-    )
-    rows = zip(task.labels, *(column.tolist() for column in columns), strict=True)
-    return tuple(LabelScore(*row) for row in rows)
-
-
-def confusion(
-    task: Task, truth: npt.NDArray[np.int_], answers: npt.NDArray[np.int_], *, free: bool
-) -> Confusion:
-    """The confusion matrix, in the task's order; `free` adds the answers that are no label."""
-    from sklearn.metrics import confusion_matrix
-
-    count = len(task.labels)
-    matrix = confusion_matrix(truth, answers, labels=[*range(count), INVALID])[:count].tolist()
-    return Confusion(
-        tuple(task.labels),
-        tuple(tuple(row[:-1]) for row in matrix),
-        tuple(row[-1] for row in matrix) if free else None,
     )
 
 
@@ -620,7 +286,7 @@ def _other(
     path: Path, task: Task, texts: Sequence[str], decode: Decode, progress: Progress
 ) -> tuple[npt.NDArray[np.int_], list[Prediction]]:
     """The other model's answers, as indices among this task's labels, and its predictions."""
-    with Classifier.open(path, review=False) as classifier:
+    with Classifier.open(path) as classifier:
         predictions = _ask(classifier, texts, "other model", progress)
         said = _say(classifier, texts, progress) if decode == "free" else None
     chosen = _chosen(classifier.task, predictions, said)
@@ -648,15 +314,3 @@ def _comparison(
     broken = sum(flip.other == flip.truth for flip in flips)
     p_value = mcnemar(fixed, broken)
     return Comparison(str(request.compare), measured, flips, fixed, broken, p_value, abstaining)
-
-
-def mcnemar(fixed: int, broken: int) -> float:
-    """The exact two-sided p that two models err alike (McNemar 1947).
-
-    Args:
-        fixed: questions that one of them alone gets right.
-        broken: questions that the other alone gets right.
-    """
-    from scipy.stats import binomtest
-
-    return float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qcat.backends.llama import LlamaModel, LlamaScorer
+from qcat.backends.llama import LlamaModel
+from qcat.backends.llama_scorer import LlamaScorer
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.prompt import QUESTION_ROOM
 from qcat.encoding.scoring import Floats, label_log_probabilities

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qcat.errors import BundleError
-from qcat.gguf.bundle import Header, Tensor
+from qcat.gguf.header import Header, Tensor
 
 BASE_KEY = "qcat.base"
 _A, _B = ".lora_a", ".lora_b"

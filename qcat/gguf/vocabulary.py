@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qcat.errors import BundleError
-from qcat.gguf.bundle import CALIBRATION_KEY, TASK_KEY
+from qcat.gguf.sections import CALIBRATION_KEY, TASK_KEY
 
 _U32, _I32, _BOOL, _STRING, _ARRAY = 4, 5, 7, 8, 9  # GGUF value types
 _F32 = 0  # GGML tensor type

@@ -22,8 +22,6 @@ from qcat.errors import DataError
 from qcat.prediction import Prediction
 
 VERSION = 1
-OWN_RULE = "the model's own"
-"""The `Record.rule` of a model whose thresholds nobody overrode."""
 _START = f'{{"v": {VERSION}, '.encode()
 """How each record begins. No text in a record can hold it: JSON escapes its quotes."""
 _MAX_CHARS = 20_000  # of a question that is kept

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,15 @@ from typing import Any, Self
 
 from qcat.encoding.prompt import clean_question
 from qcat.errors import QuestionError, ReviewError
+from qcat.monitor.review_store import (
+    absolute,
+    connect,
+    create,
+    explained,
+    is_queue,
+    owner,
+    transaction,
+)
 from qcat.prediction import Prediction
 from qcat.task import Task
 
@@ -30,28 +39,6 @@ LABEL_KEYS = "abcdefghijklmoprtvwxyz"
 """Keys of the first labels, in the terminal and on the page; n, q, s and u have other uses."""
 TOP = 5
 """Labels kept with their probabilities for each question."""
-WAIT = 30.0
-"""Seconds to wait for another process that holds the file."""
-_APPLICATION = 0x71637251  # "qcrQ": says that an SQLite file is such a queue
-_VERSION = 1
-_SCHEMA = """
-CREATE TABLE queue (task TEXT NOT NULL, labels TEXT NOT NULL);
-CREATE TABLE questions (
-    id INTEGER PRIMARY KEY,
-    hash TEXT NOT NULL UNIQUE,
-    text TEXT,
-    seen INTEGER NOT NULL,
-    first_seen TEXT NOT NULL,
-    last_seen TEXT NOT NULL,
-    label TEXT NOT NULL,
-    reason TEXT,
-    confidence REAL,
-    label_mass REAL,
-    top TEXT NOT NULL,
-    answered_at TEXT,
-    answer TEXT
-);
-"""
 _ADD = """
 INSERT INTO questions
     (hash, text, seen, first_seen, last_seen, label, reason, confidence, label_mass, top)
@@ -62,16 +49,6 @@ ON CONFLICT (hash) DO UPDATE SET
     label_mass = excluded.label_mass, top = excluded.top
 """
 _COLUMNS = "hash, text, seen, label, reason, top"
-_ADVICE = {
-    sqlite3.SQLITE_FULL: "the disk is full: make room",
-    sqlite3.SQLITE_IOERR: "reading or writing it failed: make room, or name another file",
-    sqlite3.SQLITE_READONLY: "cannot be written: allow it, or name another file",
-    sqlite3.SQLITE_PERM: "cannot be opened: allow it, or name another file",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened: name a file in a folder that can be written",
-    sqlite3.SQLITE_NOTADB: "is no review queue: name another file",
-    sqlite3.SQLITE_CORRUPT: "is damaged: move it away, and a new one will be made",
-    sqlite3.SQLITE_BUSY: f"another process has held it for {WAIT:.0f} s: try again",
-}
 
 
 @dataclass(frozen=True)
@@ -202,12 +179,12 @@ class ReviewQueue:
                 opened.
         """
         file = Path(path)
-        connection = _connect(file, "rwc")
+        connection = connect(file, "rwc")
         try:
-            with _explained(file):
-                if not _is_queue(connection):
-                    _create(connection, file, task, labels)
-            queue = cls(file, connection, *_owner(connection, file), keep_text)
+            with explained(file):
+                if not is_queue(connection):
+                    create(connection, file, task, labels)
+            queue = cls(file, connection, *owner(connection, file), keep_text)
             if queue.task != task:
                 raise ReviewError(
                     f"{file}: is the review queue of task {queue.task!r}, not of {task!r}: "
@@ -231,18 +208,18 @@ class ReviewQueue:
             ReviewError: there is no such file, it is no queue, or it cannot be opened.
         """
         file = Path(path)
-        if not os.path.lexists(_absolute(file)):
+        if not os.path.lexists(absolute(file)):
             raise ReviewError(
                 f"{file}: no such review queue: name another file, or make one with `qcat ask "
                 "--review FILE`"
             )
-        connection = _connect(file, "rw")
+        connection = connect(file, "rw")
         try:
-            with _explained(file):
-                known = _is_queue(connection)
+            with explained(file):
+                known = is_queue(connection)
             if not known:
                 raise ReviewError(f"{file}: is no review queue: name another file")
-            return cls(file, connection, *_owner(connection, file), keep_text=True)
+            return cls(file, connection, *owner(connection, file), keep_text=True)
         except BaseException:
             connection.close()
             raise
@@ -277,13 +254,13 @@ class ReviewQueue:
         """
         where = "answered_at IS NULL" + ("" if unreadable else " AND text IS NOT NULL")
         query = f"SELECT {_COLUMNS} FROM questions WHERE {where} ORDER BY seen DESC, id"
-        with _explained(self.path):
+        with explained(self.path):
             return [_entry(row) for row in self._db.execute(query).fetchall()]
 
     def decided(self) -> list[Decided]:
         """Answered questions, in the order in which they came into the queue."""
         query = "SELECT hash, text, answer FROM questions WHERE answered_at IS NOT NULL ORDER BY id"
-        with _explained(self.path):
+        with explained(self.path):
             found = [Decided(*row) for row in self._db.execute(query).fetchall()]
             labels = {None, *self.labels}
             if not all(_fits(one.hash, one.text) and one.label in labels for one in found):
@@ -293,7 +270,7 @@ class ReviewQueue:
     def texts(self) -> list[str]:
         """All texts, answered or not, in the order in which they came into the queue."""
         query = "SELECT hash, text FROM questions WHERE text IS NOT NULL ORDER BY id"
-        with _explained(self.path):
+        with explained(self.path):
             found = self._db.execute(query).fetchall()
             if not all(_fits(*row) for row in found):
                 raise ValueError
@@ -301,7 +278,7 @@ class ReviewQueue:
 
     def hashes(self) -> set[str]:
         """The hashes of all questions."""
-        with _explained(self.path):
+        with explained(self.path):
             return {hash for (hash,) in self._db.execute("SELECT hash FROM questions")}
 
     def counts(self) -> Counts:
@@ -312,7 +289,7 @@ class ReviewQueue:
                    count(*) FILTER (WHERE answered_at IS NOT NULL)
             FROM questions
         """
-        with _explained(self.path):
+        with explained(self.path):
             return Counts(*self._db.execute(query).fetchone())
 
     def answer(self, hash: str, label: str | None) -> None:
@@ -372,116 +349,8 @@ class ReviewQueue:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _explained(self.path), _begun(self._db):
+        with explained(self.path), transaction(self._db):
             yield
-
-
-def _absolute(path: Path) -> str:
-    """The file's whole name: SQLite gives "" and ":memory:" a meaning of their own."""
-    try:
-        name = os.path.abspath(path)
-        name.encode()
-    except UnicodeEncodeError:
-        name = "\0"
-    if "\0" in name:
-        raise ReviewError(f"{str(path)!r}: no file can have this name: choose another")
-    return name
-
-
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    name = _absolute(path)
-    if os.path.isdir(name):
-        raise ReviewError(f"{path}: is a folder: name a file")
-    if mode == "rwc":
-        # Made by SQLite it could be read by anyone; its journals take their mode from it. Only if
-        # there is none: closing a file that this process has open already ends SQLite's locks.
-        with suppress(OSError):  # of which SQLite says the same
-            flags = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            os.close(os.open(os.path.realpath(name), flags, 0o600))
-    with _explained(path):
-        # A classifier may be opened in one thread and asked in another, one at a time.
-        connection = sqlite3.connect(
-            f"{Path(name).as_uri()}?mode={mode}",
-            uri=True,
-            timeout=WAIT,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        try:
-            # EXTRA also waits for the folder, from which a commit removes the journal.
-            connection.execute("PRAGMA synchronous = EXTRA")
-            connection.execute("PRAGMA trusted_schema = OFF")
-        except BaseException:
-            connection.close()
-            raise
-    return connection
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """What SQLite says of a file, in words of ours."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        # The low byte is the kind of error, the others are its detail.
-        advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-        if advice is None:
-            advice = f"is damaged, or no review queue ({error}): name another file"
-        raise ReviewError(f"{path}: {advice}") from None
-    except (TypeError, ValueError, OverflowError, RecursionError):  # a cell that is not of ours
-        raise ReviewError(f"{path}: {_ADVICE[sqlite3.SQLITE_CORRUPT]}") from None
-
-
-@contextmanager
-def _begun(connection: sqlite3.Connection) -> Iterator[None]:
-    """A transaction that writes: committed, or as if it had not been."""
-    # IMMEDIATE waits its turn here; a plain BEGIN could fail when it comes to write.
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-def _pragma(connection: sqlite3.Connection, name: str) -> int:
-    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
-
-
-def _is_queue(connection: sqlite3.Connection) -> bool:
-    return (
-        _pragma(connection, "application_id") == _APPLICATION
-        and _pragma(connection, "user_version") == _VERSION
-    )
-
-
-def _create(connection: sqlite3.Connection, path: Path, task: str, labels: Sequence[str]) -> None:
-    with _begun(connection):
-        if _is_queue(connection):
-            return  # another process was quicker
-        # Without a table it was just made, or by a process that was killed before it came further.
-        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if tables or _pragma(connection, "application_id"):
-            raise ReviewError(f"{path}: is no review queue: name another file")
-        for statement in _SCHEMA.split(";"):
-            connection.execute(statement)
-        connection.execute("INSERT INTO queue VALUES (?, ?)", (task, json.dumps(list(labels))))
-        connection.execute(f"PRAGMA user_version = {_VERSION}")
-        connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-
-
-def _owner(connection: sqlite3.Connection, path: Path) -> tuple[str, tuple[str, ...]]:
-    """The task's name and labels."""
-    with _explained(path):
-        [(task, labels)] = connection.execute("SELECT task, labels FROM queue").fetchall()
-        names: Any = json.loads(labels)
-        if not (isinstance(task, str) and isinstance(names, list) and names):
-            raise ValueError
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError
-    return task, tuple(names)
 
 
 def _fits(hash: Any, text: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from qcat.evaluation.evaluate import Confusion
+from qcat.evaluation.results import Confusion
 from qcat.report.plot import BLUE, GREY, OPACITY, ORANGE, bare, png, svg
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from qcat.calibration.reliability import UNSCALED, reliability_rows
-from qcat.evaluation.evaluate import Evaluation, off_topic_rows
+from qcat.evaluation.results import Evaluation, off_topic_rows
 from qcat.report.figures import confusion_svg, mass_svg
 from qcat.report.trust_figures import reliability_svg
 

@@ -20,7 +20,8 @@ from qcat.data.split import Split
 from qcat.progress import Progress, silent
 from qcat.task import Task
 from qcat.training.run_folder import DEPTHS, clear, run_folder, write_json
-from qcat.training.train import Settings, train
+from qcat.training.settings import Settings
+from qcat.training.train import train
 
 _SHARES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # their sum is what all cost: 3 trainings
 

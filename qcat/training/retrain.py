@@ -17,9 +17,9 @@ from qcat.data.dataset import Example
 from qcat.data.near import near_texts
 from qcat.data.split import Split, find_families
 from qcat.errors import DataError, TrainError
-from qcat.evaluation.evaluate import Comparison
+from qcat.evaluation.results import Comparison
 from qcat.task import Task
-from qcat.training.train import Settings
+from qcat.training.settings import Settings
 
 HELD_BACK = 5
 """One in so many new families of questions is held back, to see what was learned of their kind."""

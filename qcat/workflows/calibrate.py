@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcat.calibration.calibration import Calibration
-from qcat.calibration.decide import recalibrated
+from qcat.calibration.decide import OWN_RULE, recalibrated
 from qcat.calibration.fit import Fitted, fit, label_matrix
 from qcat.calibration.groups import one_of_each
 from qcat.calibration.reliability import Reliability, reliability
@@ -22,9 +22,9 @@ from qcat.calibration.thresholds import RiskCoverage, promise_threshold, risk_co
 from qcat.classifier import Classifier
 from qcat.encoding.scoring import Floats, log_shares, temper
 from qcat.errors import DataError
-from qcat.gguf.bundle import CALIBRATION_KEY, REFERENCE_KEY, Bundle, write_sections
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.sections import CALIBRATION_KEY, REFERENCE_KEY, write_sections
 from qcat.monitor.drift import Reference
-from qcat.monitor.log import OWN_RULE
 from qcat.opening import read_calibration
 from qcat.prediction import Prediction
 from qcat.progress import Count
@@ -179,7 +179,7 @@ def ask_all(model: Path, questions: Sequence[Question], progress: Count) -> Aske
         BundleError, ModelError: the GGUF cannot be used.
     """
     found = []
-    with Classifier.open(model, calibrated=False, review=False) as classifier:
+    with Classifier.open(model, calibrated=False) as classifier:
         for done, question in enumerate(questions, 1):
             found.append(classifier.ask(question.text))
             progress(done, len(questions))

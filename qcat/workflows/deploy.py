@@ -20,7 +20,8 @@ from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.prompt import QUESTION_ROOM, Prompt, clean_question, encode_segments
 from qcat.errors import BundleError, ExportError, ServerError
 from qcat.evaluation.proof import spread
-from qcat.gguf.bundle import TASK_KEY, Bundle, find_gguf, is_adapter
+from qcat.gguf.bundle import Bundle, find_gguf, is_adapter
+from qcat.gguf.sections import TASK_KEY
 from qcat.progress import Progress, silent
 from qcat.report.modelfile import go_template, modelfile, parameters
 from qcat.task import Task
@@ -237,8 +238,8 @@ def _prove_labels(
     """Compare the labels with those of the GGUF here; return how many near ties differ."""
     near_ties, allowed = 0, max(2, len(questions) // 10)
     with (
-        Classifier.open(bundle.gguf, review=False) as here,
-        Classifier.open(f"{OLLAMA}{name}", timeout=timeout, review=False) as there,
+        Classifier.open(bundle.gguf) as here,
+        Classifier.open(f"{OLLAMA}{name}", timeout=timeout) as there,
     ):
         answers = zip(questions, map(here.ask, questions), there.ask_many(questions), strict=True)
         for number, (question, own, other) in enumerate(answers, 1):

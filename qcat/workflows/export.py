@@ -16,8 +16,8 @@ from typing import Any
 
 from qcat_convert.adapter import ServedBase, served_base, write_adapter
 from qcat_convert.apart import apart
-from qcat_convert.merge import is_scales
 from qcat_convert.quantize import Quantized, quantize
+from qcat_convert.source import is_scales
 from qcat_convert.stream import Job, Measured, convert, prepare_process
 
 from qcat.backends.llama import LlamaModel
@@ -26,7 +26,8 @@ from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.grammar import grammar
 from qcat.errors import DataError, ExportError
 from qcat.files import whole_folder
-from qcat.gguf.bundle import REPORT_KEY, Bundle, write_sections
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.sections import REPORT_KEY, write_sections
 from qcat.progress import Count, Progress, silent
 from qcat.report.card import model_card
 from qcat.report.modelfile import modelfile, parameters, render

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qcat_convert.merge import Source, fingerprint, locate
+from qcat_convert.source import Source, fingerprint, locate
 from qcat_convert.stream import Job
 from qcat_convert.trim import trim, whole_words
 from qcat_convert.vocab import Vocabulary, read_vocabulary

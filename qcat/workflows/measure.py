@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -106,11 +105,8 @@ def measure(model: Path, questions: Sequence[str], progress: Progress) -> Measur
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
     threads, machine = default_threads(), cores()
     task = Bundle.read(model).task
-    with TemporaryDirectory(prefix="qcat-") as folder:
-        # The user's own queue is neither filled nor in the way; a task with one has its cost.
-        queue = str(Path(folder, "review.sqlite")) if task.review else ""
-        cold, peak = _cold(model, questions[0], queue, progress)
-    with Classifier.open(model, review=False, threads=threads) as classifier:
+    cold, peak = _cold(model, questions[0], progress)
+    with Classifier.open(model, threads=threads) as classifier:
         tokens = median(classifier.count_tokens(question) for question in questions)
         warm = _ask_all(classifier, questions, lambda d, n: progress("warm", d, n))
         by_batch = _by_batch(classifier, questions, progress)
@@ -118,7 +114,7 @@ def measure(model: Path, questions: Sequence[str], progress: Progress) -> Measur
     powers = (2**n for n in range(12) if 2**n <= machine.logical)
     tried = sorted({min(count, MAX_THREADS) for count in (1, *powers, machine.physical)})
     for number, count in enumerate(tried, 1):
-        with Classifier.open(model, review=False, threads=count) as classifier:
+        with Classifier.open(model, threads=count) as classifier:
             few = questions[: max(10, len(questions) // 4)]
             by_threads[count] = _ask_all(classifier, few, uncounted).median
         progress("threads", number, len(tried))
@@ -181,17 +177,15 @@ def _by_batch(
     return {size: median(times) for size, times in found.items()}
 
 
-def _cold(model: Path, question: str, queue: str, progress: Progress) -> tuple[Spread, int | None]:
+def _cold(model: Path, question: str, progress: Progress) -> tuple[Spread, int | None]:
     """Fresh processes of the command, one after another; and the most memory that one had.
-
-    `queue` is the file of their review queue; empty if the task has none.
 
     Linux counts the memory of the process that starts one as its own too: so this comes first,
     while there is little here.
     """
     program = [sys.executable, "-c", "from qcat.cli import main; main()"]
     command = [*program, "ask", "-m", str(model), "--threshold", "0", "--", question]
-    environment = os.environ | {"QCAT_REVIEW": queue}
+    environment = os.environ | {"QCAT_REVIEW": ""}  # the user's own is left alone
     seconds, peak = [], 0
     for turn in range(1 + COLD_STARTS):
         start = time.perf_counter()

@@ -1,0 +1,97 @@
+"""What lint finds, and questions in a form that can be compared."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from qcat.data.dataset import Row
+
+Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to look at."""
+
+    severity: Severity
+    code: str
+    """Short and stable, such as `label-conflict`."""
+    message: str
+    """What is wrong and what to do, one printable line."""
+    lines: tuple[int, ...] = ()
+    """Where in the file of questions, from 1; none if it is about the task."""
+    labels: tuple[str, ...] = ()
+    """The labels that it is about."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings, errors first, and what was counted on the way."""
+
+    findings: tuple[Finding, ...]
+    questions: int = 0
+    """Readable rows with a text."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Questions of each label of the task, in its order; empty without a file."""
+    passes: int | None = None
+    """Forward passes that a question costs; None without a tokenizer."""
+
+    def count(self, severity: Severity) -> int:
+        """How many findings have this severity."""
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "questions": self.questions,
+            "labels": dict(self.counts),
+            "forward_passes": self.passes,
+            **{severity: self.count(severity) for severity in get_args(Severity)},
+            "findings": [vars(finding) for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row that can be compared with others."""
+
+    row: Row
+    text: str
+    """Cleaned."""
+    key: str
+    """The text folded: two questions with the same key are the same."""
+    label: str
+    """The task's spelling of the label where only case or spaces differ, else as it stands."""
+
+    @property
+    def unit(self) -> str | int:
+        """What a split keeps together: the group, or the row alone."""
+        return self.row.line if self.row.group is None else self.row.group
+
+
+def fold(text: str) -> str:
+    # Folding can undo NFC, so it is normalised again.
+    return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
+
+
+def same_questions(questions: Iterable[Question]) -> dict[str, list[Question]]:
+    by_key: defaultdict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        by_key[question.key].append(question)
+    return by_key
+
+
+def shown(text: str) -> str:
+    """A text quoted and escaped, fit for one line of a terminal."""
+    return repr(text if len(text) <= 60 else f"{text[:59]}…")
+
+
+def listed(labels: Sequence[str]) -> str:
+    shown = [shown(label) for label in labels[:6]]
+    if len(labels) > 6:
+        return f"{', '.join(shown)} and {len(labels) - 6} more"
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"

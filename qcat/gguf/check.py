@@ -1,0 +1,76 @@
+"""Whether a GGUF is a model of a kind that qcat makes: llama.cpp aborts on some others."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from qcat.errors import BundleError
+from qcat.gguf.header import TOKENS, DamagedError, Header, shown
+
+# What `qcat_convert.writer` writes of a model, with the largest number that makes sense
+_ARCHITECTURES = ("qwen3", "qwen2", "llama")
+_COUNTS = {
+    "block_count": 512,  # llama.cpp's own limit
+    "context_length": 1 << 30,
+    "embedding_length": 1 << 20,
+    "feed_forward_length": 1 << 22,
+    "attention.head_count": 1 << 12,
+    "attention.head_count_kv": 1 << 12,
+    "attention.key_length": 1 << 12,
+    "attention.value_length": 1 << 12,
+    "rope.dimension_count": 1 << 12,
+    "vocab_size": 1 << 24,
+}
+_RATES = ("rope.freq_base", "attention.layer_norm_rms_epsilon")
+
+
+def check_model(path: Path, header: Header) -> None:
+    """Refuse what `qcat export` does not write, vocabulary included: llama.cpp aborts on some.
+
+    Raises:
+        BundleError: naming the file; it may be any GGUF, with a qcat task or without.
+    """
+    if reason := unfit(header):
+        raise BundleError(f"{path}: {reason}: export it again")
+
+
+def unfit(header: Header) -> str | None:
+    """Why a file is not a model of a kind that qcat makes and llama.cpp takes; None if it is."""
+    try:
+        _check_model(header)
+    except DamagedError as error:
+        return str(error)
+    return None
+
+
+def _check_model(header: Header) -> None:
+    metadata = header.metadata
+    arch = metadata.get("general.architecture")
+    if arch not in _ARCHITECTURES:
+        raise DamagedError(f"architecture {shown(arch)} is not one that qcat makes")
+    for key, value in metadata.items():
+        if key == "tokenizer.ggml.model" and value != "gpt2":
+            raise DamagedError(f"tokenizer {shown(value)} is not one that qcat makes")
+        if not key.startswith(f"{arch}."):
+            continue
+        name = key.removeprefix(f"{arch}.")
+        if name in _COUNTS:
+            known = type(value) is int and 1 <= value <= _COUNTS[name]
+        else:
+            known = name in _RATES and isinstance(value, float) and 0 < value < math.inf
+        if not known:
+            raise DamagedError(f"metadata {shown(key)} is {shown(value)}: qcat knows no such")
+    heads = metadata.get(f"{arch}.attention.head_count", 0)
+    hidden = metadata.get(f"{arch}.embedding_length", 0)
+    width = metadata.get(f"{arch}.attention.key_length", hidden // heads if heads else None)
+    if metadata.get(f"{arch}.rope.dimension_count", width) != width:
+        raise DamagedError("rope.dimension_count is not the width of a head")
+    kv_heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
+    rows = {"attn_q": heads * (width or 0), "attn_k": kv_heads * (width or 0)}
+    for tensor in header.tensors:
+        kind = tensor.name.removesuffix(".weight").rpartition(".")[2]
+        if kind in rows and len(tensor.shape) == 2 and tensor.shape[1] != rows[kind]:
+            raise DamagedError(f"tensor {shown(tensor.name)} does not fit the number of heads")
+    if metadata.get(TOKENS) != header.distinct_tokens:
+        raise DamagedError("a token stands twice in the vocabulary, is empty, or holds a NUL")
