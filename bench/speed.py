@@ -261,11 +261,11 @@ def opened(gguf: Path) -> Iterator[tuple[Any, Any, Any]]:
     from qcat.encoding.prompt import encode_segments
 
     with Classifier.open(gguf) as classifier:
-        prefix = encode_segments(classifier._prompt.prefix, classifier._vocabulary)
-        firsts = classifier._trie.first_tokens
+        prefix = list(classifier._encoded.prefix)
+        firsts = classifier._encoded.trie.first_tokens
 
         def rest(question: str) -> list[int]:
-            return encode_segments(classifier._prompt.rest(question), classifier._vocabulary)
+            return classifier._encoded.ids(question)
 
         with bare_llama(classifier, prefix, firsts) as forward:
             yield classifier, forward, rest
@@ -281,10 +281,10 @@ def warm(gguf: Path, rounds: int) -> dict[str, Any]:
     task = Bundle.read(gguf).task
     with opened(gguf) as (classifier, forward, rest):
         rests = {question: rest(question) for question in asked}
-        texts = {question: classifier._prompt.text(question) for question in asked}
-        longest = max(len(sequence) for sequence in classifier._trie.sequences)
+        texts = {question: classifier._encoded.prompt.text(question) for question in asked}
+        longest = max(len(sequence) for sequence in classifier._encoded.trie.sequences)
         high = Completion(gguf, task, longest + 1, default_threads())
-        prefix = encode_segments(classifier._prompt.prefix, classifier._vocabulary)
+        prefix = list(classifier._encoded.prefix)
         high.check_tokens({texts[question]: prefix + rests[question] for question in asked})
         times = take_turns(
             {
@@ -314,7 +314,7 @@ def labels(gguf: Path, work: Path) -> dict[str, Any]:
     for count in (FEW, MANY):
         path = with_task(gguf, work, labels=dict.fromkeys(words[:count], ""))
         with opened(path) as (classifier, forward, rest):
-            assert not classifier._trie.deep_branches
+            assert not classifier._encoded.trie.deep_branches
             rests = {question: rest(question) for question in questions(ASKED)}
             times = take_turns(
                 {"bare": lambda q, rests=rests: forward(rests[q]), "ask": classifier.ask},

@@ -343,7 +343,7 @@ def test_branches_below_the_first_token_are_walked(sorts, server, easy_run):
     lines = (easy_run[0] / "test.jsonl").read_text("utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     with Classifier.open(sorts) as here, Classifier.open("ollama:sorts") as there:
-        assert any(branch.path for branch in here._trie.branches)
+        assert any(branch.path for branch in here._encoded.trie.branches)
         pairs = list(zip(map(here.ask, texts), there.ask_many(texts), strict=True))
     assert {p.label for p, _ in pairs} == {"pool", "pool pump", "fence", "car"}
     for p, q in pairs:

@@ -101,7 +101,7 @@ def test_llama_server_with_lora(bundle):
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.1)
         with Classifier.open(file, calibrated=False) as here:
-            root = here._trie.root_branch
+            root = here._encoded.trie.root_branch
             for question in QUESTIONS:
                 rest, _ = here._encode(question)
                 ours = next(here._scorer.score([rest])).logits[0]

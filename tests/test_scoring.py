@@ -385,7 +385,7 @@ def test_close_while_another_thread_asks(house):
 def test_native_layouts_are_the_ones_used():
     import llama_cpp
 
-    from qcat.backends.llama import _CANDIDATE
+    from qcat.backends.llama_scorer import _CANDIDATE
 
     assert ctypes.sizeof(llama_cpp.llama_token_data) == _CANDIDATE.itemsize
 

@@ -91,7 +91,7 @@ def shown(text: str) -> str:
 
 
 def listed(labels: Sequence[str]) -> str:
-    shown = [shown(label) for label in labels[:6]]
+    quoted = [shown(label) for label in labels[:6]]
     if len(labels) > 6:
-        return f"{', '.join(shown)} and {len(labels) - 6} more"
-    return f"{', '.join(shown[:-1])} and {shown[-1]}"
+        return f"{', '.join(quoted)} and {len(labels) - 6} more"
+    return f"{', '.join(quoted[:-1])} and {quoted[-1]}"

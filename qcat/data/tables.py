@@ -229,12 +229,12 @@ def _write_csv(
     table: Table, file: IO[bytes], names: Mapping[str, Kind], more: Iterable[Values]
 ) -> None:
     lines = _Lines(file)
-    plain = csv.writer(lines, lineterminator="\n")
+    unquoted = csv.writer(lines, lineterminator="\n")
     # Python before 3.13 leaves a carriage return unquoted, where readers end the row.
     quoted = csv.writer(lines, lineterminator="\n", quoting=csv.QUOTE_ALL)
 
     def write(cells: list[str]) -> None:
-        (quoted if any("\r" in cell for cell in cells) else plain).writerow(cells)
+        (quoted if any("\r" in text for text in cells) else unquoted).writerow(cells)
 
     write([*table.columns, *names])
     for row, values in zip(table.rows(), more, strict=True):
