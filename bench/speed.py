@@ -258,7 +258,6 @@ def bare_llama(
 def opened(gguf: Path) -> Iterator[tuple[Any, Any, Any]]:
     """A classifier, a bare forward pass on its weights, and the tokens of a question."""
     from qcat import Classifier
-    from qcat.encoding.prompt import encode_segments
 
     with Classifier.open(gguf) as classifier:
         prefix = list(classifier._encoded.prefix)
@@ -273,7 +272,6 @@ def opened(gguf: Path) -> Iterator[tuple[Any, Any, Any]]:
 
 def warm(gguf: Path, rounds: int) -> dict[str, Any]:
     """`ask`, the bare forward pass, and create_completion under a LlamaGrammar."""
-    from qcat.encoding.prompt import encode_segments
     from qcat.gguf.bundle import Bundle
     from qcat.threads import default_threads
 

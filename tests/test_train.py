@@ -28,11 +28,11 @@ from qcat.encoding.tokenization import HubTokenizer
 from qcat.encoding.trie import LabelTrie
 from qcat.errors import DataError, ModelError, TrainError
 from qcat.task import Task
-from qcat.training.forward import last_states, shared_prefix_states
-from qcat.training.loop import _parts
+from qcat.training.forward import branch_states, shared_prefix_states
+from qcat.training.loop import _parts, _thinned
 from qcat.training.objective import Encoded, Scorer
 from qcat.training.settings import Settings
-from qcat.training.train import _thinned, train
+from qcat.training.train import train
 
 # First tokens shared, a label that begins another, a label alone on its branch.
 SEQUENCES = [(5,), (5, 6), (5, 6, 7), (8, 9), (8, 10, 11), (12,)]
@@ -149,7 +149,8 @@ def test_a_shared_prefix_changes_nothing(model):
     chance = np.random.default_rng(0)
     prefix = chance.integers(20, 200, 17).tolist()
     rests = [chance.integers(20, 200, size).tolist() for size in (1, 9, 4, 12)]
-    states = last_states(shared_prefix_states(model.model, prefix, rests), rests)
+    every = shared_prefix_states(model.model, prefix, rests)
+    states = every[range(len(rests)), [len(rest) - 1 for rest in rests]]
     alone = [
         model.model(input_ids=torch.tensor([prefix + r])).last_hidden_state[0, -1] for r in rests
     ]
@@ -158,6 +159,21 @@ def test_a_shared_prefix_changes_nothing(model):
     shared = torch.autograd.grad(states.square().sum(), weight)[0]
     plain = torch.autograd.grad(torch.stack(alone).square().sum(), weight)[0]
     torch.testing.assert_close(shared, plain, atol=1e-3, rtol=1e-3)
+
+
+def test_paths_after_rows_change_nothing(model):
+    chance = np.random.default_rng(1)
+    prefix = chance.integers(20, 200, 11).tolist()
+    rests = [chance.integers(20, 200, size).tolist() for size in (7, 1, 12)]
+    paths = [(), (33,), (44, 55, 66), (44,), ()]
+    with torch.inference_mode():
+        for path, states in zip(
+            paths, branch_states(model.model, prefix, rests, paths), strict=True
+        ):
+            for rest, state in zip(rests, states, strict=True):
+                ids = torch.tensor([[*prefix, *rest, *path]])
+                alone = model.model(input_ids=ids).last_hidden_state[0, -1]
+                torch.testing.assert_close(state, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_label_loss_is_what_the_runtime_computes(model):

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from qcat.encoding.prompt import build_prompt, clean_question, encode_segments
 from qcat.encoding.tokenization import HubTokenizer
 from qcat.task import Task
-from qcat.training.forward import last_states, shared_prefix_states
+from qcat.training.forward import shared_prefix_states
 
 EMBEDDING_RATE = 0.1
 """Of the rate of the other weights: as a bag the embeddings are good from the start."""
@@ -231,7 +231,7 @@ def encode(
     filler = [0] * (-(-max(map(len, rests)) // 4) * 4)
     with torch.autocast("cpu", torch.bfloat16):
         states = shared_prefix_states(model.model, prefix, [*rests, filler])
-    return last_states(states.float(), rests)
+    return states.float()[range(len(rests)), [len(rest) - 1 for rest in rests]]
 
 
 def _options() -> argparse.Namespace:

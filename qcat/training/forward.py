@@ -8,7 +8,7 @@ transformers, imported when it runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +28,55 @@ def shared_prefix_states(
     Returns:
         (rows, longest rest, hidden); what lies past the end of a row means nothing.
     """
+    return _begin(decoder, prefix, rests)[0]
+
+
+def branch_states(
+    decoder: Any,
+    prefix: Sequence[int],
+    rests: Sequence[Sequence[int]],
+    paths: Sequence[Sequence[int]],
+) -> Iterator[torch.Tensor]:
+    """The last hidden state of each row with a path after it, for each path in turn.
+
+    Prefix and rows are evaluated once; for each path only its own tokens are, as the runtime does
+    it. For evaluation: without gradients.
+
+    Args:
+        decoder: as for `shared_prefix_states`, as are the next two.
+        prefix: see there.
+        rests: see there.
+        paths: token ids; an empty one stands for the end of the row itself.
+
+    Yields:
+        (rows, hidden).
+    """
+    import torch
+
+    states, cache, mask = _begin(decoder, prefix, rests)
+    lengths = torch.tensor([len(rest) for rest in rests], device=states.device)
+    rows = torch.arange(len(rests), device=states.device)
+    for path in paths:
+        if not path:
+            yield states[rows, lengths - 1]
+            continue
+        ids = torch.tensor([list(path)] * len(rests), device=states.device)
+        after: torch.Tensor = decoder(
+            input_ids=ids,
+            attention_mask=torch.cat([mask, torch.ones_like(ids)], 1),
+            # What lies between a short row's end and its path is masked, and takes no place.
+            position_ids=len(prefix) + lengths[:, None] + torch.arange(len(path)).to(ids),
+            cache=cache,
+            use_cache=True,
+        ).last_hidden_state
+        cache.crop(-len(path))
+        yield after[:, -1]
+
+
+def _begin(
+    decoder: Any, prefix: Sequence[int], rests: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Hidden states of the rows, the cache after them, and which of its cells are of a token."""
     import torch
     from transformers import DynamicCache
 
@@ -41,16 +90,8 @@ def shared_prefix_states(
     for row, rest in enumerate(rests):
         ids[row, : len(rest)] = torch.tensor(rest)
         mask[row, : len(prefix) + len(rest)] = 1
+    mask = mask.to(device)
     states: torch.Tensor = decoder(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        cache=cache,
-        use_cache=True,
+        input_ids=ids.to(device), attention_mask=mask, cache=cache, use_cache=True
     ).last_hidden_state
-    return states
-
-
-def last_states(states: torch.Tensor, rests: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The state at the last token of each row: (rows, hidden)."""
-    rows = list(range(len(rests)))
-    return states[rows, [len(rest) - 1 for rest in rests]]
+    return states, cache, mask

@@ -17,7 +17,7 @@ import numpy as np
 
 from qcat.encoding.scoring import Floats, label_log_probabilities
 from qcat.encoding.trie import LabelTrie
-from qcat.training.forward import last_states, shared_prefix_states
+from qcat.training.forward import branch_states, shared_prefix_states
 
 if TYPE_CHECKING:
     import torch
@@ -101,9 +101,9 @@ class Scorer:
 
         with torch.inference_mode():
             found: list[list[Any]] = [[] for _ in rests]
-            for number, branch in enumerate(self._trie.branches):
-                rows = [[*rest, *branch.path] for rest in rests]
-                states = last_states(shared_prefix_states(self._decoder, self._prefix, rows), rows)
+            paths = [branch.path for branch in self._trie.branches]
+            every = branch_states(self._decoder, self._prefix, rests, paths)
+            for number, states in enumerate(every):
                 for place, logits in enumerate(self._logits(states, number).cpu().numpy()):
                     found[place].append(logits)
         return np.array([label_log_probabilities(self._trie, logits) for logits in found])
