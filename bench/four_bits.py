@@ -138,7 +138,7 @@ def _files(
         folder / "unused",
         adapter=run,
         training=tuple(example.text for example in split.train),
-        held_out=tuple((example.text, example.label) for example in split.test),
+        held_out=tuple(split.test),
     )
     full = folder / "f16.gguf"
     with Bars() as bars:

@@ -165,7 +165,7 @@ def _trained(
             target,
             adapter=run,
             quantization=options.quant,
-            held_out=tuple((example.text, example.label) for example in split.test),
+            held_out=tuple(split.test),
             training=tuple(example.text for example in split.train),
             max_flips=1,
         )

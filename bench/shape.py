@@ -201,7 +201,7 @@ def export(checkpoint: Path, target: Path, kind: str, questions: int) -> dict[st
         adapter=checkpoint / "adapter",
         base=str(checkpoint / "base"),
         quantization=kind,
-        held_out=tuple((example.text, example.label) for example in held_out),
+        held_out=tuple(held_out),
         training=tuple(example.text for example in training),
         max_flips=1,  # random weights: nearly any label is as probable as the next
     )

@@ -120,7 +120,7 @@ def measure(task: Any, split: Any, seed: int, options: Any, work: Path) -> dict[
             task,
             made,
             adapter=run,
-            held_out=tuple((e.text, e.label) for e in split.test),
+            held_out=tuple(split.test),
             training=tuple(e.text for e in split.train),
             quantization="q4_k_m",
             max_flips=1,

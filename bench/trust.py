@@ -33,7 +33,7 @@ from qcat.data.split import Split, find_families, split_examples
 from qcat.errors import DataError
 from qcat.prediction import Prediction
 from qcat.task import Task
-from qcat.workflows.calibrate import Asked, Question, ask_all
+from qcat.workflows.calibrate import Asked, ask_all
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSEHOLD = ROOT / "examples" / "household"
@@ -161,7 +161,7 @@ def make(name: str, draw: int, folder: Path) -> None:
 
 def measure(job: Job, splits: int, bars: Bars) -> Iterator[dict[str, Any]]:
     """The figures of each split."""
-    questions = [Question(example.text, example.label, example.group) for example in job.held_out]
+    questions = job.held_out
     asked = ask_all(job.model, questions, lambda done, n: bars.show("on the list", done, n))
     with Classifier.open(job.model, calibrated=False) as classifier:
         off = []

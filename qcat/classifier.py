@@ -30,6 +30,7 @@ from qcat.encoding.scoring import (
     temper_bounds,
 )
 from qcat.errors import (
+    ArgumentError,
     ModelError,
     QuestionError,
     ServerError,
@@ -128,19 +129,10 @@ class Classifier:
                 allow the coverage.
             ModelError: llama.cpp cannot load it, or its vocabulary cannot spell the labels.
             ServerError: the server does not answer, or has no such model made by qcat.
-            ValueError: an argument that makes no sense.
+            ArgumentError: an argument that makes no sense.
         """
         served = isinstance(model, str) and model.startswith(OLLAMA)
-        if not 0 <= (threshold or 0) <= 1:
-            raise ValueError("threshold from 0 to 1 expected")
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise ValueError(f"threads from 1 to {MAX_THREADS} expected")
-        if coverage is not None and (threshold is not None or not 0 < coverage < 1):
-            raise ValueError("coverage between 0 and 1 expected, and no threshold with it")
-        if served and threads is not None:
-            raise ValueError("threads are the server's own affair")
-        if timeout is not None and not (served and 0 < timeout < float("inf")):
-            raise ValueError("timeout expected for an Ollama model only, in seconds, more than 0")
+        _check_arguments(served, threshold, coverage, threads, timeout)
         if model is None:  # an adapter by itself knows its base
             model, adapter = adapter or DEFAULT_MODEL, None
         name = os.fspath(model)
@@ -354,3 +346,23 @@ class Classifier:
             truncated=truncated,
             coverage=self.coverage,
         )
+
+
+def _check_arguments(
+    served: bool,
+    threshold: float | None,
+    coverage: float | None,
+    threads: int | None,
+    timeout: float | None,
+) -> None:
+    """Those of `Classifier.open`. Raises ArgumentError: one that makes no sense."""
+    if not 0 <= (threshold or 0) <= 1:
+        raise ArgumentError("threshold from 0 to 1 expected")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ArgumentError(f"threads from 1 to {MAX_THREADS} expected")
+    if coverage is not None and (threshold is not None or not 0 < coverage < 1):
+        raise ArgumentError("coverage between 0 and 1 expected, and no threshold with it")
+    if served and threads is not None:
+        raise ArgumentError("threads are the server's own affair")
+    if timeout is not None and not (served and 0 < timeout < float("inf")):
+        raise ArgumentError("timeout expected for an Ollama model only, in seconds, more than 0")

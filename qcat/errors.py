@@ -9,6 +9,10 @@ class QcatError(Exception):
     """Anything that a user of qcat can mend; the command line prints it and exits with 1."""
 
 
+class ArgumentError(QcatError, ValueError):
+    """Arguments or options that make no sense, or do not go together; the command exits with 2."""
+
+
 class TaskError(QcatError):
     """A task that cannot be used: a bad label, a missing key, an unreadable `task.toml`."""
 

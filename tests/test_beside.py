@@ -11,6 +11,7 @@ import pytest
 from qcat import Classifier
 from qcat.backends import llama
 from qcat.cli.retrain import _recipe
+from qcat.data.dataset import Example
 from qcat.errors import BundleError, ExportError
 from qcat.gguf.bundle import Bundle
 from qcat.gguf.header import read_header
@@ -18,7 +19,9 @@ from qcat.workflows.export import export
 from qcat.workflows.export_job import Request
 
 KINDS = ("qwen3", "qwen2", "llama")
-QUESTIONS = tuple((f"who fixed the {word} again", 0) for word in ("pool", "gate", "car", "AC"))
+QUESTIONS = tuple(
+    Example(f"who fixed the {word} again", 0) for word in ("pool", "gate", "car", "AC")
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,11 @@ def test_it_answers_as_the_merged_model_does(kind, beside, make_pair):
     folder, report = beside(kind)
     assert report["proof"]["quantized"]["kl_mean"] < 0.02  # activations are rounded to 8 bits
     with Classifier.open(folder / "household.gguf", calibrated=False) as classifier:
-        answer = classifier.ask(QUESTIONS[0][0])
+        answer = classifier.ask(QUESTIONS[0].text)
     with Classifier.open(
         make_pair(kind)[0], adapter=folder / "household.gguf", calibrated=False
     ) as classifier:
-        assert classifier.ask(QUESTIONS[0][0]) == answer
+        assert classifier.ask(QUESTIONS[0].text) == answer
 
 
 def test_without_the_adapter_it_answers_otherwise(beside, make_pair, household, tmp_path):

@@ -32,7 +32,7 @@ from qcat.errors import BundleError, DataError
 from qcat.gguf.header import read_header
 from qcat.gguf.sections import CALIBRATION_KEY, REFERENCE_KEY, section, write_sections
 from qcat.report.trust_figures import reliability_png, reliability_svg, risk_coverage_png
-from qcat.workflows.calibrate import Asked, Question, carry_threshold
+from qcat.workflows.calibrate import Asked, carry_threshold
 
 LABELS = ("pool", "fence", "car", "roof", "door")
 
@@ -716,7 +716,7 @@ def test_a_new_model_gets_the_old_ones_threshold(house_copy, held_out):
     with Classifier.open() as house:
         task = house.task
     examples = read_examples(held_out / "test.jsonl", task)
-    questions = [Question(e.text, e.label, e.group) for e in examples]
+    questions = examples
 
     def carry(**old):
         return carry_threshold(house_copy, replace(FULL, **old), questions, lambda *_: None)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qcat_convert.quantize import CANDIDATES
 
 from qcat.cli.retrain import _recipe
+from qcat.data.dataset import Example
 from qcat.errors import ExportError
 from qcat.evaluation.proof import Replayed
 from qcat.gguf.bundle import Bundle
@@ -143,7 +144,7 @@ def test_the_budget_decides_and_none_that_passes_is_refused(make_checkpoint, hou
     adapter = make_checkpoint().adapter
     labels = list(household.labels)
     rows = [json.loads(line) for line in held_out(109)]
-    questions = tuple((row["text"], labels.index(row["label"])) for row in rows)
+    questions = tuple(Example(row["text"], labels.index(row["label"])) for row in rows)
 
     def exported(name, max_flips, max_mb=None):
         more = {"quantization": "auto", "held_out": questions, "max_flips": max_flips}

@@ -20,6 +20,7 @@ from qcat_convert.stream import convert
 from whole_model import whole
 
 from qcat.classifier import Classifier
+from qcat.data.dataset import Example
 from qcat.encoding.prompt import Prompt, Segment
 from qcat.gguf.bundle import Bundle
 from qcat.gguf.header import read_header
@@ -144,7 +145,7 @@ def test_every_style_verbalizer_and_architecture(
             tmp_path / "out",
             adapter=make_checkpoint(kind).adapter,
             quantization="q8_0",
-            held_out=tuple((row["text"], labels.index(row["label"])) for row in rows),
+            held_out=tuple(Example(row["text"], labels.index(row["label"])) for row in rows),
             max_flips=1,
         )
     )
@@ -225,7 +226,7 @@ def test_special_token_text_in_held_out_data_is_counted(make_checkpoint, househo
             household,
             tmp_path / "out",
             adapter=make_checkpoint("qwen3", hidden=64).adapter,
-            held_out=(("what is <|im_end|> doing here", 0), ("pool?", 1)),
+            held_out=(Example("what is <|im_end|> doing here", 0), Example("pool?", 1)),
             max_flips=1,
         )
     )
@@ -318,7 +319,7 @@ def test_two_exports_to_one_folder(name, tmp_path):
 
 def _export_held_out(task, adapter, target):
     questions = ("pool?",) * 40
-    held_out = tuple((question, 1) for question in questions)
+    held_out = tuple(Example(question, 1) for question in questions)
     request = Request(
         task,
         target,

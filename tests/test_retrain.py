@@ -359,7 +359,7 @@ def bundle_of(run, target):
     from qcat.workflows.export_job import Request
 
     found = Run.read(run)
-    held_out = tuple((example.text, example.label) for example in found.split.test)
+    held_out = tuple(found.split.test)
     kind = {"quantization": "q8_0", "merges": 0}
     export(Request(found.task, target, run, held_out=held_out, max_flips=1, **kind))
     return target

@@ -18,7 +18,7 @@ from test_tokens import TEXT
 
 from qcat.classifier import Classifier
 from qcat.cli.retrain import _recipe
-from qcat.data.dataset import read_examples
+from qcat.data.dataset import Example, read_examples
 from qcat.encoding.agreement import check_questions
 from qcat.encoding.prompt import build_prompt
 from qcat.encoding.tokenization import HubTokenizer
@@ -306,7 +306,7 @@ def test_same_answers_where_all_tokens_are_kept(
                 adapter=checkpoint.adapter,
                 quantization=quantization,
                 merges=merges,
-                held_out=tuple(held_out),
+                held_out=tuple(Example(*one) for one in held_out),
                 training=tuple(training),
                 max_flips=1,
             )

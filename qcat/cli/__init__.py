@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from qcat.errors import QcatError
+from qcat.errors import ArgumentError, QcatError
 from qcat.install import extra_with, how_to_install
 from qcat.version import __version__
 
@@ -93,6 +93,9 @@ def run(args: list[str] | None) -> int:
         return 130
     except BrokenPipeError:
         raise
+    except ArgumentError as error:
+        click.echo(f"Error: {error}", err=True)
+        return 2
     except QcatError as error:
         if debug:
             raise

@@ -157,39 +157,12 @@ def command(
       qcat ask -m house.gguf --set --coverage 0.9 "When was the pool pump replaced?"
       qcat ask --backend ollama -m house "When was the pool pump replaced?"
     """
-    if backend == "ollama":
-        if not model:
-            raise click.UsageError("--backend ollama needs -m NAME")
-        model = model if model.startswith(OLLAMA) else f"{OLLAMA}{model}"
+    model = _model(model, backend)
     served = model is not None and model.startswith(OLLAMA)
-    if served and backend == "llama" and given("backend"):
-        raise click.UsageError(f"{model} is not for --backend llama")
-    if served and threads:
-        raise click.UsageError("--threads is for llama.cpp here: the Ollama server has its own")
-    if not served and given("timeout"):
-        raise click.UsageError("--timeout is for an Ollama server")
-    if as_set and (threshold is not None or decode == "free" or (top and not as_json)):
-        raise click.UsageError(
-            "--set goes with neither --threshold nor --decode free, nor with --top but in --json"
-        )
-    if given("coverage") and not as_set:
-        raise click.UsageError("--coverage is for --set")
-    if review_default and given("review"):
-        raise click.UsageError("--review and --review-default name two files: give one of them")
-    if decode == "free" and (given("review") or review_default or review_hash):
-        raise click.UsageError("--review is for --decode label: a free answer has no probabilities")
-    if log_text and log is None:
-        raise click.UsageError("--log-text is for --log")
-    if log is not None and decode == "free":
-        raise click.UsageError("--log is not for --decode free, which gives no probabilities")
-    if "-" in questions and len(questions) > 1:
-        raise click.UsageError("- stands for stdin, alone")
-    groups = iter([list(questions)])
-    if questions in ((), ("-",)):
-        if sys.stdin is None:
-            raise click.UsageError("stdin is closed: give a QUESTION, or questions on stdin")
-        groups = _available_lines(sys.stdin.fileno())
-    status, warned, unlogged = 0, False, False
+    _check_model(model, served, backend, threads)
+    _check_set(as_set, threshold, decode, top, as_json)
+    _check_records(decode, review_default, review_hash, log, log_text)
+    groups = _groups(questions)
     classifier = Classifier.open(
         model,
         adapter=adapter,
@@ -213,37 +186,96 @@ def command(
         ) as recorder,
     ):
         answers = _say(classifier, groups) if decode == "free" else _ask(classifier, groups)
-        for number, question, answer in answers:
-            if isinstance(answer, QuestionError):
-                # Its line is kept, so that line n of the output answers line n of the input.
-                row = {"question": question, "error": str(answer)}
-                click.echo(json_line(row) if as_json else abstain)
-                click.echo(f"qcat: error: question {number}: {answer}", err=True)
-                status = 1
-            elif isinstance(answer, str):
-                row = {"question": question, "said": answer}
-                click.echo(json_line(row) if as_json else answer.replace("\n", "\\n"))
-            else:
-                if answer.truncated:
-                    click.echo(
-                        f"qcat: warning: question {number} was cut: it is too long", err=True
-                    )
-                if answer.confidence is None and not warned:
-                    warned = True
-                    click.echo(
-                        "qcat: warning: this Ollama gives no probabilities: 0.12.11 or later does",
-                        err=True,
-                    )
-                if answer.abstained and status == 0:
-                    status = ABSTAINED
-                errors = _record(recorder, question, answer)
-                click.echo(_line(question, answer, as_json, top, abstain))
-                for error in errors:
-                    if isinstance(error, ReviewError):  # the next question would be lost too
-                        raise ReviewError(f"question {number}: {error}")
-                    if not unlogged:
-                        click.echo(f"qcat: error: {error}", err=True)
-                    unlogged = True
+        return _print_all(answers, recorder, as_json, top, abstain)
+
+
+def _model(model: str | None, backend: str) -> str | None:
+    """The model's name with its backend in it."""
+    if backend != "ollama":
+        return model
+    if not model:
+        raise click.UsageError("--backend ollama needs -m NAME")
+    return model if model.startswith(OLLAMA) else f"{OLLAMA}{model}"
+
+
+def _check_model(model: str | None, served: bool, backend: str, threads: int | None) -> None:
+    if served and backend == "llama" and given("backend"):
+        raise click.UsageError(f"{model} is not for --backend llama")
+    if served and threads:
+        raise click.UsageError("--threads is for llama.cpp here: the Ollama server has its own")
+    if not served and given("timeout"):
+        raise click.UsageError("--timeout is for an Ollama server")
+
+
+def _check_set(
+    as_set: bool, threshold: float | None, decode: str, top: int | None, as_json: bool
+) -> None:
+    if as_set and (threshold is not None or decode == "free" or (top and not as_json)):
+        raise click.UsageError(
+            "--set goes with neither --threshold nor --decode free, nor with --top but in --json"
+        )
+    if given("coverage") and not as_set:
+        raise click.UsageError("--coverage is for --set")
+
+
+def _check_records(
+    decode: str, review_default: bool, review_hash: bool, log: str | None, log_text: bool
+) -> None:
+    if review_default and given("review"):
+        raise click.UsageError("--review and --review-default name two files: give one of them")
+    if decode == "free" and (given("review") or review_default or review_hash):
+        raise click.UsageError("--review is for --decode label: a free answer has no probabilities")
+    if log_text and log is None:
+        raise click.UsageError("--log-text is for --log")
+    if log is not None and decode == "free":
+        raise click.UsageError("--log is not for --decode free, which gives no probabilities")
+
+
+def _groups(questions: tuple[str, ...]) -> Iterator[list[str]]:
+    """The questions: those on the command line, or stdin's lines as they come."""
+    if "-" in questions and len(questions) > 1:
+        raise click.UsageError("- stands for stdin, alone")
+    if questions not in ((), ("-",)):
+        return iter([list(questions)])
+    if sys.stdin is None:
+        raise click.UsageError("stdin is closed: give a QUESTION, or questions on stdin")
+    return _available_lines(sys.stdin.fileno())
+
+
+def _print_all(
+    answers: Iterator[Answer], recorder: Recorder, as_json: bool, top: int | None, abstain: str
+) -> int:
+    """Print and record the answers as they come; the exit status."""
+    status, warned, unlogged = 0, False, False
+    for number, question, answer in answers:
+        if isinstance(answer, QuestionError):
+            # Its line is kept, so that line n of the output answers line n of the input.
+            row = {"question": question, "error": str(answer)}
+            click.echo(json_line(row) if as_json else abstain)
+            click.echo(f"qcat: error: question {number}: {answer}", err=True)
+            status = 1
+        elif isinstance(answer, str):
+            row = {"question": question, "said": answer}
+            click.echo(json_line(row) if as_json else answer.replace("\n", "\\n"))
+        else:
+            if answer.truncated:
+                click.echo(f"qcat: warning: question {number} was cut: it is too long", err=True)
+            if answer.confidence is None and not warned:
+                warned = True
+                click.echo(
+                    "qcat: warning: this Ollama gives no probabilities: 0.12.11 or later does",
+                    err=True,
+                )
+            if answer.abstained and status == 0:
+                status = ABSTAINED
+            errors = _record(recorder, question, answer)
+            click.echo(_line(question, answer, as_json, top, abstain))
+            for error in errors:
+                if isinstance(error, ReviewError):  # the next question would be lost too
+                    raise ReviewError(f"question {number}: {error}")
+                if not unlogged:
+                    click.echo(f"qcat: error: {error}", err=True)
+                unlogged = True
     return 1 if unlogged else status
 
 

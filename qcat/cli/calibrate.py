@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from qcat.calibration.calibration import Calibration
-from qcat.calibration.fit import Fitted
 from qcat.calibration.reliability import reliability_rows
 from qcat.calibration.thresholds import LEVEL
 from qcat.cli.output import Bars, FloatRange, check_writable, given, json_line, table
-from qcat.data.dataset import read_examples
-from qcat.errors import BundleError
-from qcat.files import write_whole
-from qcat.gguf.bundle import Bundle
-from qcat.gguf.sections import CALIBRATION_KEY, REFERENCE_KEY, section, write_sections
-from qcat.opening import read_calibration
-from qcat.workflows.calibrate import Asked, Judged, Question, ask_all, sections, summary
+from qcat.workflows.calibrate import summary
+from qcat.workflows.calibrate_model import Measured, calibrate
 
 _FILE = click.Path(path_type=Path)
 
@@ -93,145 +86,84 @@ def command(
         raise click.UsageError("QUESTIONS are needed for all but --threshold")
     if curve:
         check_writable(curve)
-        import matplotlib  # noqa: F401 (its absence is told before the questions are asked)
-    bundle = Bundle.read(model)
-    anew = max_error is None and threshold is None
-    before = _known(bundle, anew)
-    if max_error is not None and not before.questions:
-        raise BundleError(
-            f"{model}: is not calibrated: first give `qcat calibrate {model}` other questions, "
-            "without --max-error"
-        )
-    if questions is None:
-        assert threshold is not None
-        write_sections(model, _unmeasured(bundle, before.with_threshold(threshold)))
-        click.echo(f"{model}: threshold {threshold:g}, for all labels")
-        return
-    examples = read_examples(questions, bundle.task)
     with Bars() as bars:
-        asked = ask_all(
+        done = calibrate(
             model,
-            [Question(example.text, example.label, example.group) for example in examples],
-            lambda done, total: bars.show("questions", done, total),
+            questions,
+            max_error=max_error,
+            level=level,
+            by_label=by_label,
+            threshold=threshold,
+            curve=curve,
+            progress=bars.show,
         )
-    fitted = asked.fit() if anew else None
-    if fitted:
-        calibration = fitted.calibration
-    elif threshold is not None:
-        calibration = before.with_threshold(threshold)
-    else:
-        assert max_error is not None
-        calibration = replace(before, threshold=0.0, label_thresholds={}, promise=None, gate=True)
-        calibration = asked.promise(
-            calibration, max_error=max_error, level=level, by_label=by_label
-        )
-    judged = asked.judged(calibration)
-    picture = None
-    if curve:
-        from qcat.report.trust_figures import risk_coverage_png
-
-        common = None if calibration.label_thresholds else calibration.threshold or None
-        picture = risk_coverage_png(judged.curve(), common)
-    # A few questions that only measure a threshold are no better reference than the one there is.
-    told = sections(calibration, asked)
-    small = told[REFERENCE_KEY]["questions"] < _reference(bundle).get("questions", 0)
-    write_sections(model, _unmeasured(bundle, calibration) if small and not anew else told)
-    if curve and picture:
-        write_whole(curve, picture)
-    if anew and (before.threshold or before.promise):
+    if done.dropped_threshold:
         click.echo(
             "qcat: warning: the model's threshold was of its old confidence and is gone: "
             "set it again with --max-error or --threshold",
             err=True,
         )
-    found = _Found(asked, judged, calibration, fitted)
-    click.echo(json_line(found.to_dict()) if as_json else "\n".join(found.lines()))
+    if done.measured is None:
+        click.echo(f"{model}: threshold {threshold:g}, for all labels")
+    elif as_json:
+        click.echo(json_line(_to_dict(done.calibration, done.measured)))
+    else:
+        click.echo("\n".join(_lines(done.calibration, done.measured)))
 
 
-def _known(bundle: Bundle, anew: bool) -> Calibration:
-    """The model's calibration; one that cannot be read is no hindrance to a new one."""
-    try:
-        return read_calibration(bundle)
-    except BundleError:
-        if not anew:
-            raise
-        return Calibration()
+def _to_dict(calibration: Calibration, measured: Measured) -> dict[str, Any]:
+    answered = measured.judged.answered
+    known = calibration.to_dict()
+    known.pop("conformal", None)  # a thousand figures that tell a reader nothing
+    found = {
+        "calibration": known,
+        "questions": len(answered),
+        "answered": int(answered.sum()),
+        "errors": int((~measured.judged.right[answered]).sum()),
+        "off_topic": int((~measured.judged.answerable).sum()),
+    }
+    if measured.fitted:
+        found["reliability"] = summary(measured.fitted, measured.asked, None)
+    return found
 
 
-def _reference(bundle: Bundle) -> dict[str, Any]:
-    return section(bundle.header, REFERENCE_KEY, bundle.path)
-
-
-def _unmeasured(bundle: Bundle, calibration: Calibration) -> dict[str, dict[str, Any]]:
-    """As `sections`, with the reference that there is: what it leaves to a person is not known."""
-    told = {CALIBRATION_KEY: calibration.to_dict()}
-    if reference := _reference(bundle):
-        told[REFERENCE_KEY] = {**reference, "rule": None}
-    return told
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What is told at the end."""
-
-    asked: Asked
-    judged: Judged
-    calibration: Calibration
-    fitted: Fitted | None
-
-    def to_dict(self) -> dict[str, Any]:
-        answered = self.judged.answered
-        known = self.calibration.to_dict()
-        known.pop("conformal", None)  # a thousand figures that tell a reader nothing
-        found = {
-            "calibration": known,
-            "questions": len(answered),
-            "answered": int(answered.sum()),
-            "errors": int((~self.judged.right[answered]).sum()),
-            "off_topic": int((~self.judged.answerable).sum()),
-        }
-        if self.fitted:
-            found["reliability"] = summary(self.fitted, self.asked, None)
-        return found
-
-    def lines(self) -> Iterable[str]:
-        known = self.calibration
-        if self.fitted:
-            low, high = known.temperature_interval
-            if self.fitted.refused:
-                yield f"not scaled: {self.fitted.refused}"
-            else:
-                yield (
-                    f"temperature {known.temperature:.2f} (95 %: {low:.2f}–{high:.2f}) from "
-                    f"{known.questions} questions"
-                )
-            before = self.asked.reliability()
-            yield from table(reliability_rows(self.asked.reliability(known.temperature), before))
-        answered = self.judged.answered
-        errors = int((~self.judged.right[answered]).sum())
-        if known.label_thresholds:
-            yield from table(
-                [
-                    ("answer", "threshold"),
-                    *((n, f"{value:.4f}") for n, value in known.label_thresholds.items()),
-                    ("(the others)", f"{known.threshold:.4f}"),
-                ]
-            )
-        elif known.threshold:
-            yield f"threshold {known.threshold:.4f}"
-        count = len(answered)
-        yield (
-            f"answered: {answered.sum()} of {count} questions ({answered.mean():.0%}), "
-            f"{errors} of them wrong ({errors / max(1, answered.sum()):.1%})"
-        )
-        off = int((~self.judged.answerable).sum())
-        yield f"called off-topic: {off} ({off / count:.0%})"
-        if known.promise:
-            basis = f"{known.promise.questions} questions"
-            if known.promise.questions < count:
-                basis += ", one of each group,"
+def _lines(known: Calibration, measured: Measured) -> Iterable[str]:
+    if measured.fitted:
+        low, high = known.temperature_interval
+        if measured.fitted.refused:
+            yield f"not scaled: {measured.fitted.refused}"
+        else:
             yield (
-                f"promise: at most {known.promise.max_error:.1%} of the answers are wrong, with "
-                f"{known.promise.level:.0%} confidence, for questions like these (an exact "
-                f"binomial bound from {basis} taken as independent)"
+                f"temperature {known.temperature:.2f} (95 %: {low:.2f}–{high:.2f}) from "
+                f"{known.questions} questions"
             )
+        before = measured.asked.reliability()
+        yield from table(reliability_rows(measured.asked.reliability(known.temperature), before))
+    answered = measured.judged.answered
+    errors = int((~measured.judged.right[answered]).sum())
+    if known.label_thresholds:
+        yield from table(
+            [
+                ("answer", "threshold"),
+                *((n, f"{value:.4f}") for n, value in known.label_thresholds.items()),
+                ("(the others)", f"{known.threshold:.4f}"),
+            ]
+        )
+    elif known.threshold:
+        yield f"threshold {known.threshold:.4f}"
+    count = len(answered)
+    yield (
+        f"answered: {answered.sum()} of {count} questions ({answered.mean():.0%}), "
+        f"{errors} of them wrong ({errors / max(1, answered.sum()):.1%})"
+    )
+    off = int((~measured.judged.answerable).sum())
+    yield f"called off-topic: {off} ({off / count:.0%})"
+    if known.promise:
+        basis = f"{known.promise.questions} questions"
+        if known.promise.questions < count:
+            basis += ", one of each group,"
+        yield (
+            f"promise: at most {known.promise.max_error:.1%} of the answers are wrong, with "
+            f"{known.promise.level:.0%} confidence, for questions like these (an exact "
+            f"binomial bound from {basis} taken as independent)"
+        )

@@ -10,9 +10,6 @@ from qcat_convert.quantize import AUTO, QUANTIZATIONS
 from qcat_convert.trim import DEFAULT_MERGES
 
 from qcat.cli.output import Bars, FloatRange, given, table, timeout_option
-from qcat.data.dataset import read_examples
-from qcat.errors import ExportError
-from qcat.task import Task
 
 if TYPE_CHECKING:
     from qcat.workflows.export_job import Request
@@ -162,7 +159,7 @@ def command(
     request = read_request(
         run,
         output,
-        task_file=task_file,
+        task=task_file,
         base=base,
         data=data,
         train_data=train_data,
@@ -183,69 +180,15 @@ def command(
         from qcat.cli.deploy import deploy_and_tell
 
         click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB")
-        deploy_and_tell(output, ollama_name, [text for text, _ in request.held_out], timeout)
+        deploy_and_tell(
+            output, ollama_name, [example.text for example in request.held_out], timeout
+        )
         return
     click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB; next:")
     click.echo(f'  qcat ask -m {output / request.task.name}.gguf "…"')
     click.echo(f"  ollama create {request.task.name} -f {output / 'Modelfile'}")
     if not beside:
         click.echo(f"  qcat deploy {output}")
-
-
-def read_request(
-    run: Path,
-    output: Path,
-    *,
-    task_file: Path | None = None,
-    base: str | None = None,
-    data: Path | None = None,
-    train_data: Path | None = None,
-    validation_data: Path | None = None,
-    quantization: str | None,
-    beside: bool = False,
-    precision: Any,
-    merges: int | None,
-    max_flips: float,
-    max_mb: float | None = None,
-) -> Request:
-    """What to export, with the files of the run in the place of those that are not named.
-
-    Raises:
-        ExportError, TaskError, DataError: the folder holds no finished run, or a file is absent
-            or damaged.
-    """
-    if not run.is_dir():
-        raise ExportError(f"{run}: no such folder: name the one that holds the adapter")
-    if (run / "plan.json").is_file() and not (run / "run.json").is_file():
-        raise ExportError(f"{run}: its training is unfinished: give the same `qcat train` again")
-    has_adapter = (run / "adapter_config.json").is_file()
-    if not has_adapter and not (run / "config.json").is_file():
-        raise ExportError(
-            f"{run}: holds neither adapter_config.json nor config.json: "
-            "name the folder that save_pretrained wrote"
-        )
-    task = Task.read(task_file or run / "task.toml")
-    held_out = _examples(data, run / "test.jsonl", task)
-    training = _examples(train_data, run / "train.jsonl", task)
-    validation = _examples(validation_data, run / "validation.jsonl", task)
-    from qcat.workflows.calibrate import Question
-    from qcat.workflows.export_job import Request
-
-    return Request(
-        task=task,
-        target=output,
-        adapter=run if has_adapter else None,
-        base=base if has_adapter else base or str(run),
-        quantization=quantization,
-        beside=beside,
-        precision=precision,
-        merges=merges,
-        held_out=tuple((example.text, example.label) for example in held_out),
-        validation=tuple(Question(e.text, e.label, e.group) for e in validation),
-        training=tuple(example.text for example in training),
-        max_flips=max_flips,
-        max_mb=max_mb,
-    )
 
 
 def export_and_tell(request: Request) -> dict[str, Any]:
@@ -281,8 +224,3 @@ def export_and_tell(request: Request) -> dict[str, Any]:
     if calibration["refused"]:
         click.echo(f"qcat: warning: not calibrated: {calibration['refused']}", err=True)
     return report
-
-
-def _examples(named: Path | None, default: Path, task: Task) -> list[Any]:
-    path = named or (default if default.is_file() else None)
-    return read_examples(path, task) if path else []

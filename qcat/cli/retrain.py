@@ -77,8 +77,9 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
     from qcat_convert.source import fingerprint
 
     from qcat.base.checkpoint import base_folder
-    from qcat.cli.train import train_and_tell
+    from qcat.cli.train import print_record, train_bars
     from qcat.training.retrain import Run, add_questions
+    from qcat.training.train import train
     from qcat.workflows.promote import previous_of, promote, reserved
 
     with reserved(bundle) as cut_short:
@@ -96,7 +97,9 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
         else:
             # From the base, not from the old adapter: one recipe for the first model and the
             # tenth, which anyone can repeat from the questions, and no drift from tuning on tuning.
-            train_and_tell(new.task, new.split, new.settings, output)
+            with train_bars(output) as progress:
+                record = train(new.task, new.split, new.settings, output, progress)
+            print_record(record)
         weights = fingerprint(base_folder(new.settings.base), output)
         if _source(serving) == weights:
             click.echo(f"{bundle}: is the bundle of {output} already")
@@ -146,12 +149,10 @@ def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
 
 def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, str]:
     """Give the new model the old one's threshold, or its promise; what speaks against it if not."""
-    from qcat.workflows.calibrate import Question, carry_threshold
+    from qcat.workflows.calibrate import carry_threshold
 
     task = serving.task
-    questions = [
-        Question(e.text, e.label, e.group) for e in read_examples(run / "test.jsonl", task)
-    ]
+    questions = read_examples(run / "test.jsonl", task)
     try:
         with Bars() as bars:
             known = carry_threshold(
@@ -253,7 +254,8 @@ def _listed(examples: Sequence[Example], labels: Sequence[str]) -> Iterator[str]
 
 def _candidate(bundle: Path, run: Path, weights: str, recipe: dict[str, Any]) -> Path:
     """The GGUF of the new run's bundle, exported unless it is there already."""
-    from qcat.cli.export import export_and_tell, read_request
+    from qcat.cli.export import export_and_tell
+    from qcat.workflows.export_job import read_request
     from qcat.workflows.promote import candidate_of, clear
 
     folder = candidate_of(bundle)

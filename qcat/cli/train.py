@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from qcat.cli.output import Bars, FloatRange, given, table
-from qcat.data.dataset import read_examples
-from qcat.task import Task
-from qcat.threads import wait_briefly
-
-if TYPE_CHECKING:
-    from qcat.data.split import Split
-    from qcat.training.settings import Settings
+from qcat.progress import Progress
+from qcat.workflows.train import DEFAULT_BASE, train
 
 _FILE = click.Path(path_type=Path)
 
@@ -53,7 +49,7 @@ class _Layers(click.ParamType[int | str]):
 )
 @click.option(
     "--base",
-    default="Qwen/Qwen3-0.6B",
+    default=DEFAULT_BASE,
     show_default=True,
     metavar="MODEL",
     help="Base model: a folder, a hub name, a GGUF file, or ollama:NAME for one in Ollama's store.",
@@ -160,7 +156,7 @@ def command(
     method: Any,
     train_embeddings: bool,
     word_dropout: float,
-    layers: int | str | None,
+    layers: Any,
     max_f1_loss: float,
     seed: int,
 ) -> None:
@@ -177,86 +173,51 @@ def command(
         raise click.UsageError("--rank is for --method lora")
     if layers != "auto" and given("max_f1_loss"):
         raise click.UsageError("--max-f1-loss is for --layers auto")
-    task = Task.read(task_file)
-    examples = read_examples(questions, task)
-    wait_briefly()
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
-    from qcat.base.checkpoint import base_folder, load_config
-    from qcat.base.gguf_base import describe, gguf_checkpoint, gguf_file, is_gguf
-    from qcat.data.split import split_examples
-    from qcat.gguf.architecture import architecture, hyper_parameters
-    from qcat.training.settings import Settings
+    from qcat.base.gguf_base import describe, is_gguf
 
-    # Before a download what cannot be, before hours of training what export would refuse then.
-    gguf = gguf_file(base) if is_gguf(base) else None
-    if gguf:
+    if is_gguf(base):
         click.echo(f"base {base}: {describe(base)}; dequantized for training", err=True)
-    if checkpoint:
-        if not gguf:
-            raise click.UsageError("--checkpoint is for a GGUF base")
-        base = str(gguf_checkpoint(base, checkpoint))
-    folder = base_folder(base, weights=False)
-    config = load_config(folder)
-    architecture(config)
-    kept = layers if isinstance(layers, int) else None
-    if kept and kept > config.num_hidden_layers:
-        raise click.BadParameter(
-            f"{base} has {config.num_hidden_layers} layers: give a number up to that.",
-            param_hint="'--layers'",
+    with train_bars(output) as progress:
+        record = train(
+            questions,
+            task=task_file,
+            output=output,
+            base=base,
+            checkpoint=checkpoint,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            rank=rank,
+            objective=objective,
+            method=method,
+            train_embeddings=train_embeddings,
+            word_dropout=word_dropout,
+            layers=layers,
+            max_f1_loss=max_f1_loss,
+            seed=seed,
+            progress=progress,
         )
-    hyper_parameters(load_config(folder, kept), config.vocab_size)
-    base_folder(base)
-    if gguf:
-        from qcat.base.gguf_tokenizer import check_tokenizer
-
-        check_tokenizer(gguf, folder, [example.text for example in examples])
-    settings = Settings(
-        base=base,
-        objective=objective,
-        epochs=epochs,
-        batch=batch_size,
-        rate=learning_rate,
-        rank=rank,
-        method=method,
-        train_embeddings=train_embeddings,
-        word_dropout=word_dropout,
-        seed=seed,
-        layers=kept,
-    )
-    split = split_examples(examples, task, seed=seed)
-    train_and_tell(task, split, settings, output, max_f1_loss if layers == "auto" else None)
-    click.echo(f"next:\n  qcat export {output} -o dist/{task.name}")
+    print_record(record)
+    click.echo(f"next:\n  qcat export {output} -o dist/{record['task']}")
 
 
-def train_and_tell(
-    task: Task,
-    split: Split,
-    settings: Settings,
-    output: Path,
-    max_f1_loss: float | None = None,
-) -> None:
-    """Train with progress bars, and print how it went.
-
-    Args:
-        task: what to decide.
-        split: its questions.
-        settings: how to train.
-        output: folder of the run.
-        max_f1_loss: walk down the layers, as `train_shallowest` does; None keeps to the settings.
-    """
-    from qcat.training.depth import train_shallowest
-    from qcat.training.train import train
-
+@contextmanager
+def train_bars(output: Path) -> Iterator[Progress]:
+    """Progress bars of a training; one that is interrupted says how to go on."""
     try:
         with Bars() as bars:
-            if max_f1_loss is None:
-                record = train(task, split, settings, output, bars.show)
-            else:
-                record = train_shallowest(task, split, settings, max_f1_loss, output, bars.show)
+            yield bars.show
     except KeyboardInterrupt:
-        click.echo(f"\n{output}: stopped: the same command goes on from its checkpoint", err=True)
+        click.echo(
+            f"\n{output}: stopped: rerun the command to resume from its checkpoint", err=True
+        )
         raise
+
+
+def print_record(record: Mapping[str, Any]) -> None:
+    """How a training went."""
     if "tried" in record:
         click.echo("\n".join(table([*_tried(record)])))
     if record["layers"] < record["base_layers"]:
@@ -276,7 +237,7 @@ def train_and_tell(
     )
 
 
-def _tried(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+def _tried(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """The table of the depths that were tried, heading first."""
     yield "layers", "validation macro-F1", "lost", ""
     for depth in record["tried"]:

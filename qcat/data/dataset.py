@@ -51,8 +51,8 @@ class Example:
     """As `clean_question` gives it."""
     label: int
     """Index among the task's labels."""
-    line: int
-    """Where it stands in its file, from 1."""
+    line: int = 0
+    """Where it stands in its file, from 1; 0 if it is out of none."""
     group: str | None = None
     """The family of paraphrases it belongs to, if the file names one."""
 

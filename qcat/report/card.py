@@ -1,7 +1,8 @@
-"""The model card: `report.json` as a page for people. Pure text."""
+"""The model card: `report.json` as a page for people, and for the Hugging Face hub."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,73 +57,88 @@ def choice_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
-    """`MODEL_CARD.md` for an exported bundle."""
-    source, trimmed = report["source"], "vocabulary" in report
-    lines = [
-        f"# {task.name}",
-        "",
-        f"Puts a question into one of {len(task.labels)} categories. {report['quantization']} "
-        f"GGUF, {report['bytes'] / 1e6:.1f} MB, made by qcat {source['versions']['qcat']}.",
-        "",
-        "```sh",
-        f'qcat ask -m {gguf} "…"',
-        f"ollama create {task.name} -f Modelfile",
-        "```",
-        "",
-        "## Categories",
-        "",
-        *(f"- {label}: {text}" if text else f"- {label}" for label, text in task.labels.items()),
-        "",
-        "## Where it comes from",
-        "",
-        f"- base: {source['base']}",
-        f"- adapter: {source['adapter'] or 'none'}",
-        f"- layers: {layers_text(source)}",
-        f"- SHA-256 of the source weights: `{source['fingerprint']}`",
-        "- made with " + ", ".join(f"{name} {v}" for name, v in source["versions"].items()),
-        "- importance matrix: "
-        + (
-            f"from {report['imatrix_questions']} questions"
-            if report["imatrix_questions"]
-            else "none"
-        ),
-        *([f"- vocabulary: {vocabulary_line(report['vocabulary'])}"] if trimmed else []),
-        "- tensors: " + ", ".join(f"{n} {kind}" for kind, n in report["tensors"].items()),
-    ]
-    if report["fallbacks"]:
-        lines.append(
-            "- quantized otherwise because of their row length: "
-            + ", ".join(f"{n} as {kind}" for kind, n in report["fallbacks"].items())
-        )
-    lines += ["", "## Confidence", "", *_confidence(report.get("calibration"))]
-    lines += ["", "## Proof", ""]
-    if not report.get("proof"):
-        lines.append("Not proved: no held-out questions were given at export.")
-        return "\n".join([*lines, ""])
-    lines += _markdown(quality_rows(report))
-    lines += [
-        "",
-        "Flips are questions that get another label than from the merged model; KL is the "
-        "divergence of the label distributions from its, in nats. "
-        f"{'In the kept tokens training' if trimmed else 'Training'} prompt, runtime "
-        f"prompt and Modelfile gave the same tokens for all {report['proof']['questions']} "
-        "questions.",
-    ]
-    if "choice" in report:
-        lines += [
-            "",
-            "The quantization was chosen as the fastest on the machine of the export that changes "
-            f"at most {report['max_flips']:.1%} of the labels (median time, files taking turns):",
-            "",
-            *_markdown(choice_rows(report)),
-            "",
+    """`MODEL_CARD.md` for an exported bundle, with the header that the Hugging Face hub reads.
+
+    Args:
+        task: what the model decides.
+        report: as in `report.json`, with the size of the file.
+        gguf: the file's name.
+    """
+    source, calibration = report["source"], report.get("calibration")
+    proof = report.get("proof")
+    calibrated = calibration is not None and "after" in calibration
+    if calibration is None:
+        calibration = {"refused": "no validation questions were given at export"}
+    vocabulary = report.get("vocabulary")
+    text: str = _template().render(
+        header=_hub_header(task, report),
+        task=task,
+        report=report,
+        source=source,
+        gguf=gguf,
+        layers=layers_text(source),
+        vocabulary=vocabulary_line(vocabulary) if vocabulary else None,
+        calibration=calibration,
+        reason=None if calibrated else calibration["refused"],
+        calibration_line=_capitalized(calibration_line(calibration)) if calibrated else None,
+        figures=_figures(calibration) if calibrated else None,
+        bins=_bins(calibration["after"]) if calibrated else None,
+        proof=proof,
+        quality=quality_rows(report) if proof else None,
+        choices=choice_rows(report) if proof and "choice" in report else None,
+    )
+    return text
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # A page of Markdown: what labels hold is shown as it is, as in task.toml.
+    environment = Environment(
+        loader=PackageLoader("qcat.report"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters |= {
+        "table": lambda rows: "\n".join(_markdown(rows)),
+        "pairs": lambda items: ", ".join(f"{name} {value}" for name, value in items.items()),
+        "counts": _counts,
+    }
+    return environment.get_template("model_card.md.j2")
+
+
+def _hub_header(task: Task, report: Mapping[str, Any]) -> str:
+    """The card's metadata as YAML: https://huggingface.co/docs/hub/model-cards."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = report["source"]["base"]
+    proof = report.get("proof")
+    figures = proof["quantized"] if proof else {}
+    data = ModelCardData(
+        # A hub name is owner/name; a folder's or a file's name means nothing there.
+        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        # The adapter's is the user's to choose, the base's is that of the base.
+        license="other",
+        license_name="that-of-the-base-model",
+        library_name="qcat",
+        pipeline_tag="text-classification",
+        tags=["gguf", "llama.cpp", "ollama"],
+        model_name=task.name if proof else None,
+        eval_results=[
+            EvalResult(
+                task_type="text-classification",
+                dataset_type=task.name,
+                dataset_name=f"{task.name}, {proof['questions']} held-out questions",
+                metric_type=kind,
+                metric_value=round(figures[key], 4),
+            )
+            for kind, key in (("accuracy", "accuracy"), ("f1", "macro_f1"))
         ]
-    if report["proof"]["special_in_ollama"]:
-        lines.append(
-            f"{report['proof']['special_in_ollama']} of them spell a special token, which Ollama "
-            "reads as one; qcat reads it as text."
-        )
-    return "\n".join([*lines, ""])
+        if proof
+        else None,
+    )
+    return str(data.to_yaml()).strip()
 
 
 def layers_text(source: Mapping[str, Any]) -> str:
@@ -156,28 +172,26 @@ def calibration_line(found: Mapping[str, Any]) -> str:
     )
 
 
-def _confidence(found: Mapping[str, Any] | None) -> list[str]:
-    if found is None or "after" not in found:
-        reason = found["refused"] if found else "no validation questions were given at export"
-        return [f"Not calibrated: {reason}."]
-    lines = [f"{calibration_line(found)[0].upper()}{calibration_line(found)[1:]}."]
-    if found["refused"]:
-        lines.append(f"Not scaled: {found['refused']}.")
+def _counts(numbers: Mapping[str, int], between: str = " ") -> str:
+    return ", ".join(f"{count}{between}{kind}" for kind, count in numbers.items())
+
+
+def _capitalized(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _figures(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "before", "after")]
     for key, name in FIGURES.items():
         rows.append((name, *(f"{found[when][key]:.3f}" for when in ("before", "after"))))
-    after = found["after"]
-    bins = [("questions", "mean confidence", "answered right")]
-    for b in after["bins"]:
-        bins.append((str(b["questions"]), f"{b['confidence']:.3f}", f"{b['accuracy']:.3f}"))
-    lines += ["", *_markdown(rows), ""]
-    lines += [
-        f"Measured on {after['questions']} questions ({found['measured_on']}). Reliability after, "
-        "questions of like confidence by row:",
-        "",
-        *_markdown(bins),
-    ]
-    return lines
+    return rows
+
+
+def _bins(after: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("questions", "mean confidence", "answered right")]
+    for one in after["bins"]:
+        rows.append((str(one["questions"]), f"{one['confidence']:.3f}", f"{one['accuracy']:.3f}"))
+    return rows
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from qcat.calibration.groups import one_of_each
 from qcat.calibration.reliability import Reliability, reliability
 from qcat.calibration.thresholds import RiskCoverage, promise_threshold, risk_coverage
 from qcat.classifier import Classifier
+from qcat.data.dataset import Example
 from qcat.encoding.scoring import Floats, log_shares, temper
 from qcat.errors import DataError
 from qcat.gguf.bundle import Bundle
@@ -28,16 +29,6 @@ from qcat.monitor.drift import Reference
 from qcat.opening import read_calibration
 from qcat.prediction import Prediction
 from qcat.progress import Count
-
-
-class Question(NamedTuple):
-    """A labelled question."""
-
-    text: str
-    label: int
-    """Index of the right label."""
-    group: str | None = None
-    """Of paraphrases that it belongs to, if any."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Asked:
     truth: npt.NDArray[np.int_]
     """Index of the right label, shape (questions,)."""
     groups: tuple[str | None, ...]
-    """As in `Question`."""
+    """As in `Example`."""
 
     def one_of_each(self) -> Asked:
         """One question of each group: a bound that counts paraphrases apart says too much."""
@@ -135,7 +126,7 @@ class Judged:
 
 
 def carry_threshold(
-    model: Path, old: Calibration, questions: Sequence[Question], progress: Count
+    model: Path, old: Calibration, questions: Sequence[Example], progress: Count
 ) -> Calibration:
     """Give a model the threshold of the one that it is to replace: the same promise, if it was one.
 
@@ -167,7 +158,7 @@ def carry_threshold(
     return known
 
 
-def ask_all(model: Path, questions: Sequence[Question], progress: Count) -> Asked:
+def ask_all(model: Path, questions: Sequence[Example], progress: Count) -> Asked:
     """Ask a bundle without its calibration, one question at a time: the path that serves.
 
     Args:

@@ -21,6 +21,7 @@ from qcat_convert.source import is_scales
 from qcat_convert.stream import Job, Measured, convert, prepare_process
 
 from qcat.backends.llama import LlamaModel
+from qcat.data.dataset import Example
 from qcat.encoding.agreement import check_questions, check_tokens
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.grammar import grammar
@@ -33,9 +34,9 @@ from qcat.report.card import model_card
 from qcat.report.modelfile import modelfile, parameters, render
 from qcat.task import Task
 from qcat.threads import default_threads
-from qcat.workflows.calibrate import Asked, Question, ask_all, sections, summary
+from qcat.workflows.calibrate import Asked, ask_all, sections, summary
 from qcat.workflows.choose import BESIDE, kinds_to_make, within_size
-from qcat.workflows.export_job import PROBES, Request, Served, prepare_job
+from qcat.workflows.export_job import PROBES, Request, Served, prepare_job, read_request
 from qcat.workflows.prove import check_flips, prove, report_json
 
 Convert = Callable[[Job, Count], Measured]
@@ -71,6 +72,30 @@ def export(
         kinds = kinds_to_make(request.quantization, scales=scales, proved=bool(request.held_out))
     with whole_folder(target, "export", ExportError) as folder:
         return _export_into(folder, request, kinds, progress, converter)
+
+
+def export_run(
+    run: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    progress: Progress = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Export what `train` left, or a folder with a PEFT adapter, into a bundle.
+
+    Args:
+        run: the folder.
+        output: folder to make; it must not exist.
+        progress: called as the work goes on.
+        options: as `qcat.workflows.export_job.read_request` takes them.
+
+    Returns:
+        The report, as in `report.json`.
+
+    Raises:
+        ExportError, TaskError, DataError, ModelError: as `export` and `read_request`.
+    """
+    return export(read_request(Path(run), Path(output), **options), progress, convert_apart)
 
 
 def convert_apart() -> AbstractContextManager[Convert]:
@@ -200,7 +225,7 @@ def _modelfile(
         )
         if served.rows is not None:  # no other program has these tokens: look at all there is
             check_questions(encoded.prompt, served.tokenizer, model, request.training)
-        questions = [*PROBES, *(question for question, _ in request.held_out)]
+        questions = [*PROBES, *(example.text for example in request.held_out)]
         special = check_tokens(
             encoded.prompt, served.tokenizer, model, partial(render, text), questions
         )
@@ -216,7 +241,7 @@ def _calibrate(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Calibrate the file on the validation questions: what the report says, what goes inside."""
 
-    def ask(questions: Sequence[Question], step: str) -> Asked:
+    def ask(questions: Sequence[Example], step: str) -> Asked:
         return ask_all(gguf, questions, partial(progress, step))
 
     asked = ask(request.validation, "calibrate")
@@ -224,6 +249,5 @@ def _calibrate(
         fitted = asked.fit()
     except DataError as error:
         return {"refused": str(error)}, {}
-    others = [Question(text, label) for text, label in request.held_out]
-    held_out = ask(others, "measure confidence") if others else None
+    held_out = ask(request.held_out, "measure confidence") if request.held_out else None
     return summary(fitted, asked, held_out), sections(fitted.calibration, asked)

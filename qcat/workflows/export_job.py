@@ -18,6 +18,7 @@ from qcat_convert.trim import trim, whole_words
 from qcat_convert.vocab import Vocabulary, read_vocabulary
 from qcat_convert.writer import Precision
 
+from qcat.data.dataset import Example, read_examples
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ExportError
@@ -25,7 +26,6 @@ from qcat.evaluation.proof import spread
 from qcat.install import versions
 from qcat.report.modelfile import chat_template
 from qcat.task import Task
-from qcat.workflows.calibrate import Question
 
 PROBES = ("When was it replaced?", "12 'é'…", "ok")
 """Questions so that tokens are compared without data too."""
@@ -51,10 +51,10 @@ class Request:
     merges: int | None = None
     """Trim the vocabulary to its first so many merges, the words of the texts' language and what
     the task and its training questions need; None keeps all of it."""
-    held_out: tuple[tuple[str, int], ...] = ()
-    """Questions (cleaned) and right labels for the proof."""
-    validation: tuple[Question, ...] = ()
-    """For the calibration, cleaned too; they may have helped to choose the epoch."""
+    held_out: tuple[Example, ...] = ()
+    """For the proof."""
+    validation: tuple[Example, ...] = ()
+    """For the calibration; they may have helped to choose the epoch."""
     training: tuple[str, ...] = ()
     """Questions (cleaned) for the importance matrix."""
     beside: bool = False
@@ -63,6 +63,79 @@ class Request:
     """The largest share of held-out questions that may change their label."""
     max_mb: float | None = None
     """The largest file that may be made, in megabytes; None for any size."""
+
+
+def read_request(
+    run: Path,
+    output: Path,
+    *,
+    task: Path | None = None,
+    base: str | None = None,
+    data: Path | None = None,
+    train_data: Path | None = None,
+    validation_data: Path | None = None,
+    quantization: str | None = None,
+    beside: bool = False,
+    precision: Precision = "f16",
+    merges: int | None = None,
+    max_flips: float = 0.05,
+    max_mb: float | None = None,
+) -> Request:
+    """What to export, with the files of the run in the place of those that are not named.
+
+    Args:
+        run: folder that `train` left, or one with a PEFT adapter or a checkpoint.
+        output: folder to make.
+        task: its task.toml.
+        base: a folder, a hub name, a GGUF file, or `ollama:NAME`; None for what the adapter names.
+        data: held-out questions.
+        train_data: those that it was trained on.
+        validation_data: those for the calibration.
+        quantization: as in `Request`, as are all below.
+        beside: see there.
+        precision: see there.
+        merges: see there.
+        max_flips: see there.
+        max_mb: see there.
+
+    Raises:
+        ExportError, TaskError, DataError: the folder holds no finished run, or a file is absent
+            or damaged.
+    """
+    if not run.is_dir():
+        raise ExportError(f"{run}: no such folder: name the one that holds the adapter")
+    if (run / "plan.json").is_file() and not (run / "run.json").is_file():
+        raise ExportError(f"{run}: its training is unfinished: give the same `qcat train` again")
+    has_adapter = (run / "adapter_config.json").is_file()
+    if not has_adapter and not (run / "config.json").is_file():
+        raise ExportError(
+            f"{run}: holds neither adapter_config.json nor config.json: "
+            "name the folder that save_pretrained wrote"
+        )
+    decided = Task.read(task or run / "task.toml")
+    held_out = _examples(data, run / "test.jsonl", decided)
+    training = _examples(train_data, run / "train.jsonl", decided)
+    validation = _examples(validation_data, run / "validation.jsonl", decided)
+    return Request(
+        task=decided,
+        target=output,
+        adapter=run if has_adapter else None,
+        base=base if has_adapter else base or str(run),
+        quantization=quantization,
+        beside=beside,
+        precision=precision,
+        merges=merges,
+        held_out=tuple(held_out),
+        validation=tuple(validation),
+        training=tuple(example.text for example in training),
+        max_flips=max_flips,
+        max_mb=max_mb,
+    )
+
+
+def _examples(named: Path | None, default: Path, task: Task) -> list[Example]:
+    path = named or (default if default.is_file() else None)
+    return read_examples(path, task) if path else []
 
 
 @dataclass(frozen=True)
@@ -91,7 +164,7 @@ def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
         rounded = not (source.scales or request.beside)
         texts = spread(request.training, _IMATRIX_QUESTIONS) if rounded else ()
         training = [encoded.rest(text) for text in texts]
-        held_out = [encoded.rest(text) for text, _ in request.held_out]
+        held_out = [encoded.rest(example.text) for example in request.held_out]
     job = Job(
         source=source,
         target=full,
@@ -127,7 +200,7 @@ def _served(
         differ = [trimmed.split_otherwise(whole.ids(q), cut.ids(q)) for q in questions]
         return {"questions": len(questions), "split_otherwise": sum(differ)}
 
-    held_out = [question for question, _ in request.held_out]
+    held_out = [example.text for example in request.held_out]
     for question in held_out:
         cut.rest(question)  # now, not after the merge, if smaller tokens do not fit
     trained = compared(request.training)

@@ -43,8 +43,8 @@ def prove(
     Returns:
         The proof; if there are several files, how each did; and the kind to keep.
     """
-    truth = [label for _, label in request.held_out]
-    rests = [encoded.rest(question) for question, _ in request.held_out]
+    truth = [example.label for example in request.held_out]
+    rests = [encoded.rest(example.text) for example in request.held_out]
 
     def ask_each(path: Path, step: str) -> Floats:
         beside = base if path != full else None

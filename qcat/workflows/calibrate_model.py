@@ -1,0 +1,143 @@
+"""Calibrating a model in place, or setting the threshold under which it abstains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qcat.calibration.calibration import Calibration
+from qcat.calibration.fit import Fitted
+from qcat.calibration.thresholds import LEVEL
+from qcat.data.dataset import read_examples
+from qcat.errors import ArgumentError, BundleError
+from qcat.files import write_whole
+from qcat.gguf.bundle import Bundle
+from qcat.gguf.sections import CALIBRATION_KEY, REFERENCE_KEY, section, write_sections
+from qcat.opening import read_calibration
+from qcat.progress import Progress, silent
+from qcat.workflows.calibrate import Asked, Judged, ask_all, sections
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Labelled questions, and how the calibrated model does on them."""
+
+    asked: Asked
+    judged: Judged
+    fitted: Fitted | None
+    """None where only a threshold was set."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What is in the model now, and what that was found from."""
+
+    calibration: Calibration
+    measured: Measured | None
+    """None where a threshold was set without questions."""
+    dropped_threshold: bool = False
+    """Whether a threshold was in the model that belonged to its old confidence."""
+
+
+def calibrate(
+    model: Path,
+    questions: Path | None = None,
+    *,
+    max_error: float | None = None,
+    level: float = LEVEL,
+    by_label: bool = False,
+    threshold: float | None = None,
+    curve: Path | None = None,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Calibrate a model on questions that it was not trained on, or set its threshold, in place.
+
+    Args:
+        model: the GGUF.
+        questions: labelled, in a file; not needed to set a threshold by hand.
+        max_error: set the threshold above which at most this share of the answers is wrong.
+        level: the confidence with which that holds.
+        by_label: thresholds of their own for labels with enough questions.
+        threshold: set it by hand.
+        curve: PNG to write: the error of the answered questions by their share.
+        progress: called as the questions are asked.
+
+    Raises:
+        ArgumentError: options that do not go together.
+        BundleError, DataError: the model or the questions cannot be used, or the promise cannot be
+            kept; the model is as it was then.
+    """
+    if max_error is not None and threshold is not None:
+        raise ArgumentError("a largest error or a threshold, not both")
+    if questions is None and threshold is None:
+        raise ArgumentError("questions are needed for all but a threshold")
+    if curve:
+        import matplotlib  # noqa: F401 (its absence is reported before the questions are asked)
+    bundle = Bundle.read(model)
+    anew = max_error is None and threshold is None
+    before = _calibration_before(bundle, anew)
+    if max_error is not None and not before.questions:
+        raise BundleError(
+            f"{model}: is not calibrated: first give `qcat calibrate {model}` other questions, "
+            "without --max-error"
+        )
+    if questions is None:
+        calibration = before.with_threshold(threshold or 0.0)
+        write_sections(model, _unmeasured(bundle, calibration))
+        return Calibrated(calibration, None)
+    asked = ask_all(
+        model,
+        read_examples(questions, bundle.task),
+        lambda done, total: progress("questions", done, total),
+    )
+    fitted = asked.fit() if anew else None
+    if fitted:
+        calibration = fitted.calibration
+    elif threshold is not None:
+        calibration = before.with_threshold(threshold)
+    else:
+        assert max_error is not None
+        calibration = replace(before, threshold=0.0, label_thresholds={}, promise=None, gate=True)
+        calibration = asked.promise(
+            calibration, max_error=max_error, level=level, by_label=by_label
+        )
+    judged = asked.judged(calibration)
+    picture = _picture(judged, calibration) if curve else None
+    # A few questions that only measure a threshold are no better reference than the one there is.
+    found = sections(calibration, asked)
+    few = found[REFERENCE_KEY]["questions"] < _reference(bundle).get("questions", 0)
+    write_sections(model, _unmeasured(bundle, calibration) if few and not anew else found)
+    if curve and picture:
+        write_whole(curve, picture)
+    dropped = anew and bool(before.threshold or before.promise)
+    return Calibrated(calibration, Measured(asked, judged, fitted), dropped)
+
+
+def _picture(judged: Judged, calibration: Calibration) -> bytes:
+    from qcat.report.trust_figures import risk_coverage_png
+
+    common = None if calibration.label_thresholds else calibration.threshold or None
+    return risk_coverage_png(judged.curve(), common)
+
+
+def _calibration_before(bundle: Bundle, anew: bool) -> Calibration:
+    """The model's calibration; one that cannot be read is no hindrance to a new one."""
+    try:
+        return read_calibration(bundle)
+    except BundleError:
+        if not anew:
+            raise
+        return Calibration()
+
+
+def _reference(bundle: Bundle) -> dict[str, Any]:
+    return section(bundle.header, REFERENCE_KEY, bundle.path)
+
+
+def _unmeasured(bundle: Bundle, calibration: Calibration) -> dict[str, dict[str, Any]]:
+    """As `sections`, with the reference that there is: what it leaves to a person is not known."""
+    kept = {CALIBRATION_KEY: calibration.to_dict()}
+    if reference := _reference(bundle):
+        kept[REFERENCE_KEY] = {**reference, "rule": None}
+    return kept

@@ -1,0 +1,50 @@
+"""Evaluation: a model on a file of labelled questions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qcat.evaluation.evaluate import LATENCY_QUESTIONS, Request
+from qcat.evaluation.evaluate import evaluate as evaluate_request
+from qcat.evaluation.results import Decode, Evaluation
+from qcat.progress import Progress, silent
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    questions: str | os.PathLike[str],
+    *,
+    decode: Decode = "label",
+    off_topic: str | os.PathLike[str] | None = None,
+    compare: str | os.PathLike[str] | None = None,
+    train_data: str | os.PathLike[str] | None = None,
+    timed: int = LATENCY_QUESTIONS,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure a model on labelled questions that it was not trained on.
+
+    Args:
+        model: a GGUF.
+        questions: file of them: JSONL, CSV or Parquet.
+        decode: `label` under the grammar, or `free`, where what is no label counts as wrong.
+        off_topic: JSONL of texts that belong to no label.
+        compare: another GGUF with the same labels.
+        train_data: training questions for the TF-IDF baseline; without them there is none.
+        timed: at most so many questions are timed.
+        progress: called as the work goes on.
+
+    Raises:
+        DataError: a file cannot be read, or a label is not the model's.
+        BundleError, ModelError: a GGUF cannot be used.
+    """
+    request = Request(
+        Path(model),
+        Path(questions),
+        decode=decode,
+        off_topic=Path(off_topic) if off_topic else None,
+        compare=Path(compare) if compare else None,
+        train_data=Path(train_data) if train_data else None,
+        timed=timed,
+    )
+    return evaluate_request(request, progress)

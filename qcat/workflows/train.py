@@ -1,0 +1,147 @@
+"""Training: from a file of labelled questions to the folder of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qcat.data.dataset import read_examples
+from qcat.errors import ArgumentError
+from qcat.progress import Progress, silent
+from qcat.task import Task
+from qcat.threads import wait_briefly
+
+if TYPE_CHECKING:
+    from qcat.training.adapters import Method
+    from qcat.training.objective import Objective
+
+DEFAULT_BASE = "Qwen/Qwen3-0.6B"
+
+
+def train(
+    questions: str | os.PathLike[str],
+    *,
+    task: str | os.PathLike[str] | Task,
+    output: str | os.PathLike[str],
+    base: str = DEFAULT_BASE,
+    checkpoint: str | os.PathLike[str] | None = None,
+    epochs: int = 5,
+    batch_size: int = 8,
+    learning_rate: float | None = None,
+    rank: int = 16,
+    objective: Objective = "answer",
+    method: Method = "scales",
+    train_embeddings: bool = False,
+    word_dropout: float = 0.0,
+    layers: int | Literal["auto"] | None = None,
+    max_f1_loss: float = 0.01,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Fine-tune a base on labelled questions, split 70/15/15 by group.
+
+    The same call goes on with a training that was stopped.
+
+    Args:
+        questions: file of them: JSONL, CSV or Parquet.
+        task: what to decide, or its task.toml.
+        output: folder of the run; `qcat.export` takes it.
+        base: a folder, a hub name, a GGUF file, or `ollama:NAME`.
+        checkpoint: folder to keep the dequantized checkpoint of a GGUF base in; None for the cache
+            folder.
+        epochs: at most so many passes over the data; stops two after the best.
+        batch_size: questions a step.
+        learning_rate: the highest, after the warm-up; None for `Settings.rate`'s default.
+        rank: of the LoRA matrices.
+        objective: `answer` to write the label and stop, `labels` to choose among them.
+        method: `scales` or `lora`.
+        train_embeddings: train the token embeddings too, and save them whole.
+        word_dropout: share of a question's words that is left out in training.
+        layers: how many of the base's to keep; `auto` tries fewer and fewer.
+        max_f1_loss: with `auto`, validation macro-F1 that fewer layers may lose.
+        seed: for training and for the split.
+        progress: called as the work goes on.
+
+    Returns:
+        The run's record, as in `run.json`.
+
+    Raises:
+        ArgumentError: options that do not go together, or more layers than the base has.
+        DataError, TaskError, ModelError, TrainError: questions, task or base cannot be used.
+    """
+    task = task if isinstance(task, Task) else Task.read(Path(task))
+    examples = read_examples(Path(questions), task)
+    wait_briefly()
+    from qcat.data.split import split_examples
+    from qcat.training.settings import Settings
+
+    kept = None if layers == "auto" else layers
+    texts = [example.text for example in examples]
+    settings = Settings(
+        base=prepare_base(base, checkpoint, kept, texts),
+        objective=objective,
+        epochs=epochs,
+        batch=batch_size,
+        rate=learning_rate,
+        rank=rank,
+        method=method,
+        train_embeddings=train_embeddings,
+        word_dropout=word_dropout,
+        seed=seed,
+        layers=kept,
+    )
+    split = split_examples(examples, task, seed=seed)
+    if layers == "auto":
+        from qcat.training.depth import train_shallowest
+
+        return train_shallowest(task, split, settings, max_f1_loss, Path(output), progress)
+    from qcat.training.train import train as train_run
+
+    return train_run(task, split, settings, Path(output), progress)
+
+
+def prepare_base(
+    base: str,
+    checkpoint: str | os.PathLike[str] | None,
+    layers: int | None,
+    texts: Sequence[str],
+) -> str:
+    """See that a base can be trained and exported, before hours of work; download it if need be.
+
+    Args:
+        base: as for `train`, as is the next.
+        checkpoint: see there.
+        layers: how many are to be kept; None for all.
+        texts: that its tokenizer is tried on, where it was rebuilt from a GGUF.
+
+    Returns:
+        The base to train on: the same, or the folder of the checkpoint.
+
+    Raises:
+        ArgumentError, ModelError, ExportError: what does not fit.
+    """
+    from qcat.base.checkpoint import base_folder, load_config
+    from qcat.base.gguf_base import gguf_checkpoint, gguf_file, is_gguf
+    from qcat.base.gguf_tokenizer import check_tokenizer
+    from qcat.gguf.architecture import architecture, hyper_parameters
+
+    gguf = gguf_file(base) if is_gguf(base) else None
+    if checkpoint:
+        if not gguf:
+            raise ArgumentError("--checkpoint is for a GGUF base")
+        base = str(gguf_checkpoint(base, Path(checkpoint)))
+    folder = base_folder(base, weights=False)
+    config = load_config(folder)
+    architecture(config)
+    if layers and layers > config.num_hidden_layers:
+        raise ArgumentError(
+            f"Invalid value for '--layers': {base} has {config.num_hidden_layers} layers: give a "
+            "number up to that."
+        )
+    hyper_parameters(load_config(folder, layers), config.vocab_size)
+    base_folder(base)
+    if gguf:
+        check_tokenizer(gguf, folder, texts)
+    return base
