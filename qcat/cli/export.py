@@ -10,6 +10,7 @@ from qcat_convert.quantize import AUTO, QUANTIZATIONS
 from qcat_convert.trim import DEFAULT_MERGES
 
 from qcat.cli.output import Bars, FloatRange, given, table, timeout_option
+from qcat.workflows.export_job import read_request
 
 if TYPE_CHECKING:
     from qcat.workflows.export_job import Request
