@@ -80,7 +80,8 @@ class Classifier:
         self.rule = rule
         """What decides whether it abstains, likewise: its own thresholds, or which other."""
         self._name, self._resources = name, resources
-        self._labels = tuple(self.task.labels)
+        self.labels = tuple(self.task.labels)
+        """In the order of the task."""
         self._encoded, self._vocabulary = opened.encoded, opened.vocabulary
         self._scorer = opened.scorer
 
@@ -223,6 +224,32 @@ class Classifier:
                 else:
                     yield self._predict(next(scores), entry[1])
 
+    def predict(self, texts: Iterable[str]) -> list[str]:
+        """The most probable label of each text, as scikit-learn's classifiers give it.
+
+        For answers that may abstain see `ask_many`.
+
+        Raises:
+            QuestionError, ServerError: as `ask_many`.
+        """
+        return [prediction.label for prediction in self.ask_many(texts)]
+
+    def predict_proba(self, texts: Iterable[str]) -> Floats:
+        """Probabilities of the labels, shape (texts, labels), columns in the order of `labels`.
+
+        Raises:
+            QuestionError, ServerError: as `ask_many`; or a server does not show them all.
+        """
+        rows = []
+        for number, prediction in enumerate(self.ask_many(texts), 1):
+            if not prediction.exact:
+                raise ServerError(
+                    f"text {number}: {self._name} does not show the probabilities of all labels: "
+                    "open the model's GGUF instead"
+                )
+            rows.append([prediction.probabilities[label] for label in self.labels])
+        return np.array(rows, np.float64).reshape(len(rows), len(self.labels))
+
     def _encode_or_error(self, question: str) -> tuple[list[int], bool] | QuestionError:
         try:
             return self._encode(question)
@@ -311,9 +338,9 @@ class Classifier:
                 f"{self._name}: this Ollama gives no probabilities, which sets need: "
                 "0.12.11 or later does"
             )
-        nothing_known = self.calibration.reason(self._labels[best], 0.0, 0.0, False)
+        nothing_known = self.calibration.reason(self.labels[best], 0.0, 0.0, False)
         return Prediction(
-            label=self._labels[best],
+            label=self.labels[best],
             confidence=None,
             abstained=nothing_known is not None,
             reason=nothing_known,
@@ -338,7 +365,7 @@ class Classifier:
     ) -> Prediction:
         return decide(
             self.calibration,
-            self._labels,
+            self.labels,
             best,
             *bounds,
             mass=mass,

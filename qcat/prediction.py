@@ -22,7 +22,7 @@ class Prediction:
 
     label: str
     """The most probable label, or where a server leaves that open the one that the model writes:
-    always one of the task's."""
+    always one of the task's, also where the model abstained. See `answer`."""
     confidence: float | None
     """Its probability given the question, from 0 to 1, calibrated if the model is; the least that
     it can be if not `exact`."""
@@ -53,6 +53,15 @@ class Prediction:
     truncated: bool
     """Whether the question was too long and its end was cut."""
 
+    @property
+    def answer(self) -> str | None:
+        """The label, or None where the model abstained: a guess cannot be taken for an answer."""
+        return None if self.abstained else self.label
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**vars(self), "probabilities": dict(self.probabilities)}
+        return {
+            "answer": self.answer,
+            **vars(self),
+            "probabilities": dict(self.probabilities),
+        }

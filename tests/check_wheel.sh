@@ -22,8 +22,8 @@ qcat="$work/fresh/bin/qcat"
 answer=$("$qcat" ask "When was the pool pump replaced?")
 test "$answer" = pool
 model=$("$work/fresh/bin/python" -c 'from qcat.classifier import DEFAULT_MODEL; print(DEFAULT_MODEL)')
-grep -qx "  $answer" <<<"$("$qcat" inspect "$model")"
-grep -q '^TEMPLATE' <<<"$("$qcat" modelfile "$model")"
+grep -qx "  $answer" <<<"$("$qcat" show "$model")"
+grep -q '^TEMPLATE' <<<"$("$qcat" show "$model" --modelfile)"
 refusal=$("$qcat" train "$data/questions.jsonl" -t "$data/task.toml" -o out 2>&1 || true)
 grep -qF 'pip install "qcat-llm[train]"' <<<"$refusal"
 echo "the wheel alone answers: $answer"

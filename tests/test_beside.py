@@ -117,7 +117,7 @@ def test_through_the_command(qcat, make_pair, household, tmp_path):
     named = qcat("ask", "-m", base, "--adapter", file, "the pool?", "--json")
     assert named.stdout == by_itself.stdout
     assert json.loads(named.stdout)["label"] in household.labels
-    shown = qcat("inspect", file)
+    shown = qcat("show", file)
     assert "28 F16" in shown.stdout
     refused = qcat("deploy", tmp_path / "out")
     assert "is an adapter beside its base: give `ollama create" in refused.stderr

@@ -574,7 +574,7 @@ def test_calibrate_then_promise_then_ask(qcat, house_copy, held_out, tmp_path):
     assert "promise: at most 10.0% of the answers are wrong, with 95% confidence" in done.stdout
     assert curve.read_bytes().startswith(b"\x89PNG")
     known = known_of(house_copy)
-    shown = qcat("inspect", house_copy).stdout
+    shown = qcat("show", house_copy).stdout
     assert f"threshold {known['threshold']:.4f}; at most 10.0% of the answers wrong" in shown
     promise = known["promise"]
     assert promise["errors"] / promise["answered"] < 0.1

@@ -95,15 +95,15 @@ def test_makes_a_whole_bundle_with_proof(qcat, make_checkpoint, tmp_path):
     assert again.returncode == 1
     assert "exists already" in again.stderr
     assert qcat("ask", "-m", tmp_path / "out" / "household.gguf", "gutters?").returncode == 0
-    shown = qcat("inspect", tmp_path / "out" / "household.gguf")
+    shown = qcat("show", tmp_path / "out" / "household.gguf")
     assert "20 held-out questions" in shown.stdout
     assert "layers       all 2 of the base\n" in shown.stdout
-    everything = json.loads(qcat("inspect", "--json", bundle.path).stdout)
+    everything = json.loads(qcat("show", "--json", bundle.path).stdout)
     assert everything["task"] == bundle.task.to_dict()
     assert everything["report"]["proof"] == proof
-    modelfile = qcat("modelfile", bundle.path)
+    modelfile = qcat("show", bundle.path, "--modelfile")
     assert modelfile.stdout == (tmp_path / "out" / "Modelfile").read_text("utf-8")
-    grammar = qcat("grammar", bundle.path)
+    grammar = qcat("show", bundle.path, "--grammar")
     assert grammar.stdout == (tmp_path / "out" / "labels.gbnf").read_text("utf-8")
 
 

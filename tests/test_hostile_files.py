@@ -647,7 +647,9 @@ TOLD = {
         "empty", "random bytes", "an unknown architecture", "no kind of tokenizer",
         "one token twice", "an empty token", "one token twice up to a NUL",
     ),
-    **dict.fromkeys(("inspect", "grammar", "modelfile"), ("empty", "a task that reads b'[]'")),
+    **dict.fromkeys(
+        ("show", "show --grammar", "show --modelfile"), ("empty", "a task that reads b'[]'")
+    ),
 }  # fmt: skip
 
 
@@ -657,7 +659,7 @@ def test_the_command_says_one_line(qcat, house, tmp_path, command):
     args = {"ask": ["-m", path, QUESTION], "lint": [EXAMPLE / "task.toml", "-m", path]}
     for name in TOLD[command]:
         path.write_bytes(crafted(house, name))
-        done = qcat(command, *args.get(command, [path]))
+        done = qcat(*command.split(), *args.get(command, [path]))
         assert (done.returncode, done.stdout) == (1, ""), name
         assert done.stderr.startswith(f"qcat: error: {path}: "), name
         assert done.stderr.count("\n") == 1, name
@@ -676,7 +678,7 @@ def test_the_command_says_one_line(qcat, house, tmp_path, command):
 def test_inspect_survives_other_sections_that_are_wrong(qcat, house, tmp_path, pairs):
     path = tmp_path / "hostile.gguf"
     path.write_bytes(rebuilt(house, pairs=pairs))
-    done = qcat("inspect", path)
+    done = qcat("show", path)
     assert "unexpected" not in done.stderr
 
 

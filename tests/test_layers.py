@@ -133,7 +133,7 @@ def test_trains_exports_and_asks_with_fewer_layers(qcat, call, easy_job, tmp_pat
     assert "- layers: the first 1 of the base's 2\n" in card
     gguf = tmp_path / "out" / "sorts.gguf"
     assert read_header(gguf).metadata["qwen3.block_count"] == 1
-    assert "layers       the first 1 of the base's 2\n" in call("inspect", gguf).stdout
+    assert "layers       the first 1 of the base's 2\n" in call("show", gguf).stdout
     assert qcat("ask", "-m", gguf, "who did the motor here").stdout == "pool pump\n"
 
     base = load_base(Path(record["settings"]["base"]), torch.float32)

@@ -515,5 +515,5 @@ def test_a_changed_modelfile_is_named(dist, server, tmp_path):
     assert "not what qcat writes for household.gguf" in done.stderr
     (tmp_path / "changed" / "Modelfile").unlink()
     done = command(server, QCAT, "deploy", tmp_path / "changed", "--name", "changed")
-    assert "write it with `qcat modelfile" in done.stderr
+    assert "write it with `qcat show" in done.stderr
     assert np.shape(done.stderr.splitlines()) == (1,)

@@ -28,7 +28,9 @@ def bundle(tmp_path_factory):
     """The model that comes with qcat, as a folder that `qcat deploy` takes."""
     folder = tmp_path_factory.mktemp("shipped")
     shutil.copy(DEFAULT_MODEL, folder)
-    text = subprocess.run([QCAT, "modelfile", DEFAULT_MODEL], capture_output=True, check=True)
+    text = subprocess.run(
+        [QCAT, "show", DEFAULT_MODEL, "--modelfile"], capture_output=True, check=True
+    )
     (folder / "Modelfile").write_bytes(text.stdout)
     return folder
 

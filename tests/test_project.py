@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -171,14 +172,14 @@ def test_doctor(qcat):
 
 
 def test_grammar_of_a_task_file(qcat):
-    done = qcat("grammar", EXAMPLE / "task.toml")
+    done = qcat("show", EXAMPLE / "task.toml", "--grammar")
     assert done.stdout == grammar(Task.read(EXAMPLE / "task.toml"))
 
 
 def test_grammar_needs_codes(qcat, tmp_path):
     text = (EXAMPLE / "task.toml").read_text("utf-8").replace('"name"\n\n', '"code"\n\n')
     (tmp_path / "task.toml").write_text(text, "utf-8")
-    done = qcat("grammar", tmp_path / "task.toml")
+    done = qcat("show", tmp_path / "task.toml", "--grammar")
     assert done.returncode == 1
     assert "codes are chosen for a tokenizer" in done.stderr
     with pytest.raises(TaskError, match="no codes yet"):
@@ -188,7 +189,7 @@ def test_grammar_needs_codes(qcat, tmp_path):
 def test_debug_shows_the_traceback(qcat, tmp_path):
     import os
 
-    done = qcat("inspect", tmp_path / "no.gguf", env={**os.environ, "QCAT_DEBUG": "1"})
+    done = qcat("show", tmp_path / "no.gguf", env={**os.environ, "QCAT_DEBUG": "1"})
     assert "Traceback" in done.stderr
     assert "BundleError" in done.stderr
 
@@ -205,13 +206,26 @@ def test_the_wheel_brings_two_packages_and_no_others(tmp_path):
     assert names == {"qcat", "qcat_convert", f"qcat_llm-{__version__}.dist-info"}
 
 
+def test_a_bundles_folder_is_a_model_too(qcat, house, tmp_path):
+    folder = tmp_path / "house"
+    folder.mkdir()
+    shutil.copy(house, folder / "house.gguf")
+    question = "who fixed the gate?"
+    asked = [qcat("ask", "-m", model, "--json", question) for model in (folder, house)]
+    assert asked[0].stdout == asked[1].stdout
+    assert qcat("show", folder, "--grammar").stdout == qcat("show", house, "--grammar").stdout
+    assert qcat("calibrate", folder, "--threshold", "0.5").returncode == 0
+    assert "threshold 0.5000" in qcat("show", folder).stdout
+    assert "0 GGUF files there" in qcat("ask", "-m", tmp_path, question).stderr
+
+
 def test_a_users_own_convert_module_changes_nothing(qcat, house, tmp_path):
     (tmp_path / "convert.py").write_text("raise SystemExit('taken')\n")
     script = "import convert_other, qcat.report.modelfile, qcat"
     (tmp_path / "convert_other.py").write_text("")
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert qcat("modelfile", house, cwd=tmp_path).returncode == 0
+    assert qcat("show", house, "--modelfile", cwd=tmp_path).returncode == 0
 
 
 def test_extras_are_what_libraries_ask_for():

@@ -274,7 +274,7 @@ def test_a_hash_that_is_not_of_its_text_is_nonsense_too(qcat, path, what):
             with pytest.raises(ReviewError, match="damaged"):
                 read()
     if what.startswith("hash"):
-        done = qcat("review", path, "--export", path.with_name("more.jsonl"))
+        done = qcat("review", "export", path, "-o", path.with_name("more.jsonl"))
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert done.stderr.startswith(f"qcat: error: {path}: is damaged")
 
@@ -418,7 +418,7 @@ def test_a_models_own_queue_lies_in_the_users_folder(
         file = tmp_path / "qcat" / "review" / f"own-{kind}.db"
         assert (b"secret" in file.read_bytes()) == (kind == "text")
         rows = tmp_path / "page.html"
-        done = qcat("review", "-m", model, "--html", rows)
+        done = qcat("review", "html", "-m", model, "-o", rows)
         assert done.returncode == 0
         assert ("kept as hashes only" in done.stderr) == (kind == "hash")
     # What is measured is not left to a person: its labels are known, and it would leak.
@@ -464,11 +464,11 @@ def test_from_ask_to_training(qcat, house, household, tmp_path):
     with answers.open("w", newline="") as file:
         rows = zip(questions, ["pool", "pool", "", NONE.title()], strict=True)
         csv.writer(file).writerows([("text", "label"), *rows])
-    done = qcat("review", "--import", answers, env=env)
+    done = qcat("review", "import", answers, env=env)
     assert done.stdout == f"{answers}: 3 answers taken; 1 questions wait\n", done.stderr
 
     more, strangers = tmp_path / "more.jsonl", tmp_path / "strangers.jsonl"
-    done = qcat("review", database, "--export", more, "--off-topic", strangers)
+    done = qcat("review", "export", database, "-o", more, "--off-topic", strangers)
     assert done.returncode == 0, done.stderr
     one, two = read_examples(more, household)
     assert [one.text, two.text] == questions[:2]
@@ -476,7 +476,7 @@ def test_from_ask_to_training(qcat, house, household, tmp_path):
     assert list(household.labels)[one.label] == "pool"
     assert read_texts(strangers) == ["what is love?"]
     again = tmp_path / "again.jsonl"
-    qcat("review", database, "--export", again)
+    qcat("review", "export", database, "-o", again)
     assert again.read_bytes() == more.read_bytes()
 
 
@@ -488,8 +488,8 @@ def test_hashes_come_back_by_text_or_hash(qcat, path, tmp_path):
     answers.write_text(
         f"hash,text,label\n,ONE?,pool\n{question_hash('two?')},,car\n{question_hash('three?').upper()},Three?,car\n"
     )
-    assert qcat("review", path, "--import", answers).returncode == 0
-    done = qcat("review", path, "--export", more)
+    assert qcat("review", "import", answers, path).returncode == 0
+    done = qcat("review", "export", path, "-o", more)
     assert "1 answered questions are kept as hashes only" in done.stderr
     assert [json.loads(line)["text"] for line in more.read_text().splitlines()] == [
         "ONE?",
@@ -527,7 +527,7 @@ WHO = question_hash("who?")
 def test_an_import_is_whole_or_nothing(qcat, path, tmp_path, name, text, said):
     filled(path, "who?", "when?", "wh o?")
     (tmp_path / name).write_text(text)
-    done = qcat("review", path, "--import", tmp_path / name)
+    done = qcat("review", "import", tmp_path / name, path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"qcat: error: {tmp_path / name}{said}")
     assert done.stderr.count("\n") == 1
@@ -569,8 +569,8 @@ def test_a_sheet_is_filled_in_and_comes_back(qcat, path, tmp_path):
     with opened(path, keep_text=False) as queue:
         queue.add("hidden", prediction())
     sheet = tmp_path / "sheet.csv"
-    done = qcat("review", path, "--csv", sheet)
-    assert done.stdout == f"{sheet}: 3 questions: fill in the column label, and --import it\n"
+    done = qcat("review", "csv", path, "-o", sheet)
+    assert done.stdout == f"{sheet}: 3 questions: fill in the column label, and `qcat review import` it\n"
     assert "1 questions are kept as hashes only" in done.stderr
     assert sheet.read_bytes().startswith(b"\xef\xbb\xbfhash,text,seen,suggested,label\r\n")
     with sheet.open(encoding="utf-8-sig", newline="") as file:
@@ -579,7 +579,7 @@ def test_a_sheet_is_filled_in_and_comes_back(qcat, path, tmp_path):
         ("'=1+1 is what, in the café?", "2", "pool", ""), ("when?", "1", "car", ""),
         ("", "1", "pool", ""),
     ]  # fmt: skip
-    done = qcat("review", path, "--import", sheet)  # nothing is filled in yet
+    done = qcat("review", "import", sheet, path)  # nothing is filled in yet
     assert done.stdout.startswith(f"{sheet}: 0 answers taken; 2 questions wait")
     for row, label in zip(rows, ["fence", NONE, "car"], strict=True):
         row["label"] = label
@@ -587,10 +587,10 @@ def test_a_sheet_is_filled_in_and_comes_back(qcat, path, tmp_path):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    done = qcat("review", path, "--import", sheet)
+    done = qcat("review", "import", sheet, path)
     assert done.stdout.startswith(f"{sheet}: 3 answers taken; 0 questions wait"), done.stderr
     sheet.write_text('text,label\n"\'=1+1 is what, in the café?",car\n')  # without the hash
-    assert qcat("review", path, "--import", sheet).returncode == 0
+    assert qcat("review", "import", sheet, path).returncode == 0
     with ReviewQueue.existing(path) as queue:
         assert [(one.text, one.label) for one in queue.decided()] == [
             ("when?", None), ("=1+1 is what, in the café?", "car"), ("answered", "pool"),
@@ -822,21 +822,24 @@ def test_wide_characters_take_two_columns():
 
 
 def test_without_a_terminal_review_says_what_else_there_is(qcat, path):
-    done = qcat("review", filled(path, "who?"), input="")
+    done = qcat("review", "answer", filled(path, "who?"), input="")
     assert done.returncode == 1
-    assert "--html" in done.stderr
-    assert "--import" in done.stderr
+    assert "review html" in done.stderr
+    assert "review import" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_review_says_what_cannot_be(qcat, path, tmp_path):
-    assert "no such review queue" in qcat("review", tmp_path / "none.db").stderr
-    assert qcat("review", path, "--export", "x.csv").returncode == 2
-    assert qcat("review", path, "--csv", "x.xlsx").returncode == 2
+    assert "no such review queue" in qcat("review", "answer", tmp_path / "none.db").stderr
+    assert qcat("review", "export", path, "-o", "x.csv").returncode == 2
+    assert qcat("review", "csv", path, "-o", "x.xlsx").returncode == 2
     assert (
-        qcat("review", "-m", "ollama:house", env={**os.environ, "QCAT_REVIEW": ""}).returncode == 2
+        qcat(
+            "review", "answer", "-m", "ollama:house", env={**os.environ, "QCAT_REVIEW": ""}
+        ).returncode
+        == 2
     )
-    done = qcat("review", filled(path), "--html", tmp_path / "no" / "page.html")
+    done = qcat("review", "html", filled(path), "-o", tmp_path / "no" / "page.html")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
 
@@ -848,7 +851,11 @@ def test_a_person_walks_through_it_in_a_terminal(path):
 
     def start():
         return pexpect.spawn(
-            program, ["review", str(path)], dimensions=(24, 80), encoding="utf-8", timeout=30
+            program,
+            ["review", "answer", str(path)],
+            dimensions=(24, 80),
+            encoding="utf-8",
+            timeout=30,
         )
 
     walk = start()
@@ -925,7 +932,7 @@ def test_the_page_holds_any_text_as_data(questions, task, labels):
 def test_a_person_walks_through_the_page(qcat, path, tmp_path):
     filled(path, "who cleaned it?", f"what is {EVIL}?", "which gate?", "what is love?", "last?")
     page = tmp_path / "page.html"
-    done = qcat("review", path, "--html", page)
+    done = qcat("review", "html", path, "-o", page)
     assert done.stdout == f"{page}: 5 questions: open it in a browser\n"
 
     def shows(what):
@@ -973,7 +980,7 @@ def test_a_person_walks_through_the_page(qcat, path, tmp_path):
         asked = [m["params"]["request"]["url"] for m in browser.messages
                  if m["method"] == "Network.requestWillBeSent"]  # fmt: skip
         assert {url.split(":")[0] for url in asked} <= {"file", "blob"}
-    done = qcat("review", path, "--import", saved)
+    done = qcat("review", "import", saved, path)
     assert done.stdout == f"{saved}: 4 answers taken; 1 questions wait\n", done.stderr
     with ReviewQueue.existing(path) as queue:
         assert [one.label for one in queue.decided()] == ["pool", "fence", None, "fence"]

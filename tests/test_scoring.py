@@ -347,6 +347,25 @@ def test_bad_grammar_is_an_error_not_a_crash(opened):
         )
 
 
+def test_predict_as_scikit_learn_has_it(house):
+    texts = ["who fixed the pool pump?", "the fence?", "when was it?"]
+    with Classifier.open(house, threshold=1) as classifier:
+        predictions = list(classifier.ask_many(texts))
+        assert classifier.predict(texts) == [p.label for p in predictions]
+        assert [p.answer for p in predictions] == [None] * 3  # every one under the threshold
+        shares = classifier.predict_proba(iter(texts))
+        assert shares.shape == (3, len(classifier.labels))
+        np.testing.assert_allclose(shares.sum(1), 1)
+        best = [classifier.labels[column] for column in shares.argmax(1)]
+        assert best == classifier.predict(texts)
+        assert classifier.predict_proba([]).shape == (0, len(classifier.labels))
+        with pytest.raises(QuestionError, match="question 2"):
+            classifier.predict(["fine?", " "])
+    with Classifier.open(house, threshold=0) as classifier:
+        answer = classifier.ask("the fence?")
+        assert answer.answer == answer.label == answer.to_dict()["answer"]
+
+
 def test_use_after_close_is_an_error(house):
     classifier = Classifier.open(house)
     classifier.close()

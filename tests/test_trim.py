@@ -360,7 +360,7 @@ def test_through_the_installed_command(qcat, call, make_checkpoint, household, t
     assert f"vocabulary: {line}" in done.stdout
     assert f"- vocabulary: {line}\n" in (tmp_path / "out" / "MODEL_CARD.md").read_text("utf-8")
     gguf = tmp_path / "out" / "household.gguf"
-    shown = call("inspect", gguf).stdout
+    shown = call("show", gguf).stdout
     assert line in shown
     assert f"{found['tokens']} tokens in the vocabulary" in shown
     asked = qcat("ask", "-m", gguf, "--json", "when was the pool pump replaced", "水泵")

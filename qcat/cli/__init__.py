@@ -27,9 +27,7 @@ COMMANDS = {
     "review": "Decide what the model left to a person.",
     "drift": "Compare a log of answers with a quiet time.",
     "bench": "Measure what a bundle costs on this machine.",
-    "grammar": "Print a task's GBNF grammar.",
-    "modelfile": "Print a bundle's Ollama Modelfile.",
-    "inspect": "Show what a GGUF says of itself.",
+    "show": "Show what a model says of itself, its grammar, its Modelfile.",
     "doctor": "Show what this machine offers.",
 }
 

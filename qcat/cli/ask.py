@@ -94,7 +94,7 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
 @click.option(
     "--review-default",
     is_flag=True,
-    help="As --review, with the file in your data folder that `qcat review -m MODEL` opens.",
+    help="As --review, with the file in your data folder that `qcat review answer -m MODEL` opens.",
 )
 @click.option(
     "--review-hash",

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,91 +22,142 @@ _OTHER_SCREEN, _BACK = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # and hid
 _CLEAR = "\x1b[H\x1b[2J"
 
 
-@click.command()
-@click.argument("queue", metavar="[FILE]", type=_FILE, required=False, envvar="QCAT_REVIEW")
-@click.option(
+_queue = click.argument(
+    "queue", metavar="[QUEUE]", type=_FILE, required=False, envvar="QCAT_REVIEW"
+)
+_model = click.option(
     "-m",
     "--model",
     envvar="QCAT_MODEL",
     metavar="MODEL",
     type=_FILE,
-    help="Without FILE: the GGUF whose own queue is meant; by default the model that comes with "
-    "qcat.  [env: QCAT_MODEL]",
+    help="Without QUEUE: the model whose queue in your data folder is meant; by default the one "
+    "that comes with qcat.  [env: QCAT_MODEL]",
 )
-@click.option("--html", metavar="FILE", type=_FILE, help="Write a web page to review in instead.")
-@click.option(
-    "--csv",
-    "sheet",
-    metavar="FILE",
-    type=_FILE,
-    help="Write the questions that wait for a spreadsheet instead: fill in the column label, with "
-    "`none of these` where none fits, and --import it.",
-)
-@click.option(
-    "--import",
-    "answers",
-    metavar="FILE",
-    type=_FILE,
-    help="Take answers back: what the page saved, or a CSV with label and hash or text. All of "
-    "them or none.",
-)
-@click.option(
-    "--export",
-    metavar="FILE",
-    type=_FILE,
-    help="Write the answered questions as JSONL that `qcat train` takes.",
-)
+
+
+def _output(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "-o", "--output", required=True, metavar="FILE", type=_FILE, help=f"{what} to write."
+    )
+
+
+@click.group()
+def command() -> None:
+    """Decide the questions that `qcat ask --review QUEUE` could not answer.
+
+    QUEUE may also be named by QCAT_REVIEW.
+
+    A queue made with --review-hash, or of a task with review = "hash", holds no texts: there is
+    nothing to read here. Bring its questions back with `qcat review import` and a CSV that has
+    their text (its hash is looked up, and the queue has the text from then on), or the hash alone,
+    as `qcat review csv` writes it.
+
+    \b
+    Examples:
+      qcat review answer house.db
+      qcat review html house.db -o review.html
+      qcat review csv house.db -o house.csv
+      qcat review import house.review.json house.db
+      qcat review export house.db -o more.jsonl --off-topic strangers.jsonl
+    """
+
+
+@command.command()
+@_queue
+@_model
+def answer(queue: Path | None, model: Path | None) -> None:
+    """Answer in the terminal, one key a label.
+
+    Each answer is on the disk at once: quit any time, with q or Ctrl-C.
+
+    \b
+    Example:
+      qcat review answer house.db
+    """
+    with _opened(queue, model) as opened:
+        _walk(opened)
+
+
+@command.command()
+@_queue
+@_model
+@_output("Self-contained web page")
+def html(queue: Path | None, model: Path | None, output: Path) -> None:
+    """Write a web page to answer in; it saves a file for `qcat review import`.
+
+    \b
+    Example:
+      qcat review html house.db -o review.html
+    """
+    with _opened(queue, model) as opened:
+        _page(opened, output)
+
+
+@command.command()
+@_queue
+@_model
+@_output("CSV")
+def csv(queue: Path | None, model: Path | None, output: Path) -> None:
+    """Write the questions for a spreadsheet: fill in the column label, and import it.
+
+    `none of these` stands for a question that no label fits.
+
+    \b
+    Example:
+      qcat review csv house.db -o house.csv
+    """
+    if output.suffix.lower() != ".csv":
+        raise click.UsageError(f"{output}: CSV is written: name a file that ends in .csv")
+    with _opened(queue, model) as opened:
+        _sheet(opened, output)
+
+
+@command.command("import")
+@click.argument("answers", metavar="ANSWERS", type=_FILE)
+@_queue
+@_model
+def take(answers: Path, queue: Path | None, model: Path | None) -> None:
+    """Take answers back: what the page saved, or a CSV with label and hash or text.
+
+    All of them are taken, or none.
+
+    \b
+    Example:
+      qcat review import house.review.json house.db
+    """
+    with _opened(queue, model) as opened:
+        _import(opened, answers)
+
+
+@command.command()
+@_queue
+@_model
+@_output("JSONL of the answered questions, which `qcat train` takes,")
 @click.option(
     "--off-topic",
     metavar="FILE",
     type=_FILE,
     help="Write those that no label fits as JSONL that `qcat eval --off-topic` takes.",
 )
-def command(
-    queue: Path | None,
-    model: Path | None,
-    html: Path | None,
-    sheet: Path | None,
-    answers: Path | None,
-    export: Path | None,
-    off_topic: Path | None,
-) -> None:
-    """Answer the questions that `qcat ask --review FILE` left to a person, one key each.
-
-    Each answer is on the disk at once: quit any time, with q or Ctrl-C. FILE may also be named by
-    QCAT_REVIEW.
-
-    A queue made with --review-hash, or by a task with review = "hash", holds no texts: there is
-    nothing to read here. Bring its questions back with --import and a CSV that has their text (its
-    hash is looked up, and the queue has the text from then on), or the hash alone, as --csv
-    writes it.
+def export(queue: Path | None, model: Path | None, output: Path, off_topic: Path | None) -> None:
+    """Write the answered questions with their labels.
 
     \b
-    Examples:
-      qcat review house.db
-      qcat review house.db --html review.html
-      qcat review house.db --import household.review.json
-      qcat review house.db --csv house.csv
-      qcat review house.db --export more.jsonl --off-topic strangers.jsonl
+    Example:
+      qcat review export house.db -o more.jsonl --off-topic strangers.jsonl
     """
-    for path in (export, off_topic):
+    for path in (output, off_topic):
         if path and path.suffix.lower() in (".csv", ".parquet"):
             raise click.UsageError(f"{path}: JSONL is written: name a file that ends in .jsonl")
-    if sheet and sheet.suffix.lower() != ".csv":
-        raise click.UsageError(f"{sheet}: CSV is written: name a file that ends in .csv")
-    with ReviewQueue.existing(queue or _own_queue(model)) as opened:
-        if answers:
-            _import(opened, answers)
-        if export:
-            _export(opened, export)
+    with _opened(queue, model) as opened:
+        _export(opened, output)
         if off_topic:
             _off_topic(opened, off_topic)
-        if html:
-            _page(opened, html)
-        if sheet:
-            _sheet(opened, sheet)
-        if not (answers or export or off_topic or html or sheet):
-            _walk(opened)
+
+
+def _opened(queue: Path | None, model: Path | None) -> ReviewQueue:
+    return ReviewQueue.existing(queue or _own_queue(model))
 
 
 def _own_queue(model: Path | None) -> Path:
@@ -138,7 +189,7 @@ def _export(queue: ReviewQueue, path: Path) -> None:
     if lacking := sum(one.text is None for one in decided):
         click.echo(
             f"qcat: warning: {lacking} answered questions are kept as hashes only and left out: "
-            "--import a CSV with their text",
+            "import a CSV with their text",
             err=True,
         )
 
@@ -166,7 +217,9 @@ def _sheet(queue: ReviewQueue, path: Path) -> None:
 
     entries = queue.pending(unreadable=True)
     write_whole(path, questions_csv(entries))
-    click.echo(f"{path}: {len(entries)} questions: fill in the column label, and --import it")
+    click.echo(
+        f"{path}: {len(entries)} questions: fill in the column label, and `qcat review import` it"
+    )
     _tell_unreadable(queue)
 
 
@@ -174,7 +227,7 @@ def _tell_unreadable(queue: ReviewQueue) -> None:
     if unreadable := queue.counts().unreadable:
         click.echo(
             f"qcat: warning: {queue.path}: {unreadable} questions are kept as hashes only and "
-            "cannot be read: --import a CSV with text or hash, and label",
+            "cannot be read: import a CSV with text or hash, and label",
             err=True,
         )
 
@@ -182,8 +235,8 @@ def _tell_unreadable(queue: ReviewQueue) -> None:
 def _walk(queue: ReviewQueue) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ReviewError(
-            "this is no terminal: write a page with --html, or a sheet with --csv, and bring the "
-            "answers with --import"
+            "this is no terminal: write a page with `qcat review html`, or a sheet with `qcat "
+            "review csv`, and bring the answers with `qcat review import`"
         )
     walk = Walk(queue.task, queue.labels, queue.pending())
     if walk.entries:

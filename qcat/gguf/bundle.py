@@ -33,13 +33,15 @@ class Bundle:
         """Check a file and read what it says of itself.
 
         Args:
-            path: of the file.
+            path: of the file, or of the folder of a bundle.
             remember: as in `read_header`.
 
         Raises:
             BundleError: the file is absent, no GGUF, damaged, or carries no usable qcat task.
         """
         file = Path(path)
+        if file.is_dir():
+            file = find_gguf(file)
         header = read_header(file, remember=remember)
         if TASK_KEY not in header.metadata:
             raise BundleError(f"{file}: a GGUF without qcat metadata: make one with `qcat export`")

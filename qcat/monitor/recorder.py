@@ -56,7 +56,7 @@ class Recorder:
             log: file to append each answer to, for `qcat drift`.
             log_text: log the questions too.
             review: file of the review queue; True is the one in the user's data folder that
-                `qcat review -m MODEL` opens.
+                `qcat review answer -m MODEL` opens.
             review_hash: keep hashes in the queue and no texts, even if the task suggests texts.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Answers that come back: the JSON that the page of `qcat review --html` saves, or a CSV.
+"""Answers that come back: the JSON that the page of `qcat review html` saves, or a CSV.
 
 A CSV has a header line, a column `label` and `hash` or `text` or both, as `questions_csv` writes
 it. The hash says which question is meant, or without one the text; with both they must agree. A
@@ -125,7 +125,7 @@ def _json(path: Path, queue: ReviewQueue) -> _Rows:
             f"{path}: not JSON ({error}): name what the page saved, or a .csv"
         ) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ReviewError(f"{path}: not what the page of `qcat review --html` saves")
+        raise ReviewError(f"{path}: not what the page of `qcat review html` saves")
     if data.get("task") != queue.task:
         raise ReviewError(
             f"{path}: has answers for task {_shown(data.get('task'))}, and {queue.path} is of task "

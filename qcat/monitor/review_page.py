@@ -72,7 +72,7 @@ def review_page(task: str, labels: Sequence[str], entries: Sequence[Entry]) -> s
             '<button id="undo">Undo<kbd>u</kbd></button>',
             '<button id="save">Save answers</button></footer>',
             '<p id="how">Save the answers into a file, and bring them back with '
-            "<code>qcat review --import FILE</code>. This browser keeps them too.</p>",
+            "<code>qcat review import FILE</code>. This browser keeps them too.</p>",
             f'<script type="application/json" id="data">{embedded}</script>',
             f"<script>{script}</script>\n</body>\n</html>\n",
         ]

@@ -54,7 +54,7 @@ def calibrate(
     """Calibrate a model on questions that it was not trained on, or set its threshold, in place.
 
     Args:
-        model: the GGUF.
+        model: the GGUF, or the folder of a bundle.
         questions: labelled, in a file; not needed to set a threshold by hand.
         max_error: set the threshold above which at most this share of the answers is wrong.
         level: the confidence with which that holds.
@@ -84,10 +84,10 @@ def calibrate(
         )
     if questions is None:
         calibration = before.with_threshold(threshold or 0.0)
-        write_sections(model, _unmeasured(bundle, calibration))
+        write_sections(bundle.path, _unmeasured(bundle, calibration))
         return Calibrated(calibration, None)
     asked = ask_all(
-        model,
+        bundle.path,
         read_examples(questions, bundle.task),
         lambda done, total: progress("questions", done, total),
     )
@@ -107,7 +107,7 @@ def calibrate(
     # A few questions that only measure a threshold are no better reference than the one there is.
     found = sections(calibration, asked)
     few = found[REFERENCE_KEY]["questions"] < _reference(bundle).get("questions", 0)
-    write_sections(model, _unmeasured(bundle, calibration) if few and not anew else found)
+    write_sections(bundle.path, _unmeasured(bundle, calibration) if few and not anew else found)
     if curve and picture:
         write_whole(curve, picture)
     dropped = anew and bool(before.threshold or before.promise)

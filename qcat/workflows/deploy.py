@@ -141,12 +141,12 @@ def _read(folder: Path) -> _Bundle:
         stored = file.read_bytes()
     except OSError as error:
         raise BundleError(
-            f"{file}: {error.strerror}: write it with `qcat modelfile {gguf} > {file}`"
+            f"{file}: {error.strerror}: write it with `qcat show {gguf} --modelfile > {file}`"
         ) from None
     if stored != text.encode():
         raise BundleError(
             f"{file}: not what qcat writes for {gguf.name}: write it anew with "
-            f"`qcat modelfile {gguf} > {file}`, or give it to `ollama create` yourself"
+            f"`qcat show {gguf} --modelfile > {file}`, or give it to `ollama create` yourself"
         )
     return _Bundle(gguf, task, prompt, go_template(prompt), wanted)
 

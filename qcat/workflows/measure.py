@@ -104,7 +104,8 @@ def measure(model: Path, questions: Sequence[str], progress: Progress) -> Measur
     """
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
     threads, machine = default_threads(), cores()
-    task = Bundle.read(model).task
+    bundle = Bundle.read(model)
+    model, task = bundle.path, bundle.task
     cold, peak = _cold(model, questions[0], progress)
     with Classifier.open(model, threads=threads) as classifier:
         tokens = median(classifier.count_tokens(question) for question in questions)

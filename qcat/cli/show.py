@@ -1,4 +1,4 @@
-"""`qcat inspect`: what a GGUF says of itself."""
+"""`qcat show`: what a model says of itself, its grammar, its Modelfile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from qcat.calibration.calibration import Calibration
-from qcat.errors import BundleError
+from qcat.encoding.encoded import EncodedTask
+from qcat.encoding.grammar import grammar
+from qcat.errors import BundleError, TaskError
 from qcat.gguf.adapter import BASE_KEY
 from qcat.gguf.bundle import Bundle, is_adapter
 from qcat.gguf.sections import REPORT_KEY, SOURCE_KEY, section
@@ -20,16 +22,61 @@ from qcat.task import Task
 
 
 @click.command()
-@click.argument("gguf", metavar="FILE.gguf", type=click.Path(path_type=Path))
+@click.argument("source", metavar="MODEL|TASK.toml", type=click.Path(path_type=Path))
+@click.option("--grammar", "as_grammar", is_flag=True, help="The labels as GBNF; of a task too.")
+@click.option("--modelfile", "as_modelfile", is_flag=True, help="The Modelfile for Ollama.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
-def command(gguf: Path, as_json: bool) -> None:
-    """Show the task, the labels, the source, the proof and the confidence that a GGUF carries.
+def command(source: Path, as_grammar: bool, as_modelfile: bool, as_json: bool) -> None:
+    """Show the task, the labels, the source, the proof and the confidence that MODEL carries.
+
+    MODEL is a GGUF, or the folder of a bundle.
 
     \b
-    Example:
-      qcat inspect house.gguf
+    Examples:
+      qcat show house.gguf
+      qcat show task.toml --grammar > labels.gbnf
+      qcat show house.gguf --modelfile > Modelfile && ollama create house -f Modelfile
     """
-    bundle = Bundle.read(gguf)
+    if as_grammar + as_modelfile + as_json > 1:
+        raise click.UsageError("--grammar, --modelfile and --json: give one of them")
+    if as_grammar:
+        click.echo(_grammar(source), nl=False)
+        return
+    bundle = Bundle.read(source)
+    if as_modelfile:
+        click.echo(_modelfile(bundle), nl=False)
+    else:
+        _show(bundle, as_json)
+
+
+def _grammar(source: Path) -> str:
+    """The grammar that accepts exactly the task's labels, each after a space."""
+    task = Task.read(source) if source.suffix == ".toml" else Bundle.read(source).task
+    if task.verbalizer == "code" and not task.codes:
+        raise TaskError(
+            f"{source}: codes are chosen for a tokenizer: name the exported model, "
+            "or write them under [codes]"
+        )
+    return grammar(task)
+
+
+def _modelfile(bundle: Bundle) -> str:
+    """The Modelfile as export writes it beside the file."""
+    if is_adapter(bundle.header):
+        raise BundleError(
+            f"{bundle.path}: is an adapter: `qcat export` wrote its Modelfile beside it"
+        )
+    from qcat.backends.llama import LlamaModel
+    from qcat.report.modelfile import modelfile, parameters
+
+    with LlamaModel(bundle.path, vocab_only=True) as model:
+        encoded = EncodedTask.served(bundle.task, model, str(bundle.path))
+        wanted = parameters(encoded, model)
+    return modelfile(bundle.task, encoded.prompt, gguf=bundle.path.name, parameters=wanted)
+
+
+def _show(bundle: Bundle, as_json: bool) -> None:
+    gguf = bundle.path
     metadata, task = bundle.header.metadata, bundle.task
     report = section(bundle.header, REPORT_KEY, gguf)
     known = read_calibration(bundle)
