@@ -570,7 +570,10 @@ def test_a_sheet_is_filled_in_and_comes_back(qcat, path, tmp_path):
         queue.add("hidden", prediction())
     sheet = tmp_path / "sheet.csv"
     done = qcat("review", "csv", path, "-o", sheet)
-    assert done.stdout == f"{sheet}: 3 questions: fill in the column label, and `qcat review import` it\n"
+    assert (
+        done.stdout
+        == f"{sheet}: 3 questions: fill in the column label, and `qcat review import` it\n"
+    )
     assert "1 questions are kept as hashes only" in done.stderr
     assert sheet.read_bytes().startswith(b"\xef\xbb\xbfhash,text,seen,suggested,label\r\n")
     with sheet.open(encoding="utf-8-sig", newline="") as file:

@@ -386,7 +386,7 @@ def test_options_that_make_no_sense(more, call, tmp_path):
 def test_a_question_that_smaller_tokens_make_too_long(make_checkpoint, household, tmp_path):
     """Told before the merge, which may take minutes."""
     adapter, text = make_checkpoint(hidden=64).adapter, "(When" * 100
-    more = {"adapter": adapter, "held_out": ((text, 0),), "merges": 0}
+    more = {"adapter": adapter, "held_out": (Example(text, 0),), "merges": 0}
     with pytest.raises(DataError, match="tokens, room for 256: shorten it"):
         export(Request(household, tmp_path / "out", **more))
     assert list(tmp_path.iterdir()) == []

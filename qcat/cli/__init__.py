@@ -15,8 +15,10 @@ from qcat.install import extra_with, how_to_install
 from qcat.version import __version__
 
 COMMANDS = {
+    "build": "Make a model of labelled questions, in one command.",
     "ask": "Put questions into categories.",
     "batch": "Put the questions of a CSV, JSONL or Parquet file into categories.",
+    "init": "Write a task for labelled questions.",
     "lint": "Check a task and its questions before training.",
     "train": "Fine-tune a base on labelled questions.",
     "export": "Turn an adapter into a proven 4-bit GGUF bundle.",

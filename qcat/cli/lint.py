@@ -68,7 +68,7 @@ def command(
     if target and not questions:
         raise click.UsageError("--fix needs QUESTIONS to mend")
     task = Task.read(task_file)
-    with _tokenizer(base, model) as tokenizer:
+    with tokenizer_of(base, model) as tokenizer:
         if target and questions:
             _say_fixed(questions, target, fix(task, questions, target))
             questions = target
@@ -82,14 +82,15 @@ def command(
         text = json.dumps(document, indent=1, ensure_ascii=False)
         click.echo(text.encode("utf-8", "replace").decode())
     else:
-        for line in _lines(report, task_file, questions):
+        for line in finding_lines(report, task_file, questions):
             click.echo(line)
         click.echo(_summary(report, task_file, questions))
     return 1 if report.count("error") else 0
 
 
 @contextmanager
-def _tokenizer(base: str | None, model: Path | None) -> Iterator[Tokenizer | None]:
+def tokenizer_of(base: str | None, model: Path | None) -> Iterator[Tokenizer | None]:
+    """The tokenizer of a base or of a GGUF, if one is named."""
     if base:
         from qcat.encoding.tokenization import HubTokenizer
 
@@ -114,7 +115,7 @@ def _say_fixed(questions: Path, target: Path, fixed: Fixed) -> None:
     click.echo(f"{click.format_filename(target)}: {_count(len(fixed.rows), 'row')}", err=True)
 
 
-def _lines(report: Report, task_file: Path, questions: Path | None) -> Iterator[str]:
+def finding_lines(report: Report, task_file: Path, questions: Path | None) -> Iterator[str]:
     """One line a finding, at most `_SHOWN` of a code."""
     totals = Counter((finding.severity, finding.code) for finding in report.findings)
     shown: Counter[tuple[str, str]] = Counter()

@@ -12,12 +12,13 @@ import click
 
 from qcat.cli.output import Bars, FloatRange, given, table
 from qcat.progress import Progress
+from qcat.workflows.init import find_task
 from qcat.workflows.train import DEFAULT_BASE, train
 
 _FILE = click.Path(path_type=Path)
 
 
-class _Layers(click.ParamType[int | str]):
+class Layers(click.ParamType[int | str]):
     """A number of layers, or `auto`."""
 
     name = "layers"
@@ -42,10 +43,9 @@ class _Layers(click.ParamType[int | str]):
     "-t",
     "--task",
     "task_file",
-    required=True,
     metavar="FILE",
     type=_FILE,
-    help="What to decide: task.toml.",
+    help="What to decide.  [default: task.toml beside QUESTIONS]",
 )
 @click.option(
     "--base",
@@ -120,7 +120,7 @@ class _Layers(click.ParamType[int | str]):
 )
 @click.option(
     "--layers",
-    type=_Layers(),
+    type=Layers(),
     metavar="N|auto",
     help="Keep the first N layers of the base and drop those above: size and time shrink with "
     "them. `auto` tries all, 3/4, 1/2, 3/8, 1/4 and 1/8, a training each, until one loses more "
@@ -144,7 +144,7 @@ class _Layers(click.ParamType[int | str]):
 )
 def command(
     questions: Path,
-    task_file: Path,
+    task_file: Path | None,
     base: str,
     checkpoint: Path | None,
     output: Path,
@@ -182,7 +182,7 @@ def command(
     with train_bars(output) as progress:
         record = train(
             questions,
-            task=task_file,
+            task=find_task(questions, task_file),
             output=output,
             base=base,
             checkpoint=checkpoint,

@@ -40,7 +40,7 @@ class Bundle:
             BundleError: the file is absent, no GGUF, damaged, or carries no usable qcat task.
         """
         file = Path(path)
-        if file.is_dir():
+        if os.path.isdir(file):  # which is False, and no error, for a name that no file can have
             file = find_gguf(file)
         header = read_header(file, remember=remember)
         if TASK_KEY not in header.metadata:

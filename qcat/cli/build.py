@@ -1,0 +1,188 @@
+"""`qcat build`: labelled questions to a proven model, in one command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from qcat_convert.quantize import AUTO, QUANTIZATIONS
+from qcat_convert.trim import DEFAULT_MERGES
+
+from qcat.cli.lint import finding_lines
+from qcat.cli.output import FloatRange, table
+from qcat.cli.train import Layers, train_bars
+from qcat.workflows.build import Built, LintError, build
+from qcat.workflows.train import DEFAULT_BASE
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("questions", metavar="QUESTIONS", type=_FILE)
+@click.option(
+    "-o", "--output", required=True, metavar="DIR", type=_FILE, help="Folder of the bundle."
+)
+@click.option(
+    "-t",
+    "--task",
+    "task_file",
+    metavar="FILE",
+    type=_FILE,
+    help="What to decide.  [default: task.toml beside QUESTIONS, else made of their labels]",
+)
+@click.option(
+    "--base",
+    default=DEFAULT_BASE,
+    show_default=True,
+    metavar="MODEL",
+    help="Base model: a folder, a hub name, a GGUF file, or ollama:NAME.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["scales", "lora"]),
+    default="scales",
+    show_default=True,
+    help="What is trained, as for `qcat train`.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="At most so many passes over the data.",
+)
+@click.option(
+    "--learning-rate",
+    type=FloatRange(0, min_open=True),
+    metavar="RATE",
+    help="The highest, as for `qcat train`.",
+)
+@click.option("--layers", type=Layers(), metavar="N|auto", help="As for `qcat train`.")
+@click.option("--quant", type=click.Choice((*QUANTIZATIONS, AUTO)), help="As for `qcat export`.")
+@click.option(
+    "--vocab",
+    type=click.Choice(["full", "trim"]),
+    default="full",
+    show_default=True,
+    help="As for `qcat export`.",
+)
+@click.option(
+    "--max-flips",
+    type=FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    metavar="SHARE",
+    help="Fail if more held-out questions than this change their label at export.",
+)
+@click.option(
+    "--max-error",
+    type=FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Also set the threshold above which at most this share of the answers is wrong, as "
+    "`qcat calibrate` does, on the test questions.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all draws."
+)
+@click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object.")
+def command(
+    questions: Path,
+    output: Path,
+    task_file: Path | None,
+    base: str,
+    method: Any,
+    epochs: int,
+    learning_rate: float | None,
+    layers: Any,
+    quant: str | None,
+    vocab: str,
+    max_flips: float,
+    max_error: float | None,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Make a model of labelled QUESTIONS: init, lint, train, export, calibrate and eval in one.
+
+    DIR.build keeps each finished step: rerun the command to resume one that was stopped.
+
+    \b
+    Example:
+      qcat build questions.csv -o house
+    """
+    try:
+        with train_bars(output) as progress:
+            built = build(
+                questions,
+                output,
+                task=task_file,
+                base=base,
+                method=method,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                layers=layers,
+                quantization=quant,
+                merges=DEFAULT_MERGES if vocab == "trim" else None,
+                max_flips=max_flips,
+                max_error=max_error,
+                seed=seed,
+                progress=progress,
+                announce=lambda step: click.echo(step, err=True),
+            )
+    except LintError as error:
+        for line in finding_lines(error.report, questions, questions):
+            click.echo(line)
+        raise
+    if as_json:
+        click.echo(json.dumps(_summary(built), ensure_ascii=False))
+    else:
+        click.echo("\n".join(_lines(built)))
+    return 0
+
+
+def _summary(built: Built) -> dict[str, Any]:
+    quality = built.evaluation["quality"]
+    baseline = built.evaluation["baseline"]["quality"]
+    return {
+        "bundle": str(built.bundle),
+        "task": built.task.name,
+        "labels": len(built.task.labels),
+        "questions": built.run["questions"],
+        "quantization": built.report["quantization"],
+        "proof": built.report.get("proof"),
+        "accuracy": quality["accuracy"],
+        "macro_f1": quality["macro_f1"],
+        "baseline": {"accuracy": baseline["accuracy"], "macro_f1": baseline["macro_f1"]},
+        "median_ms": built.evaluation["latency"]["median_ms"],
+        "abstained": sum(built.evaluation["abstaining"]["reasons"].values()),
+    }
+
+
+def _lines(built: Built) -> Iterator[str]:
+    summary, proof = _summary(built), built.report.get("proof")
+    questions = summary["questions"]
+    yield (
+        f"{built.bundle}: {summary['labels']} labels, {summary['quantization']}; trained on "
+        f"{questions['train']} questions, tested on {questions['test']}"
+    )
+    figures = (("accuracy", "accuracy"), ("macro-F1", "macro_f1"))
+    yield from table(
+        [
+            ("", "this model", built.evaluation["baseline"]["name"]),
+            *(
+                (name, f"{summary[key]['value']:.3f}", f"{summary['baseline'][key]['value']:.3f}")
+                for name, key in figures
+            ),
+        ]
+    )
+    if proof:
+        yield f"export: {proof['quantized']['flips']} of {proof['questions']} labels changed"
+    yield (
+        f"abstained on {summary['abstained']} of the test questions; "
+        f"{summary['median_ms']:.0f} ms a question"
+    )
+    name = built.task.name
+    yield f'next:\n  qcat ask -m {built.bundle} "…"\n  qcat deploy {built.bundle}'
+    yield f"  ollama create {name} -f {built.bundle / 'Modelfile'}"
