@@ -6,11 +6,16 @@ from collections.abc import Sequence
 
 
 class QcatError(Exception):
-    """Anything that a user of qcat can mend; the command line prints it and exits with 1."""
+    """Anything that a user of qcat can mend; the command line prints it in one line."""
+
+    exit_status = 1
+    """Of the command that it ends."""
 
 
 class ArgumentError(QcatError, ValueError):
-    """Arguments or options that make no sense, or do not go together; the command exits with 2."""
+    """Arguments or options that make no sense, or do not go together."""
+
+    exit_status = 2
 
 
 class TaskError(QcatError):
@@ -35,6 +40,12 @@ class DataError(QcatError):
 
 class ExportError(QcatError):
     """An export that cannot be made, or whose proof failed."""
+
+
+class NotPromotedError(ExportError):
+    """A new model that is worse than the one it was to replace."""
+
+    exit_status = 5
 
 
 class TrainError(QcatError):

@@ -35,6 +35,7 @@ ALLOWED = {
     "base": {"core", "encoding", "gguf", "backends"},
     "classifier": {"core", "encoding", "gguf", "base", "backends", "calibration"},
     "monitor": {"core", "encoding", "data", "calibration"},
+    "sklearn": {"core", "data", "encoding", "classifier", "training", "workflows"},
     "evaluation": {"core", "encoding", "gguf", "data", "backends", "calibration", "classifier"},
     "report": {"core", "encoding", "calibration", "evaluation", "monitor"},
     "training": {"core", "encoding", "gguf", "data", "base", "evaluation", "report"},

@@ -93,14 +93,12 @@ def run(args: list[str] | None) -> int:
         return 130
     except BrokenPipeError:
         raise
-    except ArgumentError as error:
-        click.echo(f"Error: {error}", err=True)
-        return 2
     except QcatError as error:
         if debug:
             raise
-        click.echo(f"qcat: error: {' '.join(str(error).split())}", err=True)
-        return 1
+        prefix = "Error" if isinstance(error, ArgumentError) else "qcat: error"  # as click has it
+        click.echo(f"{prefix}: {' '.join(str(error).split())}", err=True)
+        return error.exit_status
     except ModuleNotFoundError as error:
         if debug or error.name in (None, "qcat", "qcat_convert"):
             raise

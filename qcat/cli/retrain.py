@@ -12,7 +12,7 @@ import click
 
 from qcat.cli.output import ROWS, Bars, FloatRange, more, shown, table
 from qcat.data.dataset import Example, read_examples
-from qcat.errors import BundleError, DataError, ExportError
+from qcat.errors import BundleError, DataError, ExportError, NotPromotedError
 from qcat.gguf.bundle import Bundle, find_gguf
 from qcat.gguf.sections import REPORT_KEY, SOURCE_KEY, section
 from qcat.opening import read_calibration
@@ -63,7 +63,7 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
     threshold, or one found anew on the test questions for the same promise. Both are asked the
     test questions and those held back. If the new one is as good it takes the place of DIR
     and the old one becomes DIR.previous; if not, it stays as DIR.candidate and the exit status is
-    1. If it is killed, the same command goes on.
+    5. Rerun the command to resume one that was stopped.
 
     DIR has to be the bundle of RUN, so that no question is lost that it was trained on.
 
@@ -110,7 +110,7 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
         problems = _carry_threshold(serving, candidate, output)
         problems |= _compare(output, candidate, serving.path, bundle, max_loss)
         if problems:
-            raise ExportError(
+            raise NotPromotedError(
                 f"{bundle}: stays, since the new model gets {' and '.join(problems.values())}; "
                 f"that is kept as {candidate.parent}: {_way_out(problems, serving.path)}"
             )
