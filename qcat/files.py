@@ -6,6 +6,7 @@ import errno
 import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,29 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qcat.errors import DataError, QcatError
+
+CLOSED_AT_EXEC = getattr(os, "O_CLOEXEC", 0)
+"""Flag of `os.open` that keeps a file from other programs; where there is none Python does so."""
+
+
+def lock_open_file(descriptor: int) -> bool:
+    """Lock an open file until it is closed; False if another process has the lock.
+
+    Raises:
+        OSError: its disk knows no locks.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the second is what Windows says
+        return False
+    return True
 
 
 @contextmanager

@@ -199,6 +199,28 @@ def test_debug_shows_the_traceback(qcat, tmp_path):
     assert "BundleError" in done.stderr
 
 
+def test_asking_needs_nothing_that_only_posix_has(house, tmp_path):
+    """As far as a Linux machine can show it: without the modules and names that Windows lacks."""
+    code = (
+        "import os, signal, sys\n"
+        "sys.modules |= dict.fromkeys(['fcntl', 'termios', 'resource', 'pwd', 'grp'])\n"
+        "for name in ('O_CLOEXEC', 'O_NONBLOCK', 'geteuid', 'sched_getaffinity', 'wait4'):\n"
+        "    delattr(os, name)\n"
+        "del signal.SIGWINCH\n"
+        "from importlib import import_module\n"
+        "from qcat.cli import COMMANDS, run\n"
+        "for name in COMMANDS: import_module(f'qcat.cli.{name}')\n"
+        "model, log, queue = sys.argv[1:]\n"
+        "ask = ['ask', '-m', model, '--threshold', '1', '--log', log, '--review', queue]\n"
+        "assert run([*ask, 'pool?']) == 3\n"
+        "assert run(['show', model]) == 0\n"
+    )
+    files = [house, tmp_path / "log", tmp_path / "queue.db"]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_size for path in files)
+
+
 # Packaging
 
 

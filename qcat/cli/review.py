@@ -269,14 +269,16 @@ def _answer(queue: ReviewQueue, walk: Walk) -> None:
 @contextmanager
 def _drawn(walk: Walk) -> Iterator[None]:
     """The walk on the terminal's other screen, drawn anew when its size changes."""
-    before = signal.signal(signal.SIGWINCH, lambda *_: _draw(walk))
+    resized = getattr(signal, "SIGWINCH", None)  # Windows does not say so
+    before = signal.signal(resized, lambda *_: _draw(walk)) if resized else None
     try:
         click.echo(_OTHER_SCREEN, nl=False)
         _draw(walk)
         yield
     finally:
         click.echo(_BACK, nl=False)
-        signal.signal(signal.SIGWINCH, before)
+        if resized:
+            signal.signal(resized, before)
 
 
 def _draw(walk: Walk) -> None:

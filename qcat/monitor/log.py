@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from qcat.errors import DataError
+from qcat.files import CLOSED_AT_EXEC
 from qcat.prediction import Prediction
 
 VERSION = 1
@@ -134,7 +135,8 @@ class PredictionLog:
     def _opened(self) -> int:
         try:
             # Without O_NONBLOCK a pipe that nobody reads would keep us waiting.
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            unwaiting = getattr(os, "O_NONBLOCK", 0)  # Windows has no such pipes
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | CLOSED_AT_EXEC | unwaiting
             return os.open(self._path, flags, 0o600)
         except ValueError:  # a NUL or a lone surrogate in the name
             raise DataError(f"{str(self._path)!r}: no file can have this name") from None

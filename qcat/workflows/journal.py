@@ -8,7 +8,6 @@ open has it alone.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, Self
 
 from qcat.errors import DataError
+from qcat.files import CLOSED_AT_EXEC, lock_open_file
 
 SYNC = 1.0
 """Seconds after which what was added is forced to the disk."""
@@ -57,7 +57,7 @@ class Journal:
         """
         while True:
             try:
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                file = os.open(path, os.O_RDWR | os.O_CREAT | CLOSED_AT_EXEC, 0o666)
             except OSError as error:
                 raise DataError(
                     f"{path}: cannot be written: {error.strerror}: choose another folder"
@@ -65,15 +65,15 @@ class Journal:
             except ValueError:  # a NUL or a lone surrogate in the name
                 raise DataError(f"{str(path)!r}: no file can have this name") from None
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not lock_open_file(file):
+                    os.close(file)
+                    raise DataError(
+                        f"{path}: another process is at this work: wait for it, or name another "
+                        "output"
+                    )
                 # Between the two calls its last user may have removed it.
                 if os.path.samestat(os.stat(path), os.fstat(file)):
                     return cls(path, file)
-            except BlockingIOError:
-                os.close(file)
-                raise DataError(
-                    f"{path}: another process is at this work: wait for it, or name another output"
-                ) from None
             except FileNotFoundError:
                 pass
             except OSError as error:  # a network disk without locks
