@@ -1,6 +1,6 @@
 """The main job in a second, offline: the shipped model answers six questions.
 
-The last one belongs to none of its categories, and the model leaves it to a person. Run it with
+The last one belongs to none of its categories, and the model abstains. Run it with
 `make demo`.
 """
 
@@ -19,9 +19,9 @@ QUESTIONS = (
 
 
 def main() -> None:
-    """Ask, and print what is answered, with which confidence, or why a person should decide."""
+    """Ask, and print what is answered, with which confidence, or why the model abstained."""
     with Classifier.open() as house:
-        print(f"{'question':42}{'answer':14}{'confidence':12}left to a person")
+        print(f"{'question':42}{'answer':14}{'confidence':12}abstained")
         for question, answer in zip(QUESTIONS, house.ask_many(QUESTIONS), strict=True):
             shown = "-" if answer.abstained else answer.label
             print(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Reason = Literal["off_topic", "ambiguous", "low_confidence"]
-"""Why a person should decide. `off_topic`: the question seems to belong to no label. `ambiguous`:
+"""Why the model abstained. `off_topic`: the question seems to belong to no label. `ambiguous`:
 the two best labels have between them what an answer needs, or a prediction set has several labels.
 `low_confidence`: not even that."""
 
@@ -27,7 +27,7 @@ class Prediction:
     """Its probability given the question, from 0 to 1, calibrated if the model is; the least that
     it can be if not `exact`."""
     abstained: bool
-    """Whether a person should decide."""
+    """Whether the model is not sure enough to answer."""
     reason: Reason | None
     """Why; None unless `abstained`."""
     probabilities: Mapping[str, float]

@@ -142,7 +142,7 @@ def test_the_command(folder, qcat):
     done = qcat(*args, "-o", folder / "out.jsonl")
     assert done.returncode == 0
     assert done.stdout == (
-        f"{folder}/out.jsonl: 7 rows: 4 answered, 1 left to a person, 2 not asked "
+        f"{folder}/out.jsonl: 7 rows: 4 answered, 1 abstained, 2 not asked "
         "(see the column qcat_error)\n"
     )
     assert done.stderr == (
@@ -159,7 +159,7 @@ def test_the_command(folder, qcat):
         f"qcat: error: {folder}/out.jsonl: exists already: move it away, or name another output\n"
     )
     done = qcat(*args, "-o", folder / "all.jsonl", "--threshold", "0")
-    assert "5 answered, 0 left to a person" in done.stdout
+    assert "5 answered, 0 abstained" in done.stdout
     done = qcat(*args, "-o", folder / "more.csv", "-m", "ollama:house")
     assert done.returncode == 2
     assert "--threads" in done.stderr
@@ -171,7 +171,7 @@ def test_a_model_with_a_review_queue_fills_none(folder, reviewed):
     env = {**os.environ, "XDG_DATA_HOME": str(folder / "data"), "QCAT_MODEL": str(reviewed)}
     command = [QCAT, "batch", source, "-o", folder / "out.jsonl", "--threshold", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert "0 answered, 1 left to a person" in done.stdout
+    assert "0 answered, 1 abstained" in done.stdout
     assert not (folder / "data").exists()
 
 
@@ -571,7 +571,7 @@ def test_ctrl_c(folder, qcat):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "qcat: stopped: give the same command again to go on\n"
+    assert error == "qcat: stopped: rerun the command to resume\n"
     assert not target.exists()
     assert part.read_bytes().count(b"\n") > 1
     part.unlink()
@@ -588,7 +588,7 @@ def test_a_full_disk(folder, qcat):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "out.csv.part: cannot be written:" in done.stderr
-    assert "make room and give the same command again" in done.stderr
+    assert "make room and rerun the command" in done.stderr
     assert not target.exists()
     done = qcat("batch", source, "-o", target)
     assert "200 rows" in done.stdout

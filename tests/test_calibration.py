@@ -598,7 +598,7 @@ def test_calibrate_then_promise_then_ask(qcat, house_copy, held_out, tmp_path):
     assert evaluated["abstaining"]["answered"] == pytest.approx(sum(above), abs=3)
     report = qcat("eval", house_copy, held_out / "test.jsonl", "--html", tmp_path / "r.html")
     assert f"calibrated, temperature {known['temperature']:.2f}" in report.stdout
-    assert "left to a person: " in report.stdout
+    assert "abstained: " in report.stdout
     assert "<h2>Confidence</h2>" in (tmp_path / "r.html").read_text()
 
 

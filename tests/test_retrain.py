@@ -516,8 +516,8 @@ def test_a_worse_model_is_not_promoted(call, learned, serving, tmp_path):
     assert "no threshold that keeps the old one's promise (an error of at most" in done.stderr
     gguf = serving / "sorts.gguf"
     assert done.stderr.endswith(
-        f"or set another promise with `qcat calibrate {gguf} QUESTIONS --max-error SHARE` and give "
-        "the same command with a higher --max-loss\n"
+        f"or set another promise with `qcat calibrate {gguf} QUESTIONS --max-error SHARE` and "
+        "rerun the command with a higher --max-loss\n"
     )
     assert "larger --max-error" not in done.stderr
     assert f"training questions that take the added label: {len(wrong)}; they had" in done.stdout
@@ -534,7 +534,7 @@ def test_a_worse_model_is_not_promoted(call, learned, serving, tmp_path):
     set_anew = partial(calibrate, serving, Calibration())
     anyway = meanwhile("threshold 0.5000", set_anew, *args, "--max-loss", "1")
     assert anyway.returncode == 1
-    assert f"{serving}: was changed while it was compared: give the same" in anyway.stderr
+    assert f"{serving}: was changed while it was compared: rerun" in anyway.stderr
     assert f"{serving}: a promotion was cut short" in anyway.stdout
     assert "trained already" in anyway.stdout
     assert "exported already" in anyway.stdout

@@ -233,7 +233,7 @@ def test_a_process_apart_reports_returns_raises_and_dies():
     with pytest.raises(ExportError, match="was there enough memory"):
         call(apart_functions.killed, None)
     assert call(apart_functions.doubled, 4, prepare=apart_functions.unprepared) == 8
-    with pytest.raises(ExportError, match=r"from outside \(status 3\): give it again"):
+    with pytest.raises(ExportError, match=r"from outside \(status 3\): rerun the command"):
         call(apart_functions.doubled, 4, prepare=apart_functions.ended)
 
 

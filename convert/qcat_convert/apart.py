@@ -59,7 +59,7 @@ def apart(
             killed = process.exitcode == -signal.SIGKILL
             raise ExportError(
                 f"merging was ended from outside (status {process.exitcode})"
-                f"{': was there enough memory?' if killed else ': give it again'}"
+                f"{': was there enough memory?' if killed else ': rerun the command'}"
             ) from None
 
     try:

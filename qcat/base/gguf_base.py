@@ -91,7 +91,7 @@ def gguf_checkpoint(base: str, target: Path | None = None) -> Path:
     path = gguf_file(base)
     try:
         header = read_header(path)
-        # In a named folder it is told by its contents, so that a copy of the file will do.
+        # In a named folder it is recognised by its contents, so that a copy of the file will do.
         digest = fingerprint(path, header, anywhere=target is not None)
     except BundleError as error:
         raise ModelError(f"base {error}") from None

@@ -118,23 +118,23 @@ class Calibration:
     temperature_interval: tuple[float, float] = (1.0, 1.0)
     """With 95 % confidence."""
     threshold: float = 0.0
-    """Confidence under which a question is left to a person."""
+    """Confidence below which the model abstains."""
     label_thresholds: Mapping[str, float] = field(default_factory=dict)
     """The same for answers with these labels."""
     promise: Promise | None = None
     on_topic: OnTopic | None = None
     gate: bool = True
-    """Whether a question whose on-topic score is low is left to a person."""
+    """Whether the model abstains on a question whose on-topic score is low."""
     conformal: Conformal | None = None
 
     def with_threshold(self, threshold: float) -> Calibration:
-        """The same with one threshold, set by hand; 0 leaves no question to a person."""
+        """The same with one threshold, set by hand; 0 never abstains."""
         return replace(
             self, threshold=threshold, label_thresholds={}, promise=None, gate=threshold > 0
         )
 
     def reason(self, label: str, confidence: float, second: float, off: bool) -> Reason | None:
-        """Why a question is left to a person, if it is.
+        """Why the model abstains on a question, if it does.
 
         Args:
             label: the most probable one.

@@ -1,4 +1,4 @@
-"""From label probabilities to a `Prediction`: what is answered, and what is left to a person."""
+"""From label probabilities to a `Prediction`: what is answered, and when the model abstains."""
 
 from __future__ import annotations
 

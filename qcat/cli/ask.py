@@ -57,7 +57,7 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
     "--threshold",
     type=FloatRange(0, 1),
     metavar="P",
-    help="Under this confidence leave the question to a person: print the abstain word (with "
+    help="Below this confidence abstain: print the abstain word (with "
     "--json or --top the labels all the same) and exit with 3. 0 answers every question.  "
     "[default: what `qcat calibrate` put into the model]",
 )
@@ -81,7 +81,7 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
     default="-",
     metavar="WORD",
     show_default=True,
-    help="What to print for a question left to a person.",
+    help="What to print where the model abstains.",
 )
 @click.option(
     "--review",
@@ -144,7 +144,7 @@ def command(
     Without a QUESTION, or with `-`, questions are read from stdin, one a line.
 
     \b
-    Exit status: 0 answered, 1 error, 2 usage, 3 at least one left to a person.
+    Exit status: 0 answered, 1 error, 2 usage, 3 abstained on at least one.
 
     A question that the review queue does not take is answered all the same; then that error ends
     the command with 1, since the next one would be lost too.

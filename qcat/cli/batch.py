@@ -51,7 +51,7 @@ _FILE = click.Path(path_type=Path)
     "--threshold",
     type=FloatRange(0, 1),
     metavar="P",
-    help="Under this confidence mark the row as left to a person. 0 answers every question.  "
+    help="Below this confidence mark the row as abstained. 0 answers every question.  "
     "[default: what `qcat calibrate` put into the model]",
 )
 @threads_option
@@ -70,14 +70,14 @@ def command(
 
     IN is CSV with a header line, JSONL or Parquet, by its suffix; Parquet needs pyarrow. OUT has
     all its columns and after them label, confidence, abstained, reason, truncated and error. Where
-    abstained is true the row is left to a person: the label is then a guess, and reason says why. A
-    row without a question spoils only itself: it is for a person too, has no label, and error says
+    abstained is true the row needs review: the label is then a guess, and reason says why. A row
+    without a question affects only itself: it needs review too, has no label, and error says
     why. A line that cannot be read at all ends the command before any work. A question of more than
     256 tokens is cut, and truncated is true. No review queue is filled, whatever the model's task
     says: the rows are in OUT.
 
     OUT appears when it is whole. Until then OUT.part holds the answers: if the command is stopped
-    or killed, give it again to go on. Delete OUT.part to begin anew.
+    or killed, rerun it to resume. Delete OUT.part to start over.
 
     \b
     Exit status: 0 OUT is written, 1 error, 2 usage, 130 stopped with Ctrl-C.
@@ -106,7 +106,7 @@ def command(
         ):
             done = batch(asked, source, output, column=column, prefix=prefix, progress=bars.show)
     except KeyboardInterrupt:
-        click.echo("qcat: stopped: give the same command again to go on", err=True)
+        click.echo("qcat: stopped: rerun the command to resume", err=True)
         return STOPPED
     if done.truncated:
         click.echo(
@@ -114,7 +114,7 @@ def command(
             f"cut (see the column {prefix}truncated)",
             err=True,
         )
-    parts = [f"{done.answered} answered", f"{done.abstained} left to a person"]
+    parts = [f"{done.answered} answered", f"{done.abstained} abstained"]
     if done.failed:
         parts.append(f"{done.failed} not asked (see the column {prefix}error)")
     before = f", {done.before} of them asked before" if done.before else ""

@@ -39,7 +39,7 @@ def command(
 
     Cold start and memory are those of a fresh `qcat ask`; the rest is of one open model, with the
     weights laid out anew where that is possible. Anything else that runs meanwhile spoils the
-    figures: the load before them is told too.
+    figures: the load before them is shown too.
 
     \b
     Examples:

@@ -58,7 +58,7 @@ def deploy_and_tell(
     if done.near_ties:
         click.echo(
             f"qcat: warning: {done.near_ties} labels differ where the best two are close: Ollama's "
-            "attention rounds otherwise (see the README)",
+            "attention rounds otherwise (see docs/ollama.md)",
             err=True,
         )
     if done.unspoken:

@@ -1,4 +1,4 @@
-"""`qcat drift`: a log of answers against a quiet time."""
+"""`qcat drift`: a log of answers against a reference period."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _ago(_: click.Context, __: click.Parameter, value: str | None) -> datetime |
     "--reference",
     metavar="FILE",
     type=_FILE,
-    help="Compare with this log of a quiet time instead: the first thousand lines of LOG, say.",
+    help="Compare with this log of a reference period instead: the first thousand lines of LOG, say.",
 )
 @click.option(
     "--window",
@@ -93,7 +93,7 @@ def command(
     as_json: bool,
     png: Path | None,
 ) -> int:
-    """Say whether the answers in LOG, written by `qcat ask --log`, are like those of a quiet time.
+    """Say whether the answers in LOG, written by `qcat ask --log`, are like those of a reference period.
 
     Label mix, confidence, label mass and the share abstained (if the same thresholds made both)
     are tested, with a correction for their number. To count, a change must be sure
@@ -117,13 +117,13 @@ def command(
         raise click.UsageError("--model or --reference, not both: a quiet log names its model")
     if not reference and str(model).startswith(OLLAMA):
         raise click.UsageError(
-            f"{model} is on a server: name its GGUF with -m, or a log of a quiet time with "
+            f"{model} is on a server: name its GGUF with -m, or a log of a reference period with "
             "--reference"
         )
     if png:
         check_writable(png)
     for library in ("scipy", *(["matplotlib"] if png else [])):
-        importlib.import_module(library)  # its absence is told before the work
+        importlib.import_module(library)  # its absence is reported before the work
     name, quiet = _quiet_time(reference) if reference else _bundle_reference(model)
     found = read_log(log, model=name, since=since, last=None if since else window)
     if not found.records and not since and found.others + found.skipped:
@@ -153,7 +153,7 @@ def _bundle_reference(model: Path) -> tuple[str, Reference]:
     if not data:
         raise BundleError(
             f"{model}: carries no reference: run `qcat calibrate {model} validation.jsonl`, or "
-            "name a log of a quiet time with --reference"
+            "name a log of a reference period with --reference"
         )
     try:
         return identity(bundle.header.metadata), Reference.from_dict(data)

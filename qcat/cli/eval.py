@@ -81,7 +81,7 @@ def command(
     for path in pictures:
         check_writable(path)
     for library in ["sklearn", "matplotlib"] if pictures else ["sklearn"]:
-        importlib.import_module(library)  # its absence is told before the questions are asked
+        importlib.import_module(library)  # its absence is reported before the questions are asked
     request = Request(
         model=model,
         data=questions,
@@ -231,4 +231,4 @@ def _confidence(found: Evaluation) -> Iterable[str]:
         yield from table(reliability_rows(known.after, known.before))
     if left.reasons:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left.reasons.items())
-        yield f"left to a person: {reasons}; {left.errors} of {left.answered} answered are wrong"
+        yield f"abstained: {reasons}; {left.errors} of {left.answered} answered are wrong"

@@ -115,9 +115,7 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
                 f"that is kept as {candidate.parent}: {_way_out(problems, serving.path)}"
             )
         if Bundle.read(serving.path).header != serving.header:
-            raise ExportError(
-                f"{bundle}: was changed while it was compared: give the same command again"
-            )
+            raise ExportError(f"{bundle}: was changed while it was compared: rerun the command")
         promote(bundle)
     click.echo(f"\n{bundle}: now the bundle of {output}; the one before is {previous_of(bundle)}")
 
@@ -143,7 +141,7 @@ def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
             f"{bundle}: was not made of {run} as it is now{named}: begin from the run that it was "
             "made of, or that run's questions are lost"
         )
-    read_calibration(serving)  # damage is told before the training
+    read_calibration(serving)  # damage is reported before the training
     return serving
 
 
@@ -181,10 +179,10 @@ def _way_out(problems: Iterable[str], serving: Path) -> str:
     promise = (
         f"set another promise with `qcat calibrate {serving} QUESTIONS --max-error SHARE` and "
     )
-    again = "again" if {*problems} == {"promise"} else "with a higher --max-loss"
+    again = "" if {*problems} == {"promise"} else " with a higher --max-loss"
     return (
         "add questions like those it got wrong, or "
-        f"{promise if 'promise' in problems else ''}give the same command {again}"
+        f"{promise if 'promise' in problems else ''}rerun the command{again}"
     )
 
 
@@ -297,7 +295,7 @@ def _comparison(
     yield f"{what}: {found.questions} questions kept out of training"
     yield from table(
         [
-            ("", "accuracy", "macro-F1", "left to a person", "wrong of the answered"),
+            ("", "accuracy", "macro-F1", "abstained", "wrong of the answered"),
             *(
                 (f"{age}, {name}", str(q.accuracy), str(q.macro_f1), *_shares(abstaining))
                 for age, name, q, abstaining in (

@@ -1,4 +1,4 @@
-"""`qcat review`: a person decides what the model left open."""
+"""`qcat review`: people answer what the model abstained on."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def command(
     """Fine-tune a base on labelled QUESTIONS (JSONL, CSV or Parquet).
 
     Splits them 70/15/15 by group, keeps the epoch with the best validation macro-F1, and leaves a
-    folder that `qcat export` takes. If it is killed, the same command goes on where it was.
+    folder that `qcat export` takes. Rerun the command to resume one that was stopped.
 
     \b
     Example:

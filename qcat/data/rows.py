@@ -1,4 +1,4 @@
-"""Rows of CSV, JSONL and Parquet files, one at a time; bad ones are told, not raised.
+"""Rows of CSV, JSONL and Parquet files, one at a time; bad ones are reported, not raised.
 
 A row comes as a pair: where it begins in its file (the line, from 1), and its fields by column; or,
 of a row that cannot be read, what is wrong with it. pyarrow is loaded for Parquet alone.

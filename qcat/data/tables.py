@@ -84,7 +84,7 @@ def open_table(path: Path, target: str) -> Table:
     kind = suffix(path)
     as_parquet = target == ".parquet"
     if as_parquet:
-        import pyarrow  # noqa: F401 (its absence is told before the work)
+        import pyarrow  # noqa: F401 (its absence is reported before the work)
     table: Table
     if kind == ".csv":
         table = _CsvTable(path)

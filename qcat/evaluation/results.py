@@ -197,14 +197,14 @@ class Abstaining:
     """What the thresholds in the model do."""
 
     reasons: Mapping[str, int]
-    """Questions left to a person, by reason."""
+    """Questions that the model abstained on, by reason."""
     answered: int
     errors: int
     """Wrong among those answered."""
 
     @property
     def left(self) -> int:
-        """Questions left to a person."""
+        """Questions that the model abstained on."""
         return sum(self.reasons.values())
 
 

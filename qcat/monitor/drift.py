@@ -69,7 +69,7 @@ class Reference:
     label_mass: tuple[float, ...]
     """Likewise."""
     abstained: int
-    """How many questions were left to a person."""
+    """How many questions the model abstained on."""
     rule: str | None
     """What decided that, as in `Record`; None if not always the same."""
     right: int | None = None
@@ -216,7 +216,7 @@ def compare(
     the same rule made it, the accuracy only where the reference's is known.
 
     Args:
-        reference: the quiet time.
+        reference: the reference period.
         window: what is to be judged.
         level: the most windows without drift that may be called drifted, as a share.
         accuracy: of the same model now, on labelled questions; only a fall counts.
@@ -246,7 +246,7 @@ def history(
     up before the next is taken, so that the log may be of any length.
 
     Args:
-        reference: the quiet time.
+        reference: the reference period.
         records: in the order of the log.
         size: of a window.
         last: compare so many windows, the last ones; None for all.

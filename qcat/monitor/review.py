@@ -1,4 +1,4 @@
-"""The review queue: questions that the model left to a person, in one SQLite file.
+"""The review queue: questions that the model abstained on, in one SQLite file.
 
 Several processes may add at the same time, and what was added is on the disk when `add` returns.
 A question is kept once and counted each time it is seen. Knows nothing of models and terminals.
@@ -60,7 +60,7 @@ class Entry:
     text: str | None
     """As `clean_question` gives it; None where the text is kept out."""
     seen: int
-    """How many times it was asked and left to a person."""
+    """How many times it was asked and abstained on."""
     label: str
     """What the model would have answered, the last time."""
     reason: str | None

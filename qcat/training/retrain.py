@@ -48,7 +48,7 @@ class Run:
         if not path.is_file():
             if (folder / "plan.json").is_file():
                 raise TrainError(
-                    f"{folder}: its training is unfinished: give the same `qcat train` again"
+                    f"{folder}: its training is unfinished: rerun the same `qcat train`"
                 )
             raise TrainError(f"{folder}: holds no run.json: name a folder that `qcat train` made")
         try:

@@ -59,8 +59,7 @@ def run_folder(
         yield _begin(target, settings, task, split)
     except (OSError, SafetensorError) as error:
         raise TrainError(
-            f"{target}: cannot be written: {first_line(error)}: give the same command again when "
-            "it can"
+            f"{target}: cannot be written: {first_line(error)}: rerun the command when it can"
         ) from None
     except torch.OutOfMemoryError:
         raise TrainError(

@@ -42,7 +42,7 @@ def train(
     target: Path,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Train into a folder, or go on with the unfinished run of the same settings in it.
+    """Train into a folder, or resume the unfinished run of the same settings in it.
 
     Returns:
         The run's record, as in `run.json`.

@@ -1,4 +1,4 @@
-"""A table of questions in, the same table with their answers out; goes on where it was killed.
+"""A table of questions in, the same table with their answers out; resumes where it was killed.
 
 The answers are kept in a journal beside the output (`OUT.part`) while they are made. When all are
 there the table is read again and written with them under another name, then renamed.
@@ -249,7 +249,7 @@ def _ask(
             progress("questions", done, table.count)
     except ServerError as error:
         raise ServerError(
-            f"{table.path}: row {done + 1}: {error}: then give the same command again to go on"
+            f"{table.path}: row {done + 1}: {error}: then rerun the command to resume"
         ) from None
     journal.sync()
 
@@ -314,7 +314,7 @@ def _explained(path: Path, done: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        advice = "make room and give the same command again"
+        advice = "make room and rerun the command"
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             advice = "mend that, or name another"
         raise DataError(f"{path}: cannot be {done}: {reason}: {advice}") from None

@@ -1,7 +1,7 @@
 """The whole way from labelled questions to a proven model, each finished step kept.
 
 Beside the bundle DIR stands `DIR.build` with what leads to it: `build.json` (what was asked for),
-`task.toml`, the run, and `evaluation.json`, which comes last. The same call goes on where it was.
+`task.toml`, the run, and `evaluation.json`, which comes last. The same call resumes.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def ask_all(model: Path, questions: Sequence[Example], progress: Count) -> Asked
 
 
 def sections(calibration: Calibration, asked: Asked) -> dict[str, dict[str, Any]]:
-    """What goes into the GGUF: the calibration, and how a quiet time looks to `qcat drift`.
+    """What goes into the GGUF: the calibration, and how a reference period looks to `qcat drift`.
 
     Args:
         calibration: of the model.

@@ -136,7 +136,7 @@ def _reference(bundle: Bundle) -> dict[str, Any]:
 
 
 def _unmeasured(bundle: Bundle, calibration: Calibration) -> dict[str, dict[str, Any]]:
-    """As `sections`, with the reference that there is: what it leaves to a person is not known."""
+    """As `sections`, with the reference that there is: what it abstains on is not known."""
     kept = {CALIBRATION_KEY: calibration.to_dict()}
     if reference := _reference(bundle):
         kept[REFERENCE_KEY] = {**reference, "rule": None}

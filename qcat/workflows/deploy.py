@@ -27,7 +27,7 @@ from qcat.report.modelfile import go_template, modelfile, parameters
 from qcat.task import Task
 
 NEAR_TIE = 0.1
-"""Margin under which a label may differ: Ollama's attention sums in another way (see README)."""
+"""Margin below which a label may differ: Ollama's attention sums otherwise (docs/ollama.md)."""
 MAX_QUESTIONS = 100
 _TRIAL = "qcat-trial-"
 _AWKWARD = (

@@ -5,6 +5,7 @@ The task in tokens, the vocabulary that the GGUF gets, and the job for the conve
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,11 +70,11 @@ def read_request(
     run: Path,
     output: Path,
     *,
-    task: Path | None = None,
+    task: str | os.PathLike[str] | None = None,
     base: str | None = None,
-    data: Path | None = None,
-    train_data: Path | None = None,
-    validation_data: Path | None = None,
+    data: str | os.PathLike[str] | None = None,
+    train_data: str | os.PathLike[str] | None = None,
+    validation_data: str | os.PathLike[str] | None = None,
     quantization: str | None = None,
     beside: bool = False,
     precision: Precision = "f16",
@@ -105,14 +106,14 @@ def read_request(
     if not run.is_dir():
         raise ExportError(f"{run}: no such folder: name the one that holds the adapter")
     if (run / "plan.json").is_file() and not (run / "run.json").is_file():
-        raise ExportError(f"{run}: its training is unfinished: give the same `qcat train` again")
+        raise ExportError(f"{run}: its training is unfinished: rerun the same `qcat train`")
     has_adapter = (run / "adapter_config.json").is_file()
     if not has_adapter and not (run / "config.json").is_file():
         raise ExportError(
             f"{run}: holds neither adapter_config.json nor config.json: "
             "name the folder that save_pretrained wrote"
         )
-    decided = Task.read(task or run / "task.toml")
+    decided = Task.read(Path(task) if task else run / "task.toml")
     held_out = _examples(data, run / "test.jsonl", decided)
     training = _examples(train_data, run / "train.jsonl", decided)
     validation = _examples(validation_data, run / "validation.jsonl", decided)
@@ -133,8 +134,8 @@ def read_request(
     )
 
 
-def _examples(named: Path | None, default: Path, task: Task) -> list[Example]:
-    path = named or (default if default.is_file() else None)
+def _examples(named: str | os.PathLike[str] | None, default: Path, task: Task) -> list[Example]:
+    path = Path(named) if named else default if default.is_file() else None
     return read_examples(path, task) if path else []
 
 

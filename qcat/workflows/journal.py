@@ -86,7 +86,7 @@ class Journal:
             os.close(file)
 
     def begin(self, about: Mapping[str, str]) -> int:
-        """Begin the job, or go on with it.
+        """Begin the job, or resume it.
 
         Args:
             about: all that the answers depend on.
@@ -149,7 +149,7 @@ class Journal:
             for line in file:
                 answer = _answer(line)
                 if answer is None:
-                    raise DataError(f"{self.path}: was changed: give the same command again")
+                    raise DataError(f"{self.path}: was changed: rerun the command")
                 yield answer
 
     def remove(self) -> None:
@@ -193,7 +193,7 @@ class Journal:
 
     def _unwritten(self, reason: str | None) -> NoReturn:
         raise DataError(
-            f"{self.path}: cannot be written: {reason}: make room and give the same command again"
+            f"{self.path}: cannot be written: {reason}: make room and rerun the command"
         )
 
 
