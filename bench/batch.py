@@ -95,7 +95,7 @@ def main() -> None:
 
 def make_model(folder: Path) -> None:
     """A household model with one layer of random weights."""
-    sys.path.insert(0, str(ROOT / "examples"))
+    sys.path.insert(0, str(ROOT / "tools"))
     import tiny_model
 
     from qcat.workflows.export import export

@@ -88,7 +88,7 @@ def main() -> None:
 
 def ask() -> tuple[list[Families], list[Answers]]:
     """Answers to validation and test; to test in capitals and with slips, and off the list."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tools"))
     from slips import slipped
 
     task = Task.read(HOUSEHOLD / "task.toml")

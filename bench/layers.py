@@ -97,7 +97,7 @@ def adapt(base: Path, folder: Path, layers: int) -> None:
 
     from qcat.base.checkpoint import load_base
 
-    sys.path.insert(0, str(ROOT / "examples"))
+    sys.path.insert(0, str(ROOT / "tools"))
     import tiny_model
 
     folder.mkdir()

@@ -51,7 +51,7 @@ def main() -> None:
         "--work", type=Path, metavar="DIR", help="keep the model here and use it again (3 GB)"
     )
     work = parser.parse_args().work
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tools"))
     from ollama_server import PROGRAM, ollama_server
 
     if not PROGRAM.is_file():

@@ -116,7 +116,7 @@ def build(target: Path, layers: int) -> None:
     from transformers import AutoModelForCausalLM, Qwen3Config
     from transformers.utils import logging
 
-    sys.path.insert(0, str(ROOT / "examples"))
+    sys.path.insert(0, str(ROOT / "tools"))
     import tiny_model
 
     logging.disable_progress_bar()

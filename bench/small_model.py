@@ -66,7 +66,7 @@ def household(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 def clinc(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Draws of intents that were reserved when the base was made."""
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
+    sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples" / "base")]
     from texts import reserved
 
     from qcat.data.dataset import Example

@@ -102,7 +102,7 @@ def jobs(work: Path, draws: int) -> Iterator[Job]:
 
 def make(name: str, draw: int, folder: Path) -> None:
     """Train and export one draw; what is neither trained on nor for validation is held out."""
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "base")]
+    sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples" / "base")]
     from texts import reserved
 
     from qcat.training.settings import Settings

@@ -55,7 +55,8 @@ def _ago(_: click.Context, __: click.Parameter, value: str | None) -> datetime |
     "--reference",
     metavar="FILE",
     type=_FILE,
-    help="Compare with this log of a reference period instead: the first thousand lines of LOG, say.",
+    help="Compare with this log of a reference period instead, such as the first thousand lines "
+    "of LOG.",
 )
 @click.option(
     "--window",
@@ -93,7 +94,7 @@ def command(
     as_json: bool,
     png: Path | None,
 ) -> int:
-    """Say whether the answers in LOG, written by `qcat ask --log`, are like those of a reference period.
+    """Compare the answers in LOG, written by `qcat ask --log`, with those of a reference period.
 
     Label mix, confidence, label mass and the share abstained (if the same thresholds made both)
     are tested, with a correction for their number. To count, a change must be sure

@@ -52,12 +52,11 @@ class Writer:
     """A process that adds questions."""
 
     def __init__(self, folder: Path, number: int) -> None:
-        here = Path(__file__).parent
         self._said = folder / f"{number}.said"
         args = [folder / "queue.db", self._said, f"writer {number}"]
         self.process = subprocess.Popen(
             [sys.executable, "-c", WRITER, *map(str, args)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
     def at_work(self) -> bool:

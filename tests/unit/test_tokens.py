@@ -6,9 +6,9 @@ import json
 from functools import cache
 
 import pytest
+from awkward_texts import TEXT
 from conftest import REAL_TOKENIZER, needs_real_tokenizer
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from qcat_convert.trim import trim
 from qcat_convert.vocab import CONTROL, USER_DEFINED, read_vocabulary
 from tokenizers import AddedToken
@@ -26,34 +26,6 @@ from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ExportError, ModelError, QuestionError, TaskError
 from qcat.report.modelfile import modelfile, render
 from qcat.task import Task
-
-PIECES = st.sampled_from(
-    [
-        "<|im_end|>",
-        "<|im_start|>",
-        "<think>",
-        "</think>",
-        "<|endoftext|>",
-        "?\n",
-        "'s",
-        "'RE",
-        "  ",
-        "\r\n",
-        "123",
-        "…",
-        "e\u0301",
-        "한국어",
-        "שלום",
-        "👩\u200d🔧",
-        "Å",
-        "\u00a0",
-        "\t",
-        "!?",
-        "\ufeff",
-        "ﬁ",
-    ]
-)
-TEXT = st.lists(st.one_of(PIECES, st.text(max_size=12)), max_size=8).map("".join)
 
 
 def vocabulary_file(folder, tokenizer, size):

@@ -25,7 +25,10 @@ PAGES = "x" * 9000  # a kill may end a write between two pages of memory
 
 def test_nothing_acknowledged_is_lost(tmp_path):
     log = tmp_path / "log.jsonl"
-    done = subprocess.run([sys.executable, __file__, log], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, __file__, log], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     acknowledged = json.loads(done.stdout)
     assert len(acknowledged) == KILLS + WRITERS

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from apart_cases import run_apart
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_hostile_files import run_apart
 
 from qcat import Classifier, QuestionError
 from qcat.encoding.prompt import QUESTION_ROOM, build_prompt, clean_question, encode_segments

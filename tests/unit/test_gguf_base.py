@@ -14,10 +14,10 @@ from conftest import EXAMPLE, Checkpoint
 from export_job import job_of
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_logits import PROMPT, gguf_log_probabilities, torch_log_probabilities
 from qcat_convert.quantize import quantize
 from qcat_convert.stream import convert
 from safetensors.torch import load_file
-from test_convert import PROMPT, gguf_log_probabilities, torch_log_probabilities
 
 from qcat.backends.llama import LlamaModel
 from qcat.base.checkpoint import base_folder, load_base

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from apart_cases import run_apart
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from test_hostile_files import run_apart
 
 from qcat import Classifier, QcatError, Task, TaskError
 from qcat.encoding.grammar import grammar

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny_model
-import torch
 from export_job import job_of
+from plain_logits import PROMPT, gguf_log_probabilities, torch_log_probabilities
 from qcat_convert import writer
 from qcat_convert.merge import Merger
 from qcat_convert.source import locate
@@ -18,12 +18,10 @@ from qcat_convert.stream import convert
 from safetensors.torch import load_file, save_file
 from whole_model import whole
 
-from qcat.backends.llama import LlamaModel
 from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ExportError, ModelError
 from qcat.gguf import architecture as tensors
 
-PROMPT = "When was the pool pump replaced?\nCategory: water heater, fence and 12 gutters"
 KINDS = ("qwen3", "qwen2", "llama")
 
 
@@ -36,39 +34,6 @@ def written(path, task, adapter, base=None, precision="f16"):
 
 def merged(adapter, base):
     return Merger(locate(adapter, base))
-
-
-def gguf_log_probabilities(path, ids):
-    """Log-probabilities at every position, through a plain llama.cpp context: (tokens, vocab)."""
-    import llama_cpp
-
-    with LlamaModel(path) as model:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = 512
-        params.n_threads = params.n_threads_batch = 2
-        context = llama_cpp.llama_init_from_model(model.handle, params)
-        batch = llama_cpp.llama_batch_init(512, 0, 1)
-        try:
-            batch.n_tokens = len(ids)
-            for at, token in enumerate(ids):
-                batch.token[at], batch.pos[at] = token, at
-                batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = 1, 0, 1
-            assert llama_cpp.llama_decode(context, batch) == 0
-            rows = [
-                np.ctypeslib.as_array(
-                    llama_cpp.llama_get_logits_ith(context, at), (model.n_vocab,)
-                ).copy()
-                for at in range(len(ids))
-            ]
-        finally:
-            llama_cpp.llama_batch_free(batch)
-            llama_cpp.llama_free(context)
-    return torch.log_softmax(torch.tensor(np.stack(rows)), -1).numpy()
-
-
-def torch_log_probabilities(model, ids):
-    with torch.inference_mode():
-        return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1).numpy()
 
 
 def difference(model, path, tokenizer):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAM = ROOT / "build" / "ollama" / "bin" / "ollama"
 QCAT = Path(sys.executable).with_name("qcat")

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+from awkward_texts import TEXT
 from conftest import EXAMPLE, REAL_TOKENIZER, corpus
 from export_job import job_of
 from hypothesis import given, settings
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from qcat_convert.stream import convert
 from qcat_convert.trim import DEFAULT_MERGES, Trimmed, trim, whole_words
 from qcat_convert.vocab import CONTROL, read_vocabulary
-from test_tokens import TEXT
 
 from qcat.classifier import Classifier
 from qcat.cli.retrain import _recipe
