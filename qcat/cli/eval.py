@@ -98,7 +98,7 @@ def command(
 
         pages.append((confusion, confusion_png(found.confusion)))
     if reliability:
-        from qcat.report.trust_figures import reliability_png
+        from qcat.report.confidence_figures import reliability_png
 
         pages.append(
             (reliability, reliability_png(found.confidence.after, found.confidence.before))

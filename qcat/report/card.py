@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcat.calibration.reliability import FIGURES
+from qcat.report.templating import template
 from qcat.task import Task
 
 FORMS = {"merged": "merged (torch, float32)", "f16": "GGUF before quantizing", "quantized": "GGUF"}
@@ -70,8 +71,11 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
     if calibration is None:
         calibration = {"refused": "no validation questions were given at export"}
     vocabulary = report.get("vocabulary")
-    text: str = _template().render(
+    text: str = template("model_card.md.j2", html=False).render(
         header=_hub_header(task, report),
+        table=lambda rows: "\n".join(_markdown(rows)),
+        pairs=lambda items: ", ".join(f"{name} {value}" for name, value in items.items()),
+        counts=_counts,
         task=task,
         report=report,
         source=source,
@@ -88,24 +92,6 @@ def model_card(task: Task, report: Mapping[str, Any], gguf: str) -> str:
         choices=choice_rows(report) if proof and "choice" in report else None,
     )
     return text
-
-
-def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    # A page of Markdown: what labels hold is shown as it is, as in task.toml.
-    environment = Environment(
-        loader=PackageLoader("qcat.report"),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    environment.filters |= {
-        "table": lambda rows: "\n".join(_markdown(rows)),
-        "pairs": lambda items: ", ".join(f"{name} {value}" for name, value in items.items()),
-        "counts": _counts,
-    }
-    return environment.get_template("model_card.md.j2")
 
 
 def _hub_header(task: Task, report: Mapping[str, Any]) -> str:

@@ -115,7 +115,7 @@ def calibrate(
 
 
 def _picture(judged: Judged, calibration: Calibration) -> bytes:
-    from qcat.report.trust_figures import risk_coverage_png
+    from qcat.report.confidence_figures import risk_coverage_png
 
     common = None if calibration.label_thresholds else calibration.threshold or None
     return risk_coverage_png(judged.curve(), common)

@@ -31,7 +31,7 @@ from qcat.encoding.scoring import entropy, label_energy, label_mass, temper, tem
 from qcat.errors import BundleError, DataError
 from qcat.gguf.header import read_header
 from qcat.gguf.sections import CALIBRATION_KEY, REFERENCE_KEY, section, write_sections
-from qcat.report.trust_figures import reliability_png, reliability_svg, risk_coverage_png
+from qcat.report.confidence_figures import reliability_png, reliability_svg, risk_coverage_png
 from qcat.workflows.calibrate import Asked, carry_threshold
 
 LABELS = ("pool", "fence", "car", "roof", "door")
