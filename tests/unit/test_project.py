@@ -164,6 +164,21 @@ def test_the_docs_name_every_command():
     assert str(QUESTION_ROOM) in pages
 
 
+def test_the_readme_shows_what_the_demo_prints():
+    """Labels and reasons to the letter; a probability's last digits depend on the processor."""
+    demo = [sys.executable, ROOT / "examples" / "demo.py"]
+    done = subprocess.run(demo, capture_output=True, text=True, check=True)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    shown = readme[readme.index("```console\nquestion") :].splitlines()[1:]
+    rows = done.stdout.splitlines()
+    for row, line in zip(rows, shown, strict=False):
+        probability = re.compile(r"\b[01]\.\d{3}\b")
+        assert probability.sub("#", row) == probability.sub("#", line)
+        for one, two in zip(probability.findall(row), probability.findall(line), strict=True):
+            assert float(one) == pytest.approx(float(two), abs=0.02)
+    assert shown[len(rows)] == "```"
+
+
 def test_doctor(qcat):
     done = qcat("doctor")
     assert done.returncode == 0
