@@ -202,9 +202,8 @@ class OllamaScorer:
                 seen = self._look(prompt + self._vocabulary.decode(branch.path))
             children.append(self._children(branch, seen))
             _, shares = share_bounds(*children[number])
-            for target, share in zip(branch.targets, shares, strict=True):
-                if target < 0:
-                    reach[-1 - target] = reach[number] * share
+            inner = branch.to_branches
+            reach[inner.targets] = reach[number] * shares[inner.places]
         possible = contenders(self._trie, children)
         best = possible[0] if len(possible) == 1 else self._settle(prompt, possible)
         return BoundedScores(*label_bounds(self._trie, children), self._mass(root), best)

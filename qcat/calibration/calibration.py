@@ -117,8 +117,8 @@ class Calibration:
     temperature: float = 1.0
     temperature_interval: tuple[float, float] = (1.0, 1.0)
     """With 95 % confidence."""
-    threshold: float = 0.0
-    """Confidence below which the model abstains."""
+    threshold: float | None = None
+    """Confidence below which the model abstains; None where none was set."""
     label_thresholds: Mapping[str, float] = field(default_factory=dict)
     """The same for answers with these labels."""
     promise: Promise | None = None
@@ -145,6 +145,8 @@ class Calibration:
         if off and self.gate:
             return "off_topic"
         threshold = self.label_thresholds.get(label, self.threshold)
+        if threshold is None:
+            return None
         # A threshold of 1 answers nothing, though rounding can make a confidence 1.
         if confidence >= threshold and threshold < 1:
             return None
@@ -189,14 +191,19 @@ class Calibration:
         if not set(by_label) <= set(labels):
             raise ValueError("has thresholds of labels that the task lacks")
         low, high = _numbers(data, "temperature_interval", 0, math.inf)
+        gate, threshold = data.get("gate") is not False, data.get("threshold")
+        if threshold is not None:
+            threshold = _checked(threshold, "threshold", 0, 1)
+        if gate and threshold == 0:  # how qcat wrote down that there was none, before it had None
+            threshold = None
         promise, topic, sets = (_mapping(data, k) for k in ("promise", "on_topic", "conformal"))
         return cls(
             questions=_count(data, "questions"),
             temperature=_number(data, "temperature", 1e-3, 1e3),
             temperature_interval=(low, high),
-            threshold=_number(data, "threshold", 0, 1),
+            threshold=threshold,
             label_thresholds={label: _number(by_label, label, 0, 1) for label in by_label},
-            gate=data.get("gate") is not False,
+            gate=gate,
             promise=_promise(promise) if promise else None,
             on_topic=_on_topic(topic) if topic else None,
             conformal=_conformal(sets) if sets else None,

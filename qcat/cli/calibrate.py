@@ -146,10 +146,10 @@ def _lines(known: Calibration, measured: Measured) -> Iterable[str]:
             [
                 ("answer", "threshold"),
                 *((n, f"{value:.4f}") for n, value in known.label_thresholds.items()),
-                ("(the others)", f"{known.threshold:.4f}"),
+                ("(the others)", f"{known.threshold or 0:.4f}"),
             ]
         )
-    elif known.threshold:
+    elif known.threshold is not None:
         yield f"threshold {known.threshold:.4f}"
     count = len(answered)
     yield (

@@ -169,7 +169,7 @@ def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, s
             f"threshold {before.threshold:.4f} before, {known.threshold:.4f} now, for the same "
             f"promise: at most {before.promise.max_error:.1%} of the answers wrong"
         )
-    elif known.threshold:
+    elif known.threshold is not None:
         click.echo(f"threshold {known.threshold:.4f}, as set by hand for the old bundle")
     return {}
 

@@ -163,7 +163,7 @@ def _confidence(known: Calibration) -> str:
     parts = [f"temperature {known.temperature:.2f}, from {known.questions} questions"]
     if known.label_thresholds:
         parts.append("thresholds by label")
-    elif known.threshold:
+    elif known.threshold is not None:
         parts.append(f"threshold {known.threshold:.4f}")
     if known.promise:
         parts.append(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qcat.encoding.trie import LabelTrie
+from qcat.encoding.trie import LabelTrie, ToLabel
 
 Floats = npt.NDArray[np.float64]
 _TINY = np.finfo(np.float64).tiny
@@ -61,10 +61,8 @@ def label_log_probabilities(trie: LabelTrie, logits: Sequence[npt.ArrayLike]) ->
     reached = np.zeros(len(trie.branches), np.float64)
     for number, (branch, values) in enumerate(zip(trie.branches, logits, strict=True)):
         children = reached[number] + log_softmax(values)
-        targets = branch.target_array
-        ends = targets >= 0
-        labels[targets[ends]] = children[ends]
-        reached[-1 - targets[~ends]] = children[~ends]
+        labels[branch.to_labels.targets] = children[branch.to_labels.places]
+        reached[branch.to_branches.targets] = children[branch.to_branches.places]
     return labels
 
 
@@ -101,12 +99,9 @@ def label_bounds(
     reached = np.ones((2, len(trie.branches)), np.float64)
     for number, (branch, (low, high)) in enumerate(zip(trie.branches, children, strict=True)):
         shares = np.stack(share_bounds(low, high))
-        for child, target in enumerate(branch.targets):
-            value = reached[:, number] * shares[:, child]
-            if target >= 0:
-                bounds[:, target] = value
-            else:
-                reached[:, -1 - target] = value
+        values = reached[:, [number]] * shares
+        bounds[:, branch.to_labels.targets] = values[:, branch.to_labels.places]
+        reached[:, branch.to_branches.targets] = values[:, branch.to_branches.places]
     return bounds[0], bounds[1]
 
 
@@ -127,7 +122,7 @@ def contenders(
     for number in reversed(range(len(trie.branches))):
         low, high = (np.asarray(bound, np.float64) for bound in children[number])
         below = [
-            (1.0, 1.0, [target]) if target >= 0 else found[-1 - target]
+            (1.0, 1.0, [target.label]) if isinstance(target, ToLabel) else found[target.number]
             for target in trie.branches[number].targets
         ]
         inner_low, inner_high = (np.array([entry[i] for entry in below]) for i in (0, 1))

@@ -9,11 +9,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from qcat.errors import ModelError
+
+
+class ToLabel(NamedTuple):
+    """A child that ends a label, or from which only one label can be reached."""
+
+    label: int
+
+
+class ToBranch(NamedTuple):
+    """A child below which another branch comes."""
+
+    number: int
+    """Among `LabelTrie.branches`."""
+
+
+class Children(NamedTuple):
+    """Some children of a branch and where each leads, two arrays of one shape."""
+
+    places: npt.NDArray[np.int64]
+    """Among the branch's tokens."""
+    targets: npt.NDArray[np.int64]
+    """Labels, or numbers of branches."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +47,23 @@ class Branch:
     """Tokens from the root to this node."""
     tokens: npt.NDArray[np.int32]
     """Shape (children,): the tokens that may follow, the end token among them if a label ends."""
-    targets: tuple[int, ...]
-    """For each child where it leads: to label `i` as `i`, to branch `j` as `-1 - j`."""
+    targets: tuple[ToLabel | ToBranch, ...]
+    """For each child where it leads."""
 
     @cached_property
-    def target_array(self) -> npt.NDArray[np.int64]:
-        """`targets`, shape (children,)."""
-        return np.array(self.targets, np.int64)
+    def to_labels(self) -> Children:
+        """The children that lead to a label."""
+        return self._children(ToLabel)
+
+    @cached_property
+    def to_branches(self) -> Children:
+        """The children that lead to another branch."""
+        return self._children(ToBranch)
+
+    def _children(self, kind: type[ToLabel | ToBranch]) -> Children:
+        rows = [(place, t[0]) for place, t in enumerate(self.targets) if isinstance(t, kind)]
+        places, targets = np.array(rows, np.int64).reshape(-1, 2).T
+        return Children(places, targets)
 
 
 @dataclass(frozen=True)
@@ -60,26 +93,26 @@ class LabelTrie:
             raise ModelError("two labels have the same tokens in this vocabulary: rename one")
         branches: list[Branch | None] = []
 
-        def grow(path: tuple[int, ...], labels: list[int]) -> int:
-            """Add the subtree of the labels that begin with `path`; return its target."""
+        def grow(path: tuple[int, ...], labels: list[int]) -> ToLabel | ToBranch:
+            """Add the subtree of the labels that begin with `path`; return where it leads."""
             while True:
                 children: dict[int, list[int]] = {}
                 for label in labels:
                     rest = given[label][len(path) :]
                     children.setdefault(rest[0] if rest else end, []).append(label)
                 if len(labels) == 1:
-                    return labels[0]
+                    return ToLabel(labels[0])
                 if len(children) > 1:
                     break
                 path += (next(iter(children)),)
             number = len(branches)
             branches.append(None)  # keeps the parent before its children
             targets = [
-                group[0] if len(group) == 1 else grow((*path, token), group)
+                ToLabel(group[0]) if len(group) == 1 else grow((*path, token), group)
                 for token, group in children.items()
             ]
             branches[number] = Branch(path, np.array(list(children), np.int32), tuple(targets))
-            return -1 - number
+            return ToBranch(number)
 
         grow((), list(range(len(given))))
         firsts = np.array(list(dict.fromkeys(sequence[0] for sequence in given)), np.int32)

@@ -143,7 +143,7 @@ def carry_threshold(
         DataError: the new model cannot keep the promise; the file is as it was.
     """
     known = read_calibration(Bundle.read(model))
-    known = replace(known, threshold=0.0, label_thresholds={}, promise=None, gate=old.gate)
+    known = replace(known, threshold=None, label_thresholds={}, promise=None, gate=old.gate)
     asked = ask_all(model, questions, progress)
     if old.promise:
         known = asked.promise(
@@ -152,7 +152,7 @@ def carry_threshold(
             level=old.promise.level,
             by_label=bool(old.label_thresholds),
         )
-    elif old.threshold:
+    elif old.threshold is not None:
         known = known.with_threshold(old.threshold)
     write_sections(model, sections(known, asked))
     return known

@@ -98,7 +98,7 @@ def calibrate(
         calibration = before.with_threshold(threshold)
     else:
         assert max_error is not None
-        calibration = replace(before, threshold=0.0, label_thresholds={}, promise=None, gate=True)
+        calibration = replace(before, threshold=None, label_thresholds={}, promise=None, gate=True)
         calibration = asked.promise(
             calibration, max_error=max_error, level=level, by_label=by_label
         )
@@ -110,14 +110,14 @@ def calibrate(
     write_sections(bundle.path, _unmeasured(bundle, calibration) if few and not anew else found)
     if curve and picture:
         write_whole(curve, picture)
-    dropped = anew and bool(before.threshold or before.promise)
+    dropped = anew and (before.threshold is not None or before.promise is not None)
     return Calibrated(calibration, Measured(asked, judged, fitted), dropped)
 
 
 def _picture(judged: Judged, calibration: Calibration) -> bytes:
     from qcat.report.confidence_figures import risk_coverage_png
 
-    common = None if calibration.label_thresholds else calibration.threshold or None
+    common = None if calibration.label_thresholds else calibration.threshold
     return risk_coverage_png(judged.curve(), common)
 
 

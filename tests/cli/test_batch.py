@@ -348,7 +348,7 @@ def test_a_server_that_goes_silent(folder, house, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(house, "ask_each", fall_silent)
-        with pytest.raises(ServerError, match=r"in\.jsonl: row 3: .*: start it: then give"):
+        with pytest.raises(ServerError, match=r"in\.jsonl: row 3: .*: start it: then rerun"):
             batch(house, source, target)
     assert batch(house, source, target).before == 2
 

@@ -623,7 +623,7 @@ def test_thresholds_by_hand(qcat, house_copy, held_out):
     assert again["questions"] == reference["questions"]
     done = qcat("calibrate", house_copy, held_out / "validation.jsonl")
     assert "threshold was of its old confidence and is gone" in done.stderr
-    assert known_of(house_copy)["threshold"] == 0
+    assert known_of(house_copy)["threshold"] is None
 
 
 def test_sets_through_the_command(qcat, house_copy, held_out):
@@ -723,11 +723,11 @@ def test_a_new_model_gets_the_old_ones_threshold(house_copy, held_out):
 
     assert carry(label_thresholds={}, promise=None).threshold == 0.75
     assert known_of(house_copy)["threshold"] == 0.75
-    nothing = carry(threshold=0.0, label_thresholds={}, promise=None)
-    assert nothing.threshold == 0
-    assert known_of(house_copy)["threshold"] == 0  # what was carried before is gone
+    nothing = carry(threshold=None, label_thresholds={}, promise=None)
+    assert nothing.threshold is None
+    assert known_of(house_copy)["threshold"] is None  # what was carried before is gone
     # A promise that all answers kept is a promise all the same.
-    kept = carry(threshold=0.0, label_thresholds={}, promise=Promise(0.1, 0.9, 1, 1, 0))
+    kept = carry(threshold=None, label_thresholds={}, promise=Promise(0.1, 0.9, 1, 1, 0))
     assert kept.promise.max_error == 0.1
     assert kept.promise.level == 0.9
     assert kept.promise.errors / kept.promise.answered < 0.1

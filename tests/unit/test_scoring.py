@@ -25,7 +25,7 @@ from qcat.encoding.scoring import (
     label_mass,
     log_softmax,
 )
-from qcat.encoding.trie import LabelTrie
+from qcat.encoding.trie import LabelTrie, ToBranch
 from qcat.errors import ModelError, QuestionError
 from qcat.gguf.bundle import Bundle
 from qcat.task import Task
@@ -202,11 +202,11 @@ def random_questions(count):
 
 def greedy(scores_of, trie):
     """The trie's greedy walk: at each branch the best child. Returns the label's number."""
-    target = -1
-    while target < 0:
-        number = -1 - target
-        target = trie.branches[number].targets[int(np.argmax(scores_of[number]))]
-    return target
+    target = ToBranch(0)
+    while isinstance(target, ToBranch):
+        best = int(np.argmax(scores_of[target.number]))
+        target = trie.branches[target.number].targets[best]
+    return target.label
 
 
 def test_grammar_decoding_agrees_with_the_trie_on_1000_questions(opened):
@@ -471,7 +471,7 @@ def test_any_trie_gives_a_distribution(sequences, rng):
     trie = LabelTrie.build(sequences, END)
     for number, branch in enumerate(trie.branches):
         assert len(branch.tokens) > 1
-        assert all(-1 - target > number for target in branch.targets if target < 0)
+        assert (branch.to_branches.targets > number).all()
     logits = [
         np.array([rng.uniform(-20, 20) for _ in branch.tokens], np.float32)
         for branch in trie.branches
@@ -538,6 +538,7 @@ def test_prediction_is_plain_data(house):
         row = json.loads(json.dumps(classifier.ask("anything?").to_dict()))
     assert row["abstained"] is True
     assert set(row) == {
+        "answer",
         "label",
         "confidence",
         "abstained",

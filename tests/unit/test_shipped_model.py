@@ -66,7 +66,7 @@ def test_it_is_calibrated_on_its_validation_questions(household):
         known = house.calibration
         assert known.questions == len(split.validation)
         # Another threshold than none would be a choice that its users have to make.
-        assert known.threshold == 0
+        assert known.threshold is None
         off = sum(p.reason == "off_topic" for p in house.ask_many(e.text for e in split.validation))
     assert off / known.questions == pytest.approx(0.05, abs=0.01)
 
