@@ -113,7 +113,7 @@ def command(
       qcat build questions.csv -o house
     """
     try:
-        with train_bars(output) as progress:
+        with train_bars(output) as bars:
             built = build(
                 questions,
                 output,
@@ -128,7 +128,7 @@ def command(
                 max_flips=max_flips,
                 max_error=max_error,
                 seed=seed,
-                progress=progress,
+                progress=bars.show,
                 announce=lambda step: click.echo(step, err=True),
             )
     except LintError as error:

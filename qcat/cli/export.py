@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,11 +173,15 @@ def command(
         max_flips=max_flips,
         max_mb=max_mb,
     )
+    from qcat.workflows.export import convert_apart, export
+
     if ollama_name:
         from qcat.workflows.deploy import check_server
 
         check_server(ollama_name, request.task, timeout)  # now, and not after minutes of work
-    report = export_and_tell(request)
+    with Bars() as bars:
+        report = export(request, bars.show, convert_apart)
+    print_report(request, report)
     if ollama_name:
         from qcat.cli.deploy import deploy_and_tell
 
@@ -185,20 +190,21 @@ def command(
             output, ollama_name, [example.text for example in request.held_out], timeout
         )
         return
+    _print_next(output, request.task.name, report, beside)
+
+
+def _print_next(output: Path, name: str, report: Mapping[str, Any], beside: bool) -> None:
     click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB; next:")
-    click.echo(f'  qcat ask -m {output / request.task.name}.gguf "…"')
-    click.echo(f"  ollama create {request.task.name} -f {output / 'Modelfile'}")
+    click.echo(f'  qcat ask -m {output / name}.gguf "…"')
+    click.echo(f"  ollama create {name} -f {output / 'Modelfile'}")
     if not beside:
         click.echo(f"  qcat deploy {output}")
 
 
-def export_and_tell(request: Request) -> dict[str, Any]:
-    """Export with progress bars, print the proof and what is known of the confidence."""
+def print_report(request: Request, report: Mapping[str, Any]) -> None:
+    """Print the proof and what is known of the confidence."""
     from qcat.report.card import calibration_line, choice_rows, quality_rows, vocabulary_line
-    from qcat.workflows.export import convert_apart, export
 
-    with Bars() as bars:
-        report = export(request, bars.show, convert_apart)
     for kind, count in report["fallbacks"].items():
         click.echo(
             f"qcat: warning: {count} tensors have row lengths that {report['quantization']} does "
@@ -224,4 +230,3 @@ def export_and_tell(request: Request) -> dict[str, Any]:
         click.echo(calibration_line(calibration))
     if calibration["refused"]:
         click.echo(f"qcat: warning: not calibrated: {calibration['refused']}", err=True)
-    return report

@@ -36,8 +36,14 @@ class Bars:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar that is shown, so that lines can be printed; the next step begins another."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+            self._step = ""
 
     def show(self, step: str, done: int, total: int, note: str = "") -> None:
         """Draw `done` of `total`; another step than before begins another bar.

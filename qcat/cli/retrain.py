@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from qcat.cli.output import ROWS, Bars, FloatRange, more, shown, table
-from qcat.data.dataset import Example, read_examples
-from qcat.errors import BundleError, DataError, ExportError, NotPromotedError
-from qcat.gguf.bundle import Bundle, find_gguf
-from qcat.gguf.sections import REPORT_KEY, SOURCE_KEY, section
-from qcat.opening import read_calibration
-from qcat.threads import wait_briefly
+from qcat.cli.export import print_report
+from qcat.cli.output import ROWS, FloatRange, more, shown, table
+from qcat.cli.train import record_lines, train_bars
+from qcat.data.dataset import Example
 
 if TYPE_CHECKING:
+    from qcat.calibration.calibration import Calibration
     from qcat.evaluation.results import Abstaining, Comparison, Evaluation, Flip
     from qcat.training.retrain import Addition, Run
+    from qcat.workflows.retrain import Event
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -71,152 +69,64 @@ def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -
     Example:
       qcat retrain runs/house --add more.jsonl -o runs/house-2 --bundle dist/house
     """
-    wait_briefly()
     if sys.stderr.isatty():
         click.echo("loading torch and transformers …", err=True)
-    from qcat_convert.source import fingerprint
+    from qcat.workflows.retrain import retrain
 
-    from qcat.base.checkpoint import base_folder
-    from qcat.cli.train import print_record, train_bars
-    from qcat.training.retrain import Run, add_questions
-    from qcat.training.train import train
-    from qcat.workflows.promote import previous_of, promote, reserved
+    with train_bars(output) as bars:
 
-    with reserved(bundle) as cut_short:
-        if cut_short:
-            click.echo(f"{bundle}: a promotion was cut short: the bundle before it is back")
-        old = Run.read(run)
-        serving = _serving(bundle, old, run, output)
-        recipe = _recipe(serving)
-        added = read_examples(add, old.task)
-        addition = add_questions(old.split, added, seed=old.settings.seed, name=str(add))
-        new = replace(old, split=addition.split)
-        click.echo("\n".join(_account(add, addition, old, new)))
-        if new.is_in(output):
-            click.echo(f"{output}: trained already")
-        else:
-            # From the base, not from the old adapter: one recipe for the first model and the
-            # tenth, which anyone can repeat from the questions, and no drift from tuning on tuning.
-            with train_bars(output) as progress:
-                record = train(new.task, new.split, new.settings, output, progress)
-            print_record(record)
-        weights = fingerprint(base_folder(new.settings.base), output)
-        if _source(serving) == weights:
-            click.echo(f"{bundle}: is the bundle of {output} already")
-            return
-        candidate = _candidate(bundle, output, weights, recipe)
-        # Again, since hours may have passed: its threshold is carried as it is now.
-        serving = _serving(bundle, old, run, output)
-        problems = _carry_threshold(serving, candidate, output)
-        problems |= _compare(output, candidate, serving.path, bundle, max_loss)
-        if problems:
-            raise NotPromotedError(
-                f"{bundle}: stays, since the new model gets {' and '.join(problems.values())}; "
-                f"that is kept as {candidate.parent}: {_way_out(problems, serving.path)}"
-            )
-        if Bundle.read(serving.path).header != serving.header:
-            raise ExportError(f"{bundle}: was changed while it was compared: rerun the command")
-        promote(bundle)
-    click.echo(f"\n{bundle}: now the bundle of {output}; the one before is {previous_of(bundle)}")
+        def report(event: Event) -> None:
+            bars.close()
+            for line in _lines(event, add, bundle, output):
+                click.echo(line)
 
-
-def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
-    """The bundle that serves, once it is known that it can be replaced by one of `output`."""
-    from qcat_convert.source import fingerprint
-
-    from qcat.base.checkpoint import base_folder
-
-    serving = Bundle.read(find_gguf(bundle))
-    if serving.task != old.task:
-        raise BundleError(
-            f"{bundle}: its task is not that of {run}: name the bundle exported from there"
+        retrain(
+            run,
+            add=add,
+            output=output,
+            bundle=bundle,
+            max_loss=max_loss,
+            progress=bars.show,
+            report=report,
         )
-    base = base_folder(old.settings.base)
-    # Of `output` if this very command has promoted it before.
-    runs = [run, *([output] if (output / "run.json").is_file() else [])]
-    if _source(serving) not in [fingerprint(base, folder) for folder in runs]:
-        name = section(serving.header, SOURCE_KEY, serving.path).get("adapter")
-        named = f" but of a run named {shown(name)}" if isinstance(name, str) else ""
-        raise BundleError(
-            f"{bundle}: was not made of {run} as it is now{named}: begin from the run that it was "
-            "made of, or that run's questions are lost"
-        )
-    read_calibration(serving)  # damage is reported before the training
-    return serving
 
 
-def _carry_threshold(serving: Bundle, candidate: Path, run: Path) -> dict[str, str]:
-    """Give the new model the old one's threshold, or its promise; what speaks against it if not."""
-    from qcat.workflows.calibrate import carry_threshold
+def _lines(event: Event, add: Path, bundle: Path, run: Path) -> Iterator[str]:
+    """What is printed of an event of the workflow."""
+    from qcat.workflows import retrain as events
 
-    task = serving.task
-    questions = read_examples(run / "test.jsonl", task)
-    try:
-        with Bars() as bars:
-            known = carry_threshold(
-                candidate,
-                read_calibration(serving),
-                questions,
-                lambda done, total: bars.show("threshold", done, total),
-            )
-    except DataError as error:
-        # Less its advice, which names an option of `qcat calibrate`.
-        why = str(error).partition(": ")[0]
-        return {"promise": f"no threshold that keeps the old one's promise ({why})"}
-    before = read_calibration(serving)
+    match event:
+        case events.Restored():
+            yield f"{bundle}: a promotion was cut short: the bundle before it is back"
+        case events.Added(addition, old, new):
+            yield from _account(add, addition, old, new)
+        case events.Kept(folder, step):
+            yield f"{folder}: {step} already"
+        case events.Trained(record):
+            yield from record_lines(record)
+        case events.Exported(request, report):
+            print_report(request, report)
+        case events.ThresholdCarried(before, now):
+            yield from _threshold(before, now)
+        case events.NotHeldBack(part):
+            yield f"\n{part}: no questions held back yet"
+        case events.Compared(part, found, compared):
+            yield ""
+            yield from _comparison(part, found, compared, bundle, run)
+        case events.Done(_, None):
+            yield f"{bundle}: is the bundle of {run} already"
+        case events.Done(_, previous):
+            yield f"\n{bundle}: now the bundle of {run}; the one before is {previous}"
+
+
+def _threshold(before: Calibration, now: Calibration) -> Iterator[str]:
     if before.promise:
-        click.echo(
-            f"threshold {before.threshold:.4f} before, {known.threshold:.4f} now, for the same "
+        yield (
+            f"threshold {before.threshold:.4f} before, {now.threshold:.4f} now, for the same "
             f"promise: at most {before.promise.max_error:.1%} of the answers wrong"
         )
-    elif known.threshold is not None:
-        click.echo(f"threshold {known.threshold:.4f}, as set by hand for the old bundle")
-    return {}
-
-
-def _way_out(problems: Iterable[str], serving: Path) -> str:
-    """What to do about what speaks against a new model."""
-    promise = (
-        f"set another promise with `qcat calibrate {serving} QUESTIONS --max-error SHARE` and "
-    )
-    again = "" if {*problems} == {"promise"} else " with a higher --max-loss"
-    return (
-        "add questions like those it got wrong, or "
-        f"{promise if 'promise' in problems else ''}rerun the command{again}"
-    )
-
-
-def _recipe(serving: Bundle) -> dict[str, Any]:
-    """How a bundle was exported; what it does not say was the default."""
-    from qcat_convert.quantize import QUANTIZATIONS
-
-    from qcat.workflows.choose import BESIDE
-
-    report = section(serving.header, REPORT_KEY, serving.path)
-    defaults = {"quantization": "q4_k_m", "precision": "f16", "max_flips": 0.02}
-    recipe = {key: report.get(key, default) for key, default in defaults.items()}
-    if recipe["quantization"] == BESIDE:
-        raise BundleError(
-            f"{serving.path}: is an adapter beside its base, which is not replaced in place: train "
-            "with all questions, and export that with --beside"
-        )
-    vocabulary = report.get("vocabulary")  # absent if it is whole
-    recipe["merges"] = vocabulary.get("merges") if isinstance(vocabulary, dict) else None
-    if (
-        recipe["quantization"] not in QUANTIZATIONS
-        or recipe["precision"] not in ("f16", "bf16")
-        or not isinstance(recipe["max_flips"], int | float)
-        or not (vocabulary is None or isinstance(recipe["merges"], int))
-    ):
-        raise BundleError(
-            f"{serving.path}: its report is not what `qcat export` writes: export it again"
-        )
-    return recipe
-
-
-def _source(bundle: Bundle) -> Any:
-    """The fingerprint of the weights that a bundle was made of."""
-    return section(bundle.header, SOURCE_KEY, bundle.path).get("fingerprint")
+    elif now.threshold is not None:
+        yield f"threshold {now.threshold:.4f}, as set by hand for the old bundle"
 
 
 def _account(add: Path, addition: Addition, old: Run, new: Run) -> Iterator[str]:
@@ -248,45 +158,6 @@ def _account(add: Path, addition: Addition, old: Run, new: Run) -> Iterator[str]
 def _listed(examples: Sequence[Example], labels: Sequence[str]) -> Iterator[str]:
     yield from table([(f"  {labels[e.label]}", shown(e.text)) for e in examples[:ROWS]])
     yield from more(examples)
-
-
-def _candidate(bundle: Path, run: Path, weights: str, recipe: dict[str, Any]) -> Path:
-    """The GGUF of the new run's bundle, exported unless it is there already."""
-    from qcat.cli.export import export_and_tell
-    from qcat.workflows.export_job import read_request
-    from qcat.workflows.promote import candidate_of, clear
-
-    folder = candidate_of(bundle)
-    if folder.exists():
-        there = Bundle.read(find_gguf(folder))
-        if _source(there) == weights and _recipe(there) == recipe:
-            click.echo(f"{folder}: exported already")
-            return there.path
-    clear(folder)
-    export_and_tell(read_request(run, folder, **recipe))
-    return find_gguf(folder)
-
-
-def _compare(run: Path, new: Path, old: Path, bundle: Path, max_loss: float) -> dict[str, str]:
-    """Ask both models, print how they did, and return what speaks against the new one, by part."""
-    from qcat.evaluation.evaluate import Request, evaluate
-    from qcat.training.retrain import refusal
-
-    problems = {}
-    for what in ("test", "reviewed"):
-        data = run / f"{what}.jsonl"
-        if not data.exists():
-            click.echo(f"\n{what}: no questions held back yet")
-            continue
-        with Bars() as bars:
-            found = evaluate(Request(new, data, compare=old, timed=1), bars.show)
-        compared = found.comparison
-        assert compared  # as requested
-        click.echo("\n".join(["", *_comparison(what, found, compared, bundle, run)]))
-        problem = refusal(what, compared, found.questions, max_loss)
-        if problem:
-            problems[what] = problem
-    return problems
 
 
 def _comparison(

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from qcat.cli.output import Bars, FloatRange, given, table
-from qcat.progress import Progress
 from qcat.workflows.init import find_task
 from qcat.workflows.train import DEFAULT_BASE, train
 
@@ -179,7 +178,7 @@ def command(
 
     if is_gguf(base):
         click.echo(f"base {base}: {describe(base)}; dequantized for training", err=True)
-    with train_bars(output) as progress:
+    with train_bars(output) as bars:
         record = train(
             questions,
             task=find_task(questions, task_file),
@@ -197,33 +196,31 @@ def command(
             layers=layers,
             max_f1_loss=max_f1_loss,
             seed=seed,
-            progress=progress,
+            progress=bars.show,
         )
-    print_record(record)
+    click.echo("\n".join(record_lines(record)))
     click.echo(f"next:\n  qcat export {output} -o dist/{record['task']}")
 
 
 @contextmanager
-def train_bars(output: Path) -> Iterator[Progress]:
+def train_bars(output: Path) -> Iterator[Bars]:
     """Progress bars of a training; one that is interrupted says how to go on."""
     try:
         with Bars() as bars:
-            yield bars.show
+            yield bars
     except KeyboardInterrupt:
-        click.echo(
-            f"\n{output}: stopped: rerun the command to resume from its checkpoint", err=True
-        )
+        click.echo(f"\n{output}: stopped: rerun the command to resume", err=True)
         raise
 
 
-def print_record(record: Mapping[str, Any]) -> None:
+def record_lines(record: Mapping[str, Any]) -> Iterator[str]:
     """How a training went."""
     if "tried" in record:
-        click.echo("\n".join(table([*_tried(record)])))
+        yield from table([*_tried(record)])
     if record["layers"] < record["base_layers"]:
-        click.echo(f"layers: the first {record['layers']} of the base's {record['base_layers']}")
+        yield f"layers: the first {record['layers']} of the base's {record['base_layers']}"
     for epoch in record["history"]:
-        click.echo(
+        yield (
             f"epoch {epoch['epoch']}: loss {epoch['train_loss']:.3f}, "
             f"validation loss {epoch['validation_loss']:.3f}, "
             f"accuracy {epoch['validation_accuracy']:.3f}, "
@@ -231,7 +228,7 @@ def print_record(record: Mapping[str, Any]) -> None:
             + (" (best)" if epoch["epoch"] == record["best_epoch"] else "")
         )
     test = record["test"]
-    click.echo(
+    yield (
         f"test, {record['questions']['test']} questions never trained on: "
         f"accuracy {test['accuracy']:.3f}, macro-F1 {test['macro_f1']:.3f}"
     )
