@@ -76,25 +76,22 @@ def both(checkpoint: Path, count: int) -> dict[str, float]:
 def _setup(checkpoint: Path) -> tuple[Any, list[Any], Any]:
     warnings.simplefilter("ignore")
     from qcat.data.dataset import read_examples
-    from qcat.encoding.prompt import build_prompt, encode_answers, encode_segments
+    from qcat.encoding.encoded import EncodedTask
     from qcat.encoding.tokenization import HubTokenizer
-    from qcat.encoding.trie import LabelTrie
     from qcat.task import Task
-    from qcat.training.loop import _batches, _Run
+    from qcat.training.loop import Loop, _batches
     from qcat.training.objective import Scorer
     from qcat.training.settings import Settings
     from qcat.training.train import _adapted, _encode
 
     task = Task.read(EXAMPLE / "task.toml")
-    tokenizer = HubTokenizer(checkpoint / "base")
-    prompt = build_prompt(task, tokenizer)
-    prefix = encode_segments(prompt.prefix, tokenizer)
-    trie = LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end)
+    encoded = EncodedTask.build(task, HubTokenizer(checkpoint / "base"))
+    prefix, trie = list(encoded.prefix), encoded.trie
     settings = Settings(base=str(checkpoint / "base"), method="lora", batch=BATCH)
     model = _adapted(checkpoint / "base", settings)
-    run = _Run(model, prefix, trie, settings, checkpoint)
+    run = Loop(model, prefix, trie, settings, checkpoint)
     rows = [
-        _encode(example, prompt, tokenizer)
+        _encode(example, encoded)
         for example in read_examples(EXAMPLE / "questions.jsonl", task)[::10]
     ]
     # The prefix in every row, after one token that both ways share.

@@ -139,7 +139,7 @@ def read(name: str) -> Questions:
 def export(checkpoint: Path, folder: Path, name: str, merges: int | None, quant: str) -> Path:
     """Export unless it is there; the GGUF."""
     from qcat.encoding.prompt import clean_question
-    from qcat.workflows import export as pipeline
+    from qcat.workflows import export_job as pipeline
 
     found = read(name)
     target = folder / key(merges)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -53,7 +54,7 @@ def whole_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
         OSError: the file cannot be written.
         ValueError: no file can have that name.
     """
-    part = path.with_name(f".qcat-{os.getpid()}.part")
+    part = path.with_name(f".qcat-{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as file:
             yield file

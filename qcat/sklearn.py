@@ -93,10 +93,10 @@ class QcatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         from qcat.workflows.export_job import Request
 
         texts = _texts(X)
-        self.classes_, numbers = np.unique(np.asarray(y), return_inverse=True)
+        classes, numbers = np.unique(np.asarray(y), return_inverse=True)
         if len(numbers) != len(texts):
             raise ArgumentError(f"{len(texts)} texts, but {len(numbers)} classes")
-        task = self._task()
+        task = self._task(classes)
         examples = [
             Example(clean_question(text), int(number), line)
             for line, (text, number) in enumerate(zip(texts, numbers, strict=True), 1)
@@ -122,8 +122,9 @@ class QcatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             training = tuple(cleaned)
             made = Request(Task.read(run / "task.toml"), bundle, adapter=run, training=training)
             export(made, converter=convert_apart)
-            self.gguf_ = Path(bundle, f"{task.name}.gguf").read_bytes()
+            gguf = Path(bundle, f"{task.name}.gguf").read_bytes()
         self._close()
+        self.classes_, self.gguf_ = classes, gguf
         return self
 
     def predict(self, X: Iterable[str]) -> npt.NDArray[Any]:  # noqa: N803
@@ -136,8 +137,8 @@ class QcatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "gguf_")
         return self._opened().predict_proba(_texts(X))
 
-    def _task(self) -> Task:
-        names = [str(name) for name in self.classes_]
+    def _task(self, classes: npt.NDArray[Any]) -> Task:
+        names = [str(name) for name in classes]
         described = {str(key): text for key, text in (self.descriptions or {}).items()}
         labels = {name: described.get(name, "") for name in names}
         return Task("classes", labels, instruction=self.instruction)

@@ -58,8 +58,8 @@ class Task:
     codes: Mapping[str, str] = field(default_factory=dict)
     """Label to code; empty until chosen for a tokenizer (`qcat.encoding.prompt.with_codes`)."""
     review: Review | None = None
-    """Queue the questions that a person should decide: with their `text`, or by its `hash` only.
-    Not where: a task comes inside a model, and a stranger's must not choose what is written to."""
+    """What a review queue is to keep of a question: its `text`, or its `hash` only. A suggestion:
+    nothing is queued unless the caller asks for it, and a task cannot say where."""
 
     def __post_init__(self) -> None:
         checked = {

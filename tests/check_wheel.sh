@@ -47,7 +47,7 @@ smoke() {
   grep -q '^TEMPLATE' <<<"$("$qcat" show "$model" --modelfile)"
   "$qcat" init "$data/questions.jsonl" -o task.toml >/dev/null
   head -c 2000 "$data/questions.jsonl" | head -n -1 >few.jsonl
-  "$qcat" batch few.jsonl -o answers.csv
+  "$qcat" batch few.jsonl -o answers.csv --prefix qcat_
   test "$(wc -l <answers.csv)" -gt 5
   "$qcat" ask --log log.jsonl --review queue.db --threshold 1 "what is it?" >/dev/null || test $? = 3
   "$qcat" review csv queue.db -o sheet.csv >/dev/null

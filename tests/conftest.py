@@ -214,8 +214,10 @@ def call(
     """As `qcat`, but in this process, all of it: every start of another costs seconds."""
     from qcat import cli
     from qcat.workflows import export as pipeline
+    from qcat.workflows import retrain
 
     monkeypatch.setattr(pipeline, "convert_apart", lambda: nullcontext(pipeline.convert))
+    monkeypatch.setattr(retrain, "convert_apart", lambda: nullcontext(pipeline.convert))
 
     def call(*args: Any) -> subprocess.CompletedProcess[str]:
         status = cli.run([str(arg) for arg in args])

@@ -2,8 +2,8 @@
 
     python tools/structure.py [--top N]
 
-Counted are lines of code with comments and docstrings, of modules and of functions, the latter
-without those of functions within them. Imports inside functions count too; those for type checkers
+Counted are the lines of modules, all of them, and of functions, without their docstrings and
+without the functions within them. Imports inside functions count too; those for type checkers
 do not.
 """
 

@@ -194,7 +194,8 @@ class Calibration:
         gate, threshold = data.get("gate") is not False, data.get("threshold")
         if threshold is not None:
             threshold = _checked(threshold, "threshold", 0, 1)
-        if gate and threshold == 0:  # how qcat wrote down that there was none, before it had None
+        # How qcat wrote down that there was none, before it had None; a promise always sets one.
+        if gate and threshold == 0 and not data.get("promise"):
             threshold = None
         promise, topic, sets = (_mapping(data, k) for k in ("promise", "on_topic", "conformal"))
         return cls(

@@ -181,7 +181,7 @@ def command(
             classifier,
             log=log,
             log_text=log_text,
-            review=False if queue is None else queue,
+            review=queue,
             review_hash=review_hash,
         ) as recorder,
     ):
@@ -225,6 +225,8 @@ def _check_records(
         raise click.UsageError("--review and --review-default name two files: give one of them")
     if decode == "free" and (given("review") or review_default or review_hash):
         raise click.UsageError("--review is for --decode label: a free answer has no probabilities")
+    if review_hash and not (given("review") or review_default or os.environ.get("QCAT_REVIEW")):
+        raise click.UsageError("--review-hash is for --review or --review-default")
     if log_text and log is None:
         raise click.UsageError("--log-text is for --log")
     if log is not None and decode == "free":

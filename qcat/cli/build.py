@@ -132,8 +132,9 @@ def command(
                 announce=lambda step: click.echo(step, err=True),
             )
     except LintError as error:
-        for line in finding_lines(error.report, questions, questions):
-            click.echo(line)
+        task = task_file or questions.with_name("task.toml")
+        for line in finding_lines(error.report, task, questions):
+            click.echo(line, err=as_json)
         raise
     if as_json:
         click.echo(json.dumps(_summary(built), ensure_ascii=False))

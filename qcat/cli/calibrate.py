@@ -1,4 +1,4 @@
-"""`qcat calibrate`: what a bundle's confidence is worth, and when it is to ask a person."""
+"""`qcat calibrate`: what a model's confidence is worth, and when it abstains."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def command(
 ) -> None:
     """Calibrate MODEL, a GGUF, on labelled QUESTIONS that it was not trained on, in place.
 
-    Without a threshold option it finds the temperature, the score under which a question is
+    Without a threshold option it finds the temperature, the score below which a question is
     off-topic, what prediction sets need and the reference for `qcat drift`, as `qcat export` does
-    with the validation questions. With one it sets the threshold under which a question is left
-    to a person. A model on an Ollama server is as it was until it is deployed again.
+    with the validation questions. With one it sets the threshold below which the model abstains. A
+    model on an Ollama server is as it was until it is deployed again.
 
     \b
     Examples:

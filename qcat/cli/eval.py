@@ -80,7 +80,7 @@ def command(
     pictures = [path for path in (html, reliability, confusion) if path]
     for path in pictures:
         check_writable(path)
-    for library in ["sklearn", "matplotlib"] if pictures else ["sklearn"]:
+    for library in ["sklearn", *["matplotlib"] * bool(pictures), *["jinja2"] * bool(html)]:
         importlib.import_module(library)  # its absence is reported before the questions are asked
     request = Request(
         model=model,

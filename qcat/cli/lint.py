@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -97,9 +98,12 @@ def tokenizer_of(base: str | None, model: Path | None) -> Iterator[Tokenizer | N
         yield HubTokenizer(base_folder(base, weights=False))
     elif model:
         from qcat.backends.llama import LlamaModel
+        from qcat.gguf.bundle import find_gguf
         from qcat.gguf.check import check_model
         from qcat.gguf.header import read_header
 
+        if os.path.isdir(model):
+            model = find_gguf(model)
         check_model(model, read_header(model))  # llama.cpp can abort on what this refuses
         with LlamaModel(model, vocab_only=True) as loaded:
             yield loaded

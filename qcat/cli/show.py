@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def command(source: Path, as_grammar: bool, as_modelfile: bool, as_json: bool) -
     if as_grammar:
         click.echo(_grammar(source), nl=False)
         return
+    if source.suffix == ".toml":
+        raise click.UsageError("of a task only --grammar can be shown")
     bundle = Bundle.read(source)
     if as_modelfile:
         click.echo(_modelfile(bundle), nl=False)
@@ -51,7 +54,8 @@ def command(source: Path, as_grammar: bool, as_modelfile: bool, as_json: bool) -
 
 def _grammar(source: Path) -> str:
     """The grammar that accepts exactly the task's labels, each after a space."""
-    task = Task.read(source) if source.suffix == ".toml" else Bundle.read(source).task
+    is_model = source.suffix == ".gguf" or os.path.isdir(source)
+    task = Bundle.read(source).task if is_model else Task.read(source)
     if task.verbalizer == "code" and not task.codes:
         raise TaskError(
             f"{source}: codes are chosen for a tokenizer: name the exported model, "

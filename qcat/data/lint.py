@@ -67,7 +67,8 @@ def lint(task: Task, path: Path | None = None, tokenizer: Tokenizer | None = Non
         findings += label_findings(task, questions)
         findings += repeat_findings(questions)
         findings += character_findings(questions)
-        findings += length_findings(questions, encoded)
+        if encoded or not tokenizer:  # else what is wrong with the tokens is a finding already
+            findings += length_findings(questions, encoded)
     order = get_args(Severity)
     counted = Counter(question.label for question in questions)
     return Report(

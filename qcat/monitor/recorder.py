@@ -46,7 +46,7 @@ class Recorder:
         *,
         log: str | os.PathLike[str] | None = None,
         log_text: bool = False,
-        review: str | os.PathLike[str] | bool = False,
+        review: str | os.PathLike[str] | bool | None = None,
         review_hash: bool = False,
     ) -> Self:
         """Open the files, or make them.
@@ -65,7 +65,7 @@ class Recorder:
         """
         with ExitStack() as stack:
             kept = queue = None
-            if review is not False:
+            if review is not None and review is not False:
                 path = None if review is True else review
                 queue = stack.enter_context(open_for(model.task, path, review_hash))
             if log is not None:

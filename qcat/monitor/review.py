@@ -109,7 +109,7 @@ def question_hash(question: str) -> str:
 
 
 def default_path(task: str) -> Path:
-    """Where the queue of a task lies whose `task.toml` asks for one: in the user's data folder."""
+    """Where the queue of a task lies if no file is named: in the user's data folder."""
     from platformdirs import user_data_path
 
     return user_data_path("qcat") / "review" / f"{task}.db"
@@ -193,7 +193,7 @@ class ReviewQueue:
             if set(queue.labels) != set(labels):
                 raise ReviewError(
                     f"{file}: is the review queue of task {task!r} with other labels: finish it "
-                    "with `qcat review` and move it away, or name another file"
+                    "with `qcat review answer` and move it away, or name another file"
                 )
         except BaseException:
             connection.close()

@@ -103,7 +103,7 @@ def _hub_header(task: Task, report: Mapping[str, Any]) -> str:
     figures = proof["quantized"] if proof else {}
     data = ModelCardData(
         # A hub name is owner/name; a folder's or a file's name means nothing there.
-        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        base_model=base if _is_hub_name(base) else None,
         # The adapter's is the user's to choose, the base's is that of the base.
         license="other",
         license_name="that-of-the-base-model",
@@ -156,6 +156,10 @@ def calibration_line(found: Mapping[str, Any]) -> str:
         f"{found['questions']} validation questions; expected calibration error "
         f"{before['ece']:.3f} before, {after['ece']:.3f} after"
     )
+
+
+def _is_hub_name(base: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not base.lower().endswith(".gguf")
 
 
 def _counts(numbers: Mapping[str, int], between: str = " ") -> str:

@@ -106,8 +106,7 @@ def batch(
     input and options. Rows are held in memory a few thousand at a time, whatever their number.
 
     Args:
-        classifier: the model. Its review queue and log would count a row twice if a kill came
-            between, so it should have none.
+        classifier: the model. Its answers are not recorded: after a kill a row would count twice.
         source: CSV, JSONL or Parquet, by suffix.
         target: likewise. It must not exist, and appears when it is whole. What a kill just after
             that has left is put in order.

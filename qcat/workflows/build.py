@@ -1,7 +1,8 @@
 """The whole way from labelled questions to a proven model, each finished step kept.
 
-Beside the bundle DIR stands `DIR.build` with what leads to it: `build.json` (what was asked for),
-`task.toml`, the run, and `evaluation.json`, which comes last. The same call resumes.
+Beside the bundle DIR stands `DIR.build` with what leads to it: `build.json` (what each step was
+asked for), `task.toml`, the run, and `evaluation.json`, which comes last. The same call resumes; a
+step that has not begun may be asked for something else.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from qcat.gguf.bundle import Bundle
 from qcat.gguf.sections import REPORT_KEY, section
 from qcat.progress import Progress, silent
 from qcat.task import Task
-from qcat.workflows.init import init_task, task_name, write_task
+from qcat.workflows.choose import kinds_to_make
+from qcat.workflows.init import init_task, task_name
 from qcat.workflows.train import DEFAULT_BASE, train
 
 if TYPE_CHECKING:
     from qcat.evaluation.results import Evaluation
     from qcat.training.adapters import Method
+
+
+EVALUATION = "evaluation.json"
 
 
 class LintError(DataError):
@@ -97,35 +102,71 @@ def build(
         DataError, TaskError, ModelError, TrainError, ExportError: as the steps do.
     """
     source, bundle = Path(questions), Path(output)
-    work = bundle.with_name(f"{bundle.name}.build")
+    work = _work_folder(bundle)
+    trained_with = {
+        "base": base,
+        "method": method,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "layers": layers,
+        "seed": seed,
+    }
+    exported_with = {"quantization": quantization, "merges": merges, "max_flips": max_flips}
+    kinds_to_make(quantization, scales=method == "scales", proved=True)  # now, not after training
+    decided = _task(source, task, work, announce)
+    _lint(decided, source, announce)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ExportError(f"{work}: {error.strerror}: choose another folder") from None
     with locked(work / ".lock", target=bundle, busy="another build is at it", error=ExportError):
-        options = {
-            "base": base,
-            "method": method,
-            "epochs": epochs,
-            "learning_rate": learning_rate,
-            "layers": layers,
-            "seed": seed,
-        }
-        export_options = {"quantization": quantization, "merges": merges, "max_flips": max_flips}
-        asked = {**options, **export_options, "max_error": max_error}
-        decided = _task(source, task, work, announce)
-        _check_same(work, bundle, asked, source, decided)
-        _lint(decided, source, announce)
-        run = work / "run"
-        if (run / "run.json").is_file():
-            announce(f"training: kept, {run}")
-            record = json.loads((run / "run.json").read_text("utf-8"))
-        else:
-            announce(f"training: {base}, {method}")
-            record = train(source, task=decided, output=run, progress=progress, **options)  # type: ignore[arg-type]
-        report = _export(run, bundle, export_options, announce, progress)
+        run, plan = work / "run", _Plan(work / "build.json")
+        if bundle.exists() and not run.is_dir():
+            raise ArgumentError(f"{bundle} exists already: remove it or name another folder")
+        plan.check("training", {**trained_with, **_identity(source, decided)}, begun=run.is_dir())
+        write_whole(work / "task.toml", decided.to_toml().encode())
+        record = _train(run, source, decided, trained_with, announce, progress)
+        plan.check("export", exported_with, begun=bundle.exists())
+        report = _export(run, bundle, work, exported_with, announce, progress)
+        evaluated = (work / EVALUATION).is_file()
+        plan.check("evaluation", {"max_error": max_error}, begun=evaluated)
         evaluation = _evaluate(bundle, run, work, max_error, announce, progress)
     return Built(bundle, Bundle.read(bundle).task, record, report, evaluation)
+
+
+def _work_folder(bundle: Path) -> Path:
+    """Where the steps are kept. Raises ArgumentError: the bundle has no name of its own."""
+    if bundle.name in ("", ".."):
+        raise ArgumentError(f"{bundle}: name the folder to make, such as house")
+    return bundle.with_name(f"{bundle.name}.build")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What each step that has begun was asked for."""
+
+    path: Path
+
+    def check(self, step: str, wanted: Mapping[str, Any], *, begun: bool) -> None:
+        """Write down what a step is asked for; if it has begun, see that that was the very same.
+
+        Raises:
+            ArgumentError: it was not.
+        """
+        plan = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}
+        if begun and plan.get(step) != wanted:
+            raise ArgumentError(
+                f"{self.path.parent} holds the {step} of other questions, another task or other "
+                "options: remove what it made, or name another folder with -o"
+            )
+        write_whole(self.path, json.dumps({**plan, step: wanted}, indent=1).encode())
+
+
+def _identity(questions: Path, task: Task) -> dict[str, Any]:
+    """What tells a training from others, besides its options."""
+    with questions.open("rb") as file:  # lint has read it
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"task": task.to_dict(), "questions": digest}
 
 
 def _task(
@@ -135,43 +176,15 @@ def _task(
     announce: Callable[[str], None],
 ) -> Task:
     """The task that is named, lies beside the questions, or follows from their labels."""
-    beside, made = questions.with_name("task.toml"), work / "task.toml"
-    if named is not None or beside.is_file():
-        path = Path(named) if named is not None else beside
+    if not questions.name:
+        raise DataError(f"{questions}: is no file of questions: name one")
+    path = Path(named) if named is not None else questions.with_name("task.toml")
+    if named is not None or path.is_file():
         announce(f"task: {path}")
         return Task.read(path)
-    if not made.is_file():
-        write_task(init_task(questions, name=task_name(work.with_suffix(""))).task, made)
-    task = Task.read(made)
-    announce(f"task: {made}, {len(task.labels)} labels in order of frequency")
+    task = init_task(questions, name=task_name(work.with_suffix(""))).task
+    announce(f"task: {len(task.labels)} labels in order of frequency, as {work / 'task.toml'}")
     return task
-
-
-def _check_same(
-    work: Path, bundle: Path, asked: Mapping[str, Any], questions: Path, task: Task
-) -> None:
-    """See that what is there was made of the very same; write down what is made where nothing is.
-
-    Raises:
-        ArgumentError: it was not.
-    """
-    try:
-        with questions.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{questions}: cannot be read: {error.strerror}") from None
-    wanted = json.dumps({**asked, "task": task.to_dict(), "questions": digest}, indent=1)
-    plan = work / "build.json"
-    if plan.is_file():
-        if plan.read_text("utf-8") != wanted:
-            raise ArgumentError(
-                f"{work} holds a build of other questions, another task or other options: remove "
-                "it, or name another folder with -o"
-            )
-    elif bundle.exists():
-        raise ArgumentError(f"{bundle} exists already: remove it or name another folder with -o")
-    else:
-        write_whole(plan, wanted.encode())
 
 
 def _lint(task: Task, questions: Path, announce: Callable[[str], None]) -> None:
@@ -186,9 +199,26 @@ def _lint(task: Task, questions: Path, announce: Callable[[str], None]) -> None:
         )
 
 
+def _train(
+    run: Path,
+    questions: Path,
+    task: Task,
+    options: Mapping[str, Any],
+    announce: Callable[[str], None],
+    progress: Progress,
+) -> dict[str, Any]:
+    if (run / "run.json").is_file():
+        announce(f"training: kept, {run}")
+        record: dict[str, Any] = json.loads((run / "run.json").read_text("utf-8"))
+        return record
+    announce(f"training: {options['base']}, {options['method']}")
+    return train(questions, task=task, output=run, progress=progress, **options)
+
+
 def _export(
     run: Path,
     bundle: Path,
+    work: Path,
     options: Mapping[str, Any],
     announce: Callable[[str], None],
     progress: Progress,
@@ -199,6 +229,7 @@ def _export(
         return section(there.header, REPORT_KEY, there.path)
     from qcat.workflows.export import export_run
 
+    (work / EVALUATION).unlink(missing_ok=True)  # it was of another bundle
     announce("export: merge, convert, quantize, prove, calibrate")
     return export_run(run, bundle, progress=progress, **options)
 
@@ -212,7 +243,7 @@ def _evaluate(
     progress: Progress,
 ) -> dict[str, Any]:
     """Set the threshold, if one is asked for, and measure; what was measured is kept."""
-    file = work / "evaluation.json"
+    file = work / EVALUATION
     if file.is_file():
         announce(f"evaluation: kept, {file}")
         kept: dict[str, Any] = json.loads(file.read_text("utf-8"))

@@ -81,6 +81,8 @@ def find_task(questions: Path, named: Path | None) -> Path:
     Raises:
         TaskError: none is named and none lies there.
     """
+    if not questions.name:
+        raise TaskError(f"{questions}: is no file of questions: name one")
     path = named or questions.with_name("task.toml")
     if named is None and not path.is_file():
         raise TaskError(

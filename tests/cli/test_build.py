@@ -154,7 +154,7 @@ def test_build_makes_all_and_keeps_each_step(build, call, tmp_path):
     assert resumed.stderr.count(": kept, ") == 2
     assert json.loads(resumed.stdout)["accuracy"] == summary["accuracy"]
 
-    other = build(house, "--max-flips", 1)
+    other = build(house, "--max-flips", 0.9, "--max-error", 0.5)
     assert other.returncode == 2
     assert "other options" in other.stderr
 
@@ -175,3 +175,58 @@ def test_build_into_a_folder_that_is_there(call, questions, tmp_path):
     done = call("build", questions, "-o", tmp_path / "out")
     assert done.returncode == 2
     assert "exists already" in done.stderr
+
+
+def test_build_can_be_rerun_after_what_it_refused(build, call, questions, easy_job, tmp_path):
+    """What its messages advise has to work, and no finished step may be lost for it."""
+    house = tmp_path / "house"
+    impossible = call("build", questions, "-o", house, "--quant", "q8_0")
+    assert impossible.returncode == 1  # by the default method, before anything else is done
+    assert "trained in q4_0" in impossible.stderr
+    strict = build(house, "--max-flips", 0, "--quant", "q3_k_m")
+    options = ("--max-flips", 1, "--quant", "q8_0")
+    done = build(house, *options)
+    assert done.returncode == 0, done.stderr
+    if strict.returncode:  # some label changed: the training is kept all the same
+        assert "training: kept" in done.stderr
+    first = (house / "house.gguf").read_bytes()
+
+    for path in house.iterdir():
+        path.unlink()
+    house.rmdir()
+    again = build(house, *options, "--max-error", 0.5)
+    assert again.returncode == 0, again.stderr
+    assert "training: kept" in again.stderr
+    assert "evaluation: kept" not in again.stderr  # it was of the bundle that is gone
+    assert "calibrate: " in again.stderr
+    assert (house / "house.gguf").read_bytes() != first  # it has a threshold now
+
+
+def test_build_after_mending(call, easy_job, tmp_path):
+    rows = (easy_job[0] / "q.jsonl").read_text("utf-8").splitlines()
+    clash = json.dumps({"text": json.loads(rows[0])["text"], "label": "typo"})
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join([*rows, clash]), "utf-8")
+    args = ("build", path, "-o", tmp_path / "out", "--base", tmp_path / "none")
+    assert call(*args).returncode == 1
+    assert not (tmp_path / "out.build").exists()
+    path.write_text("\n".join(rows), "utf-8")
+    done = call(*args)
+    assert "other questions" not in done.stderr
+    assert "4 labels" in done.stderr  # and none of the typo
+    assert done.returncode == 1  # there is no such base
+
+
+@pytest.mark.parametrize("output", [".", "/", ".."])
+def test_build_needs_a_name(call, questions, output):
+    done = call("build", questions, "-o", output)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "name the folder to make" in done.stderr
+
+
+def test_a_folder_is_no_file_of_questions(call, tmp_path):
+    for args in (("train", ".", "-o", tmp_path / "run"), ("build", ".", "-o", tmp_path / "x")):
+        done = call(*args)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "no file of questions" in done.stderr
+    assert not list(tmp_path.iterdir())

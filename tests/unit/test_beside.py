@@ -10,13 +10,13 @@ import pytest
 
 from qcat import Classifier
 from qcat.backends import llama
-from qcat.cli.retrain import _recipe
 from qcat.data.dataset import Example
 from qcat.errors import BundleError, ExportError
 from qcat.gguf.bundle import Bundle
 from qcat.gguf.header import read_header
 from qcat.workflows.export import export
 from qcat.workflows.export_job import Request
+from qcat.workflows.retrain import _recipe
 
 KINDS = ("qwen3", "qwen2", "llama")
 QUESTIONS = tuple(

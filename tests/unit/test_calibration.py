@@ -501,7 +501,8 @@ FULL = Calibration(
 
 
 def test_what_is_written_is_read_back():
-    for known in (FULL, Calibration(), *map(FULL.with_threshold, (0, 0.3, 1))):
+    answers_all = replace(FULL, threshold=0.0)  # a promise that every answer keeps
+    for known in (FULL, answers_all, Calibration(), *map(FULL.with_threshold, (0, 0.3, 1))):
         data = json.loads(json.dumps(known.to_dict()))
         assert Calibration.from_dict(data, LABELS) == known
     assert Calibration.from_dict({}, LABELS) == Calibration()

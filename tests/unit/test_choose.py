@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qcat_convert.quantize import CANDIDATES
 
-from qcat.cli.retrain import _recipe
 from qcat.data.dataset import Example
 from qcat.errors import ExportError
 from qcat.evaluation.proof import Replayed
@@ -20,6 +19,7 @@ from qcat.gguf.header import read_header
 from qcat.workflows.choose import Trial, choose, try_all, within_size
 from qcat.workflows.export import export
 from qcat.workflows.export_job import Request
+from qcat.workflows.retrain import _recipe
 
 QUESTIONS = 40
 

@@ -17,7 +17,6 @@ from qcat_convert.trim import DEFAULT_MERGES, Trimmed, trim, whole_words
 from qcat_convert.vocab import CONTROL, read_vocabulary
 
 from qcat.classifier import Classifier
-from qcat.cli.retrain import _recipe
 from qcat.data.dataset import Example, read_examples
 from qcat.encoding.agreement import check_questions
 from qcat.encoding.prompt import build_prompt
@@ -28,6 +27,7 @@ from qcat.gguf.header import read_header
 from qcat.report.card import vocabulary_line
 from qcat.workflows.export import export
 from qcat.workflows.export_job import Request
+from qcat.workflows.retrain import _recipe
 
 ROLES = ("eos_token", "bos_token", "pad_token")
 
