@@ -65,8 +65,8 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
     "--set",
     "as_set",
     is_flag=True,
-    help="Print the labels among which the right one is, most probable first, separated by tabs; "
-    "the abstain word if the question is off the list. Exit with 3 unless there is one label.",
+    help="Print a set of labels that holds the right one, most probable first, separated by tabs; "
+    "the abstain word if the question is off-topic. Exit with 3 unless there is one label.",
 )
 @click.option(
     "--coverage",
@@ -99,7 +99,7 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
 @click.option(
     "--review-hash",
     is_flag=True,
-    help="Keep no text in the queue, only a hash: a person can then not read the questions there.",
+    help="Keep only a hash of each question in the queue: nobody can read the questions there.",
 )
 @click.option("--strict", is_flag=True, help="Refuse a question that is too long; else cut it.")
 @click.option(
@@ -146,8 +146,8 @@ def command(
     \b
     Exit status: 0 answered, 1 error, 2 usage, 3 abstained on at least one.
 
-    A question that the review queue does not take is answered all the same; then that error ends
-    the command with 1, since the next one would be lost too.
+    If a question cannot be added to the review queue, its answer is printed all the same. The
+    command then ends with status 1, because the next questions would be lost.
 
     \b
     Examples:

@@ -73,8 +73,8 @@ def command(
     abstained is true the row needs review: the label is then a guess, and reason says why. A row
     without a question affects only itself: it needs review too, has no label, and error says
     why. A line that cannot be read at all ends the command before any work. A question of more than
-    256 tokens is cut, and truncated is true. No review queue is filled, whatever the model's task
-    says: the rows are in OUT.
+    256 tokens is cut, and truncated is true. Nothing is added to a review queue: the rows to review
+    are in OUT.
 
     OUT appears when it is whole. Until then OUT.part holds the answers: if the command is stopped
     or killed, rerun it to resume. Delete OUT.part to start over.

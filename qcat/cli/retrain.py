@@ -40,7 +40,7 @@ _FOLDER = click.Path(path_type=Path)
     required=True,
     metavar="DIR",
     type=_FOLDER,
-    help="The bundle that serves: what the new one is compared with, made like, and replaces.",
+    help="The bundle in use: the new one is exported like it, compared with it, and replaces it.",
 )
 @click.option(
     "--max-loss",
@@ -48,22 +48,22 @@ _FOLDER = click.Path(path_type=Path)
     default=0.0,
     show_default=True,
     metavar="SHARE",
-    help="Promote even if so much accuracy is lost, on the test or on the reviewed questions: few "
-    "reviewed ones differ by chance alone.",
+    help="Promote even if accuracy falls by this much, on the test or on the reviewed questions: a "
+    "few reviewed ones differ by chance alone.",
 )
 def command(run: Path, add: Path, output: Path, bundle: Path, max_loss: float) -> None:
-    """Train the task of RUN anew with more questions; let the result replace a bundle if it is
-    not worse.
+    """Train the task of RUN again with more questions, and replace a bundle if the result is not
+    worse.
 
-    The base, the settings and the validation and test questions are RUN's. Added questions like
-    those that measure are left out; of the new families one in five is held back to be asked
-    after; the others join the training. The new bundle is made as the old one was, with its
-    threshold, or one found anew on the test questions for the same promise. Both are asked the
-    test questions and those held back. If the new one is as good it takes the place of DIR
-    and the old one becomes DIR.previous; if not, it stays as DIR.candidate and the exit status is
-    5. Rerun the command to resume one that was stopped.
+    Base, settings, validation and test questions are those of RUN. Added questions that are too
+    similar to validation or test questions are left out. One in five of the new groups of similar
+    questions is held back for the comparison; the others join the training. The new bundle is
+    exported like the old one and gets its threshold, or one that keeps the same promise on the
+    test questions. Both models are asked the test questions and those held back. If the new one is
+    not worse, it takes the place of DIR and the old one becomes DIR.previous; otherwise it stays
+    as DIR.candidate and the exit status is 5. Rerun the command to resume one that was stopped.
 
-    DIR has to be the bundle of RUN, so that no question is lost that it was trained on.
+    DIR has to be the bundle that was exported from RUN.
 
     \b
     Example:
