@@ -51,6 +51,9 @@ smoke() {
   test "$(wc -l <answers.csv)" -gt 5
   "$qcat" ask --log log.jsonl --review queue.db --threshold 1 "what is it?" >/dev/null || test $? = 3
   "$qcat" review csv queue.db -o sheet.csv >/dev/null
+  for command in $("$qcat" --help | sed -n 's/^  \([a-z]\+\)  .*/\1/p'); do
+    "$qcat" "$command" --help >help.txt
+  done
   refusal=$("$qcat" train "$data/questions.jsonl" -t "$data/task.toml" -o out 2>&1 || true)
   grep -qF 'pip install "qcat-llm[train]"' <<<"$refusal"
   popd >/dev/null
@@ -70,8 +73,9 @@ done
 
 lowest=$(find_python 3.11)
 "$lowest" -m venv "$work/lowest"
-"$python" -m uv pip install --quiet --python "$work/lowest/bin/python" \
-  --find-links "$work/wheels" --resolution lowest-direct "$wheel"
+install_lowest=("$python" -m uv pip install --quiet --python "$work/lowest/bin/python")
+"${install_lowest[@]}" --find-links "$work/wheels" --resolution lowest-direct -r pyproject.toml
+"${install_lowest[@]}" --no-deps "$wheel"
 smoke "$work/lowest"
 echo "lowest versions: the wheel alone answers"
 "$python" -m uv pip list --python "$work/lowest/bin/python" 2>/dev/null | grep -iE 'llama|numpy|click|platformdirs|tomli|tqdm'

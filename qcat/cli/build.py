@@ -13,7 +13,7 @@ from qcat_convert.trim import DEFAULT_MERGES
 
 from qcat.cli.lint import finding_lines
 from qcat.cli.output import FloatRange, table
-from qcat.cli.train import Layers, train_bars
+from qcat.cli.train import layers_or_auto, train_bars
 from qcat.workflows.build import Built, LintError, build
 from qcat.workflows.train import DEFAULT_BASE
 
@@ -60,7 +60,7 @@ _FILE = click.Path(path_type=Path)
     metavar="RATE",
     help="The highest, as for `qcat train`.",
 )
-@click.option("--layers", type=Layers(), metavar="N|auto", help="As for `qcat train`.")
+@click.option("--layers", callback=layers_or_auto, metavar="N|auto", help="As for `qcat train`.")
 @click.option("--quant", type=click.Choice((*QUANTIZATIONS, AUTO)), help="As for `qcat export`.")
 @click.option(
     "--vocab",

@@ -17,23 +17,20 @@ from qcat.workflows.train import DEFAULT_BASE, train
 _FILE = click.Path(path_type=Path)
 
 
-class Layers(click.ParamType[int | str]):
-    """A number of layers, or `auto`."""
-
-    name = "layers"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        if value == "auto":
-            return "auto"
-        try:
-            layers = int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'auto'.", param, ctx)
-        if layers < 1:
-            self.fail("at least one layer has to stay.", param, ctx)
-        return layers
+def layers_or_auto(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> int | str | None:
+    """What --layers says: a number of layers, or `auto`."""
+    if value is None or value == "auto":
+        return value
+    try:
+        layers = int(value)
+    except ValueError:
+        message = f"{value!r} is neither a number nor 'auto'."
+        raise click.BadParameter(message, ctx, param) from None
+    if layers < 1:
+        raise click.BadParameter("at least one layer has to stay.", ctx, param)
+    return layers
 
 
 @click.command()
@@ -119,7 +116,7 @@ class Layers(click.ParamType[int | str]):
 )
 @click.option(
     "--layers",
-    type=Layers(),
+    callback=layers_or_auto,
     metavar="N|auto",
     help="Keep the first N layers of the base and drop those above: size and time shrink with "
     "them. `auto` tries all, 3/4, 1/2, 3/8, 1/4 and 1/8, a training each, until one loses more "
