@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import click
-from qcat_convert.quantize import AUTO, QUANTIZATIONS
 from qcat_convert.trim import DEFAULT_MERGES
 
 from qcat.cli.lint import finding_lines
+from qcat.cli.options import (
+    base_option,
+    epochs_option,
+    layers_option,
+    learning_rate_option,
+    max_flips_option,
+    method_option,
+    quant_option,
+    seed_option,
+    vocab_option,
+)
 from qcat.cli.output import FloatRange, table
-from qcat.cli.train import layers_or_auto, train_bars
+from qcat.cli.train import train_bars
 from qcat.workflows.build import Built, LintError, build
-from qcat.workflows.train import DEFAULT_BASE
 
 _FILE = click.Path(path_type=Path)
 
@@ -33,50 +42,14 @@ _FILE = click.Path(path_type=Path)
     type=_FILE,
     help="What to decide.  [default: task.toml beside QUESTIONS, else made of their labels]",
 )
-@click.option(
-    "--base",
-    default=DEFAULT_BASE,
-    show_default=True,
-    metavar="MODEL",
-    help="Base model: a folder, a hub name, a GGUF file, or ollama:NAME.",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["scales", "lora"]),
-    default="scales",
-    show_default=True,
-    help="What is trained, as for `qcat train`.",
-)
-@click.option(
-    "--epochs",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    help="At most so many passes over the data.",
-)
-@click.option(
-    "--learning-rate",
-    type=FloatRange(0, min_open=True),
-    metavar="RATE",
-    help="The highest, as for `qcat train`.",
-)
-@click.option("--layers", callback=layers_or_auto, metavar="N|auto", help="As for `qcat train`.")
-@click.option("--quant", type=click.Choice((*QUANTIZATIONS, AUTO)), help="As for `qcat export`.")
-@click.option(
-    "--vocab",
-    type=click.Choice(["full", "trim"]),
-    default="full",
-    show_default=True,
-    help="As for `qcat export`.",
-)
-@click.option(
-    "--max-flips",
-    type=FloatRange(0, 1),
-    default=0.05,
-    show_default=True,
-    metavar="SHARE",
-    help="Fail if more held-out questions than this change their label at export.",
-)
+@base_option
+@method_option
+@epochs_option
+@learning_rate_option
+@layers_option
+@quant_option
+@vocab_option
+@max_flips_option
 @click.option(
     "--max-error",
     type=FloatRange(0, 1, min_open=True, max_open=True),
@@ -84,9 +57,7 @@ _FILE = click.Path(path_type=Path)
     help="Also set the threshold above which at most this share of the answers is wrong, as "
     "`qcat calibrate` does, on the test questions.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all draws."
-)
+@seed_option
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object.")
 def command(
     questions: Path,

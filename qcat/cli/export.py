@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from qcat_convert.quantize import AUTO, QUANTIZATIONS
 from qcat_convert.trim import DEFAULT_MERGES
 
+from qcat.cli.options import max_flips_option, quant_option, vocab_option
 from qcat.cli.output import Bars, FloatRange, given, table, timeout_option
 from qcat.workflows.export_job import read_request
 
@@ -64,13 +64,7 @@ _FILE = click.Path(path_type=Path)
     help="Labelled questions for the calibration, likewise.  "
     "[default: RUN/validation.jsonl, if there]",
 )
-@click.option(
-    "--quant",
-    type=click.Choice((*QUANTIZATIONS, AUTO)),
-    help="auto tries q4_0, q4_k_m, iq4_nl and q8_0 on the held-out questions and keeps the one "
-    "that is fastest here within --max-flips.  [default: q4_0 for a run of `qcat train --method "
-    "scales`, which is in it already; else auto, or q4_k_m without held-out questions]",
-)
+@quant_option
 @click.option(
     "--beside",
     is_flag=True,
@@ -84,14 +78,7 @@ _FILE = click.Path(path_type=Path)
     show_default=True,
     help="Of the GGUF before it is quantized; bf16 if the base overflows f16.",
 )
-@click.option(
-    "--vocab",
-    type=click.Choice(["full", "trim"]),
-    default="full",
-    show_default=True,
-    help="trim: keep only the tokens that the language and the questions need. A smaller file that "
-    "loads sooner; other words are spelled in more tokens.",
-)
+@vocab_option
 @click.option(
     "--merges",
     type=click.IntRange(0),
@@ -100,14 +87,7 @@ _FILE = click.Path(path_type=Path)
     metavar="N",
     help="With --vocab trim: how many of the tokenizer's first merges to keep besides.",
 )
-@click.option(
-    "--max-flips",
-    type=FloatRange(0, 1),
-    default=0.05,
-    show_default=True,
-    metavar="SHARE",
-    help="Fail if more held-out questions than this change their label.",
-)
+@max_flips_option
 @click.option(
     "--max-mb",
     type=FloatRange(0, min_open=True),

@@ -10,27 +10,19 @@ from typing import Any
 
 import click
 
+from qcat.cli.options import (
+    base_option,
+    epochs_option,
+    layers_option,
+    learning_rate_option,
+    method_option,
+    seed_option,
+)
 from qcat.cli.output import Bars, FloatRange, given, table
 from qcat.workflows.init import find_task
-from qcat.workflows.train import DEFAULT_BASE, train
+from qcat.workflows.train import train
 
 _FILE = click.Path(path_type=Path)
-
-
-def layers_or_auto(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> int | str | None:
-    """What --layers says: a number of layers, or `auto`."""
-    if value is None or value == "auto":
-        return value
-    try:
-        layers = int(value)
-    except ValueError:
-        message = f"{value!r} is neither a number nor 'auto'."
-        raise click.BadParameter(message, ctx, param) from None
-    if layers < 1:
-        raise click.BadParameter("at least one layer has to stay.", ctx, param)
-    return layers
 
 
 @click.command()
@@ -43,13 +35,7 @@ def layers_or_auto(
     type=_FILE,
     help="What to decide.  [default: task.toml beside QUESTIONS]",
 )
-@click.option(
-    "--base",
-    default=DEFAULT_BASE,
-    show_default=True,
-    metavar="MODEL",
-    help="Base model: a folder, a hub name, a GGUF file, or ollama:NAME for one in Ollama's store.",
-)
+@base_option
 @click.option(
     "--checkpoint",
     metavar="DIR",
@@ -58,13 +44,7 @@ def layers_or_auto(
     "[default: qcat's cache folder]",
 )
 @click.option("-o", "--output", required=True, metavar="DIR", type=_FILE, help="Folder of the run.")
-@click.option(
-    "--epochs",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    help="At most so many passes over the data; stops two after the best.",
-)
+@epochs_option
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
@@ -72,13 +52,7 @@ def layers_or_auto(
     show_default=True,
     help="Questions a step; fewer need less memory.",
 )
-@click.option(
-    "--learning-rate",
-    type=FloatRange(0, min_open=True),
-    metavar="RATE",
-    help="The highest, after the warm-up.  [default: 3e-3 for scales, relative to each; 2e-4 × "
-    "1024 / the model's width for LoRA]",
-)
+@learning_rate_option
 @click.option(
     "--rank",
     type=click.IntRange(1),
@@ -93,14 +67,7 @@ def layers_or_auto(
     show_default=True,
     help="`answer`: write the label and stop, as Ollama needs it; `labels`: choose among them.",
 )
-@click.option(
-    "--method",
-    type=click.Choice(["scales", "lora"]),
-    default="scales",
-    show_default=True,
-    help="`scales`: round the base to 4 bits first (Q4_0) and train the scales of its blocks, so "
-    "that export loses nothing; `lora`: train a LoRA adapter, merged and rounded at export.",
-)
+@method_option
 @click.option(
     "--train-embeddings",
     is_flag=True,
@@ -114,15 +81,7 @@ def layers_or_auto(
     metavar="SHARE",
     help="Leave out this share of a question's words in training.",
 )
-@click.option(
-    "--layers",
-    callback=layers_or_auto,
-    metavar="N|auto",
-    help="Keep the first N layers of the base and drop those above: size and time shrink with "
-    "them. `auto` tries all, 3/4, 1/2, 3/8, 1/4 and 1/8, a training each, until one loses more "
-    "than --max-f1-loss, and keeps the last that did not: together up to about 3 times the time "
-    "of a training with all.  [default: all]",
-)
+@layers_option
 @click.option(
     "--max-f1-loss",
     type=FloatRange(0, 1),
@@ -131,13 +90,7 @@ def layers_or_auto(
     metavar="F1",
     help="With --layers auto: validation macro-F1 that fewer layers may lose against all.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="For training and for the split.",
-)
+@seed_option
 def command(
     questions: Path,
     task_file: Path | None,

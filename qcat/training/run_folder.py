@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qcat.base.checkpoint import first_line
 from qcat.data.split import Split
 from qcat.errors import TrainError
+from qcat.files import locked
 from qcat.task import Task
 
 CHECKPOINT = "checkpoint.pt"
@@ -44,31 +45,24 @@ def run_folder(
         TrainError: the folder holds something else or cannot be written; or memory does not do.
     """
     import torch
-    from filelock import FileLock, Timeout
     from safetensors import SafetensorError
 
     try:
         target.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target / ".lock", blocking=False)
-        lock.acquire()
-    except Timeout:
-        raise TrainError(f"{target}: another training is writing it: wait for it") from None
     except OSError as error:
         raise TrainError(f"{target}: {error.strerror or error}: choose another folder") from None
-    try:
-        yield _begin(target, settings, task, split)
-    except (OSError, SafetensorError) as error:
-        raise TrainError(
-            f"{target}: cannot be written: {first_line(error)}: rerun the command when it can"
-        ) from None
-    except torch.OutOfMemoryError:
-        raise TrainError(
-            f"{target}: not enough memory for a step: lower --batch-size, in another folder"
-        ) from None
-    finally:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    busy = "another training is writing it"
+    with locked(target / ".lock", target=target, busy=busy, error=TrainError):
+        try:
+            yield _begin(target, settings, task, split)
+        except (OSError, SafetensorError) as error:
+            raise TrainError(
+                f"{target}: cannot be written: {first_line(error)}: rerun the command when it can"
+            ) from None
+        except torch.OutOfMemoryError:
+            raise TrainError(
+                f"{target}: not enough memory for a step: lower --batch-size, in another folder"
+            ) from None
 
 
 def _begin(target: Path, settings: Mapping[str, Any], task: Task, split: Split) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qcat.base.checkpoint import base_folder, count_layers, load_base
 from qcat.data.dataset import Example
@@ -30,8 +30,6 @@ from qcat.training.objective import Encoded
 from qcat.training.run_folder import clear, run_folder, write_json
 from qcat.training.settings import Settings
 
-if TYPE_CHECKING:
-    pass
 _PARTS = ("train", "validation", "test")
 
 

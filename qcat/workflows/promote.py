@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qcat.errors import BundleError, ExportError
+from qcat.files import locked
 from qcat.gguf.bundle import find_gguf
 
 
@@ -36,27 +37,16 @@ def reserved(bundle: Path) -> Iterator[bool]:
         ExportError: another one is under way; a folder that is no bundle stands where the
             candidate or the previous one should; or nothing can be written there.
     """
-    from filelock import FileLock, Timeout
-
     if bundle.name in ("", ".."):
         raise ExportError(f"{bundle}: cannot be renamed: name the bundle's folder by its own name")
-    lock = FileLock(bundle.with_name(f".{bundle.name}.promote.lock"), blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ExportError(f"{bundle}: another retraining is at it: wait for it") from None
-    except OSError as error:
-        raise ExportError(f"{bundle}: {error.strerror or error}: choose another folder") from None
-    try:
+    lock = bundle.with_name(f".{bundle.name}.promote.lock")
+    with locked(lock, target=bundle, busy="another retraining is at it", error=ExportError):
         cut_short = not bundle.exists() and previous_of(bundle).is_dir()
         if cut_short:
             _rename(previous_of(bundle), bundle)
         for folder in (candidate_of(bundle), previous_of(bundle)):
             _check_ours(folder)
         yield cut_short
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def clear(folder: Path) -> None:
