@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 
 # Spinning threads make a busy machine many times slower; read when OpenMP loads, so set first.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -69,6 +71,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("QCAT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def unprivileged_folder() -> Iterator[Path]:
+    """A folder whose permissions are obeyed: root, who may do everything, is someone else here."""
+    with tempfile.TemporaryDirectory(prefix="qcat-test-") as folder:
+        if os.geteuid() != 0:
+            yield Path(folder)
+            return
+        nobody = pwd.getpwnam("nobody").pw_uid
+        os.chown(folder, nobody, -1)
+        os.seteuid(nobody)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(0)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,15 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+
 PROGRAM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 """Where Chromium is; None where there is none."""
+needs_chromium = pytest.mark.skipif(
+    PROGRAM is None and not os.environ.get("CI"), reason="no Chromium (with CI set this fails)"
+)
 _SECONDS = 30
 
 
@@ -26,6 +31,7 @@ class Page:
 
     def __init__(self, folder: Path) -> None:
         """Start the browser; its profile and its downloads go into `folder`."""
+        assert PROGRAM, "install Chromium"
         here, self._out = os.pipe()
         self._in, there = os.pipe()
         # Chromium reads commands from descriptor 3 and answers on 4: out of their way first.
