@@ -79,7 +79,9 @@ class Classifier:
         """Which model this is, as the log names it."""
         self.rule = rule
         """What decides whether it abstains, likewise: its own thresholds, or which other."""
-        self._name, self._resources = name, resources
+        self.name = name
+        """What it was opened as: a path, or `ollama:NAME`."""
+        self._resources = resources
         self.labels = tuple(self.task.labels)
         """In the order of the task."""
         self._encoded, self._vocabulary = opened.encoded, opened.vocabulary
@@ -244,7 +246,7 @@ class Classifier:
         for number, prediction in enumerate(self.ask_many(texts), 1):
             if not prediction.exact:
                 raise ServerError(
-                    f"text {number}: {self._name} does not show the probabilities of all labels: "
+                    f"text {number}: {self.name} does not show the probabilities of all labels: "
                     "open the model's GGUF instead"
                 )
             rows.append([prediction.probabilities[label] for label in self.labels])
@@ -322,21 +324,21 @@ class Classifier:
         order = np.argsort(-probabilities, kind="stable")
         best = next((int(i) for i in order if self._scorer.accepts(int(i))), None)
         if best is None:
-            raise ModelError(f"{self._name}: its grammar accepts no label: export it again")
+            raise ModelError(f"{self.name}: its grammar accepts no label: export it again")
         known = (probabilities, probabilities)
         return self._decide(best, known, scores.mass, scores.energy, truncated)
 
     def _predict_bounded(self, scores: BoundedScores, truncated: bool) -> Prediction:
         best = scores.label
         if not self._scorer.accepts(best):
-            raise ModelError(f"{self._name}: gave an answer that is no label: ask again")
+            raise ModelError(f"{self.name}: gave an answer that is no label: ask again")
         if scores.mass is not None:
             bounds = temper_bounds(scores.lower, scores.upper, self.calibration.temperature)
             return self._decide(best, bounds, scores.mass, None, truncated)
         if self.coverage is not None:
             raise ServerError(
-                f"{self._name}: this Ollama gives no probabilities, which sets need: "
-                "0.12.11 or later does"
+                f"{self.name}: this Ollama gives no probabilities, which sets need: 0.12.11 or "
+                "later does"
             )
         nothing_known = self.calibration.reason(self.labels[best], 0.0, 0.0, False)
         return Prediction(

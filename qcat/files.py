@@ -151,3 +151,14 @@ def _rename(folder: Path, target: Path, error: type[QcatError]) -> None:
         folder.rename(target)
     except OSError as reason:
         raise error(f"{target}: cannot be put in place: {reason.strerror}") from None
+
+
+def check_writable(path: Path) -> None:
+    """See before long work that a file can be written after it. Raises QcatError if not."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise QcatError(f"{path}: is a folder: name a file")
+    except OSError as error:
+        raise QcatError(f"{path}: cannot be written: {error.strerror}: choose another") from None

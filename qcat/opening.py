@@ -6,10 +6,11 @@ nothing of predictions.
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,18 +131,10 @@ def open_served(
     server = Server(timeout or TIMEOUT)
     stack.callback(server.close)
     metadata = _metadata(server, name, adapter)
-    try:
-        with tempfile.TemporaryDirectory(prefix="qcat-") as folder:
-            path = Path(folder, "vocabulary.gguf")
-            write_vocabulary(path, metadata)
-            bundle = Bundle.read(path)
-            calibration = read_calibration(bundle) if calibrated else Calibration()
-            vocabulary = stack.enter_context(LlamaModel(path, vocab_only=True, verbose=verbose))
-    except (BundleError, ModelError) as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise ServerError(f"{name} on {server.address}: {reason}") from None
-    except OSError as error:
-        raise ModelError(f"{tempfile.gettempdir()}: {error.strerror}: set TMPDIR") from None
+    with _vocabulary_file(metadata, f"{name} on {server.address}") as path:
+        bundle = Bundle.read(path)
+        calibration = read_calibration(bundle) if calibrated else Calibration()
+        vocabulary = stack.enter_context(LlamaModel(path, vocab_only=True, verbose=verbose))
     vocabulary.path = Path(f"{PREFIX}{name}")  # for messages: the file is gone
     encoded = EncodedTask.served(bundle.task, vocabulary, name)
     scorer = OllamaScorer(
@@ -156,6 +149,53 @@ def open_served(
     stack.callback(scorer.close)
     # Of its own: probabilities that are bounds are not to be compared with exact ones.
     return Opened(encoded, vocabulary, scorer, calibration, f"{identity(metadata)}-ollama")
+
+
+def read_model(model: str | os.PathLike[str]) -> Bundle:
+    """What a model says of itself, wherever it is.
+
+    Args:
+        model: a GGUF, the folder of a bundle, or `ollama:NAME` for a model on the Ollama server
+            that OLLAMA_HOST names. Of the last there are the metadata and no tensors, and the name
+            stands for the path.
+
+    Raises:
+        BundleError: the file is absent, damaged, or no qcat GGUF.
+        ServerError: the server does not answer, or has no such model made by qcat.
+    """
+    name = os.fspath(model)
+    if not name.startswith(PREFIX):
+        return Bundle.read(name)
+    from qcat.backends.ollama import Server
+
+    server = Server()
+    try:
+        metadata = _metadata(server, name.removeprefix(PREFIX), None)
+    finally:
+        server.close()
+    with _vocabulary_file(metadata, f"{name} on {server.address}") as path:
+        bundle = Bundle.read(path)
+    header = replace(bundle.header, tensors=())
+    return replace(bundle, path=Path(name), header=header)
+
+
+@contextmanager
+def _vocabulary_file(metadata: Mapping[str, Any], name: str) -> Iterator[Path]:
+    """A server's metadata of a model as a GGUF, for as long as it is needed.
+
+    Raises:
+        ServerError: naming the model, for what is wrong with the metadata.
+        ModelError: the file cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="qcat-") as folder:
+            path = Path(folder, "vocabulary.gguf")
+            write_vocabulary(path, metadata)
+            yield path
+    except (BundleError, ModelError) as error:
+        raise ServerError(f"{name}: {str(error).removeprefix(f'{path}: ')}") from None
+    except OSError as error:
+        raise ModelError(f"{tempfile.gettempdir()}: {error.strerror}: set TMPDIR") from None
 
 
 def _metadata(server: Any, name: str, adapter: Path | None) -> dict[str, Any]:

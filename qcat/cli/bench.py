@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from qcat.cli.output import Bars, check_writable, table
+from qcat.cli.output import Bars, table
 from qcat.encoding.prompt import clean_question
 from qcat.errors import DataError, QuestionError
-from qcat.files import write_whole
+from qcat.files import check_writable, write_whole
 from qcat.gguf.bundle import Bundle
 from qcat.workflows.measure import BATCHES, Measured, measure, questions_for
 
@@ -30,10 +30,13 @@ from qcat.workflows.measure import BATCHES, Measured, measure, questions_for
 )
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 @click.option(
-    "--png", metavar="FILE", type=click.Path(path_type=Path), help="Plot latency by batch size."
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Plot latency by batch size.",
 )
 def command(
-    gguf: Path, questions_file: Path | None, count: int, as_json: bool, png: Path | None
+    gguf: Path, questions_file: Path | None, count: int, as_json: bool, plot: Path | None
 ) -> None:
     """Measure cold start, memory, and the latency one by one, in batches and by number of threads.
 
@@ -44,19 +47,19 @@ def command(
     \b
     Examples:
       qcat bench house.gguf
-      qcat bench house.gguf --questions asked.txt --png latency.png
+      qcat bench house.gguf --questions asked.txt --plot latency.png
     """
-    if png:
+    if plot:
         import matplotlib  # noqa: F401  (that it is absent is better said now)
 
-        check_writable(png)
+        check_writable(plot)
     labels = tuple(Bundle.read(gguf).task.labels)
     questions = _read(questions_file) if questions_file else questions_for(labels, count)
     questions = (questions * (count // len(questions) + 1))[:count]
     with Bars() as bars:
         found = measure(gguf, questions, bars.show)
-    if png:
-        write_whole(png, _plot(found))
+    if plot:
+        write_whole(plot, _plot(found))
     if as_json:
         click.echo(json.dumps(found.to_dict()))
         return

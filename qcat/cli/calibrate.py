@@ -11,7 +11,8 @@ import click
 from qcat.calibration.calibration import Calibration
 from qcat.calibration.reliability import reliability_rows
 from qcat.calibration.thresholds import LEVEL
-from qcat.cli.output import Bars, FloatRange, check_writable, given, json_line, table
+from qcat.cli.output import Bars, FloatRange, given, json_line, table
+from qcat.files import check_writable
 from qcat.workflows.calibrate import summary
 from qcat.workflows.calibrate_model import Measured, calibrate
 
@@ -28,7 +29,7 @@ _FILE = click.Path(path_type=Path)
     help="Set the threshold above which at most this share of the answers is wrong.",
 )
 @click.option(
-    "--level",
+    "--confidence",
     type=FloatRange(0.5, 1, max_open=True),
     default=LEVEL,
     show_default=True,
@@ -49,20 +50,20 @@ _FILE = click.Path(path_type=Path)
     "measure it.",
 )
 @click.option(
-    "--curve",
+    "--plot",
     metavar="FILE",
     type=_FILE,
-    help="Write the error of the answered questions by their share as a PNG.",
+    help="Plot the error of the answered questions by their share as PNG.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def command(
     model: Path,
     questions: Path | None,
     max_error: float | None,
-    level: float,
+    confidence: float,
     by_label: bool,
     threshold: float | None,
-    curve: Path | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Calibrate MODEL, a GGUF, on labelled QUESTIONS that it was not trained on, in place.
@@ -74,27 +75,27 @@ def command(
 
     \b
     Examples:
-      qcat calibrate house.gguf test.jsonl --max-error 0.02 --curve risk.png
+      qcat calibrate house.gguf test.jsonl --max-error 0.02 --plot risk.png
       qcat calibrate house.gguf --threshold 0.75
       qcat calibrate house.gguf validation.jsonl
     """
     if max_error is not None and threshold is not None:
         raise click.UsageError("--max-error or --threshold, not both")
-    if max_error is None and (by_label or given("level")):
-        raise click.UsageError("--level and --by-label are for --max-error")
-    if questions is None and (threshold is None or curve):
+    if max_error is None and (by_label or given("confidence")):
+        raise click.UsageError("--confidence and --by-label are for --max-error")
+    if questions is None and (threshold is None or plot):
         raise click.UsageError("QUESTIONS are needed for all but --threshold")
-    if curve:
-        check_writable(curve)
+    if plot:
+        check_writable(plot)
     with Bars() as bars:
         done = calibrate(
             model,
             questions,
             max_error=max_error,
-            level=level,
+            confidence=confidence,
             by_label=by_label,
             threshold=threshold,
-            curve=curve,
+            plot=plot,
             progress=bars.show,
         )
     if done.dropped_threshold:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -11,21 +10,16 @@ from pathlib import Path
 
 import click
 
-from qcat.classifier import DEFAULT_MODEL, OLLAMA, Classifier
-from qcat.cli.output import Bars, FloatRange, check_writable, given, table
-from qcat.data.dataset import read_examples
-from qcat.errors import BundleError, DataError
-from qcat.files import write_whole
-from qcat.gguf.bundle import Bundle, identity
-from qcat.gguf.sections import REFERENCE_KEY, section
-from qcat.monitor.drift import FEWEST, LEVEL, Accuracy, Drift, Reference, Signal, compare, history
-from qcat.monitor.log import LogWindow, read_log, scan_log
+from qcat.classifier import DEFAULT_MODEL
+from qcat.cli.output import Bars, FloatRange, given, table
+from qcat.monitor.drift import FEWEST, LEVEL, Drift, Signal
+from qcat.monitor.log import LogWindow
+from qcat.workflows.drift import PLOTTED, WINDOW, drift
 
 DRIFTED = 4
 
 _FILE = click.Path(path_type=Path)
 _LABELS = 5  # most changed, shown when the label mix has drifted
-_POINTS = 200  # windows in the picture, the last ones
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -62,13 +56,13 @@ def _ago(_: click.Context, __: click.Parameter, value: str | None) -> datetime |
     "--window",
     metavar="N",
     type=click.IntRange(FEWEST),
-    default=500,
+    default=WINDOW,
     show_default=True,
     help="Judge the last N answers.",
 )
 @click.option("--since", metavar="AGE", callback=_ago, help="Judge all since 90m, 36h or 7d ago.")
 @click.option(
-    "--labelled",
+    "--data",
     metavar="FILE",
     type=_FILE,
     help="Ask MODEL these labelled questions too: has its accuracy fallen?",
@@ -82,17 +76,17 @@ def _ago(_: click.Context, __: click.Parameter, value: str | None) -> datetime |
     help="The most runs without drift that may call it drift.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document with all figures.")
-@click.option("--png", metavar="FILE", type=_FILE, help=f"Draw the last {_POINTS} windows of LOG.")
+@click.option("--plot", metavar="FILE", type=_FILE, help=f"Plot the last {PLOTTED} windows as PNG.")
 def command(
     log: Path,
     model: Path,
     reference: Path | None,
     window: int,
     since: datetime | None,
-    labelled: Path | None,
+    data: Path | None,
     level: float,
     as_json: bool,
-    png: Path | None,
+    plot: Path | None,
 ) -> int:
     """Compare the answers in LOG, written by `qcat ask --log`, with those of a reference period.
 
@@ -106,101 +100,42 @@ def command(
     \b
     Examples:
       qcat ask -m house.gguf --log answers.jsonl < questions.txt
-      qcat drift answers.jsonl -m house.gguf --png drift.png
-      head -n 1000 answers.jsonl > quiet.jsonl
-      qcat drift answers.jsonl --reference quiet.jsonl --since 7d
+      qcat drift answers.jsonl -m house.gguf --plot drift.png
+      head -n 1000 answers.jsonl > reference.jsonl
+      qcat drift answers.jsonl --reference reference.jsonl --since 7d
     """
     if since and given("window"):
         raise click.UsageError("--window or --since, not both")
-    if labelled and reference:
-        raise click.UsageError("--labelled compares with what MODEL says, not with --reference")
+    if data and reference:
+        raise click.UsageError("--data are asked of MODEL, which --reference replaces")
     if reference and given("model"):
-        raise click.UsageError("--model or --reference, not both: a quiet log names its model")
-    if not reference and str(model).startswith(OLLAMA):
-        raise click.UsageError(
-            f"{model} is on a server: name its GGUF with -m, or a log of a reference period with "
-            "--reference"
+        raise click.UsageError("--model or --reference, not both: a reference log names its model")
+    with Bars() as bars:
+        found = drift(
+            log,
+            None if reference else model,
+            reference=reference,
+            window=None if since else window,
+            since=since,
+            data=data,
+            level=level,
+            plot=plot,
+            progress=bars.show,
         )
-    if png:
-        check_writable(png)
-    for library in ("scipy", *(["matplotlib"] if png else [])):
-        importlib.import_module(library)  # its absence is reported before the work
-    name, quiet = _quiet_time(reference) if reference else _bundle_reference(model)
-    found = read_log(log, model=name, since=since, last=None if since else window)
-    if not found.records and not since and found.others + found.skipped:
-        raise DataError(
-            f"{log}: no answer of {name}, but {found.others} of other models and "
-            f"{found.skipped} lines that are no answer: name "
-            + ("a quiet log of the same model" if reference else "the model with -m")
-        )
-    accuracy = _accuracy(model, labelled, quiet) if labelled else None
-    drift = compare(quiet, Reference.of_log(found.records), level=level, accuracy=accuracy)
     if as_json:
-        more = {"log": str(log), "model": name, "skipped": found.skipped, "others": found.others}
-        text = json.dumps({**drift.to_dict(), **more}, ensure_ascii=False)
+        more = {
+            "log": str(log),
+            "model": found.model,
+            "skipped": found.window.skipped,
+            "others": found.window.others,
+        }
+        text = json.dumps({**found.drift.to_dict(), **more}, ensure_ascii=False)
     else:
-        text = "\n".join(_report(drift, found))
+        text = "\n".join(_report(found.drift, found.window))
     click.echo(text.encode("utf-8", "replace").decode())
-    if png:
-        size = max(len(found.records), FEWEST) if since else window
-        _draw(png, log, name, quiet, size, level)
-    return DRIFTED if drift.drifted else 0
-
-
-def _bundle_reference(model: Path) -> tuple[str, Reference]:
-    """The identity of a GGUF and the reference that it carries."""
-    bundle = Bundle.read(model)
-    data = section(bundle.header, REFERENCE_KEY, model)
-    if not data:
-        raise BundleError(
-            f"{model}: carries no reference: run `qcat calibrate {model} validation.jsonl`, or "
-            "name a log of a reference period with --reference"
-        )
-    try:
-        return identity(bundle.header.metadata), Reference.from_dict(data)
-    except DataError as error:
-        raise BundleError(
-            f"{model}: metadata {REFERENCE_KEY}: {error}: run `qcat calibrate {model} "
-            "validation.jsonl`"
-        ) from None
-
-
-def _quiet_time(path: Path) -> tuple[str, Reference]:
-    """The model that a log ends with, and its answers there."""
-    records = read_log(path).records
-    if not records:
-        raise DataError(f"{path}: no answers in it: name a log written by `qcat ask --log`")
-    name = records[-1].model
-    return name, Reference.of_log([record for record in records if record.model == name])
-
-
-def _accuracy(model: Path, path: Path, reference: Reference) -> Accuracy:
-    """Ask a model labelled questions."""
-    if reference.right is None:
-        raise BundleError(
-            f"{model}: its reference has no accuracy to compare with: run `qcat calibrate {model} "
-            "validation.jsonl`"
-        )
-    examples = read_examples(path, Bundle.read(model).task)
-    right = 0
-    with Classifier.open(model) as classifier, Bars() as bars:
-        labels = list(classifier.task.labels)
-        predictions = classifier.ask_many(example.text for example in examples)
-        for number, (said, example) in enumerate(zip(predictions, examples, strict=True), 1):
-            right += said.label == labels[example.label]
-            bars.show("questions", number, len(examples))
-    return Accuracy(right, len(examples))
-
-
-def _draw(png: Path, log: Path, model: str, quiet: Reference, size: int, level: float) -> None:
-    from qcat.report.figures import drift_png
-
-    records = (record for record in scan_log(log) if record and record.model == model)
-    points = history(quiet, records, size, last=_POINTS, level=level)
-    if points:
-        write_whole(png, drift_png(points))
-    else:
-        click.echo(f"qcat: warning: no picture: fewer than {FEWEST} answers", err=True)
+    if plot and not found.plotted:
+        click.echo(f"qcat: warning: nothing to plot: fewer than {FEWEST} answers", err=True)
+    return DRIFTED if found.drift.drifted else 0
 
 
 def _report(drift: Drift, found: LogWindow) -> Iterable[str]:

@@ -7,12 +7,10 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qcat.errors import QcatError
 from qcat.threads import MAX_THREADS
 
 if TYPE_CHECKING:
@@ -137,19 +135,6 @@ def given(name: str) -> bool:
 def json_line(data: object) -> str:
     """Data as a line of JSON that can be printed: a lone surrogate becomes a question mark."""
     return json.dumps(data, ensure_ascii=False).encode("utf-8", "replace").decode()
-
-
-def check_writable(path: Path) -> None:
-    """Fail before the work, not after it."""
-    import tempfile
-
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        if path.is_dir():
-            raise QcatError(f"{path}: is a folder: name a file")
-    except OSError as error:
-        raise QcatError(f"{path}: cannot be written: {error.strerror}: choose another") from None
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from qcat.cli.review_walk import Answer, Quit, Walk, Withdraw, keys, screen
-from qcat.errors import ReviewError
-from qcat.files import write_whole
+from qcat.cli.review_terminal import answer_in_terminal
 from qcat.monitor.review import ReviewQueue, default_path
+from qcat.workflows import review
 
 _FILE = click.Path(path_type=Path)
-_OTHER_SCREEN, _BACK = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # and hide the cursor
-_CLEAR = "\x1b[H\x1b[2J"
 
 
 _queue = click.argument(
@@ -30,7 +22,6 @@ _model = click.option(
     "--model",
     envvar="QCAT_MODEL",
     metavar="MODEL",
-    type=_FILE,
     help="Without QUEUE: the model whose queue in your data folder is meant; by default the one "
     "that comes with qcat.  [env: QCAT_MODEL]",
 )
@@ -66,7 +57,7 @@ def command() -> None:
 @command.command()
 @_queue
 @_model
-def answer(queue: Path | None, model: Path | None) -> None:
+def answer(queue: Path | None, model: str | None) -> None:
     """Answer in the terminal, one key a label.
 
     Each answer is on the disk at once: quit any time, with q or Ctrl-C.
@@ -76,14 +67,15 @@ def answer(queue: Path | None, model: Path | None) -> None:
       qcat review answer house.db
     """
     with _opened(queue, model) as opened:
-        _walk(opened)
+        answer_in_terminal(opened)
+        _tell_unreadable(opened)
 
 
 @command.command()
 @_queue
 @_model
 @_output("Self-contained web page")
-def html(queue: Path | None, model: Path | None, output: Path) -> None:
+def html(queue: Path | None, model: str | None, output: Path) -> None:
     """Write a web page to answer in; it saves a file for `qcat review import`.
 
     \b
@@ -91,14 +83,16 @@ def html(queue: Path | None, model: Path | None, output: Path) -> None:
       qcat review html house.db -o review.html
     """
     with _opened(queue, model) as opened:
-        _page(opened, output)
+        count = review.write_page(opened, output)
+        click.echo(f"{output}: {count} questions: open it in a browser")
+        _tell_unreadable(opened)
 
 
 @command.command()
 @_queue
 @_model
 @_output("CSV")
-def csv(queue: Path | None, model: Path | None, output: Path) -> None:
+def csv(queue: Path | None, model: str | None, output: Path) -> None:
     """Write the questions for a spreadsheet: fill in the column label, and import it.
 
     `none of these` stands for a question that no label fits.
@@ -110,14 +104,18 @@ def csv(queue: Path | None, model: Path | None, output: Path) -> None:
     if output.suffix.lower() != ".csv":
         raise click.UsageError(f"{output}: CSV is written: name a file that ends in .csv")
     with _opened(queue, model) as opened:
-        _sheet(opened, output)
+        count = review.write_csv(opened, output)
+        click.echo(
+            f"{output}: {count} questions: fill in the column label, and `qcat review import` it"
+        )
+        _tell_unreadable(opened)
 
 
 @command.command("import")
 @click.argument("answers", metavar="ANSWERS", type=_FILE)
 @_queue
 @_model
-def take(answers: Path, queue: Path | None, model: Path | None) -> None:
+def take(answers: Path, queue: Path | None, model: str | None) -> None:
     """Take answers back: what the page saved, or a CSV with label and hash or text.
 
     All of them are taken, or none.
@@ -127,7 +125,9 @@ def take(answers: Path, queue: Path | None, model: Path | None) -> None:
       qcat review import house.review.json house.db
     """
     with _opened(queue, model) as opened:
-        _import(opened, answers)
+        count = review.import_answers(opened, answers)
+        click.echo(f"{answers}: {count} answers taken; {opened.counts().pending} questions wait")
+        _tell_unreadable(opened)
 
 
 @command.command()
@@ -140,7 +140,7 @@ def take(answers: Path, queue: Path | None, model: Path | None) -> None:
     type=_FILE,
     help="Write those that no label fits as JSONL that `qcat eval --off-topic` takes.",
 )
-def export(queue: Path | None, model: Path | None, output: Path, off_topic: Path | None) -> None:
+def export(queue: Path | None, model: str | None, output: Path, off_topic: Path | None) -> None:
     """Write the answered questions with their labels.
 
     \b
@@ -151,76 +151,27 @@ def export(queue: Path | None, model: Path | None, output: Path, off_topic: Path
         if path and path.suffix.lower() in (".csv", ".parquet"):
             raise click.UsageError(f"{path}: JSONL is written: name a file that ends in .jsonl")
     with _opened(queue, model) as opened:
-        _export(opened, output)
-        if off_topic:
-            _off_topic(opened, off_topic)
+        done = review.export_answers(opened, output, off_topic=off_topic)
+    click.echo(f"{output}: {done.labelled} questions with their labels")
+    if done.hashes:
+        click.echo(
+            f"qcat: warning: {done.hashes} answered questions are kept as hashes only and left "
+            "out: import a CSV with their text",
+            err=True,
+        )
+    if off_topic:
+        click.echo(f"{off_topic}: {done.off_topic} questions that no label fits")
 
 
-def _opened(queue: Path | None, model: Path | None) -> ReviewQueue:
+def _opened(queue: Path | None, model: str | None) -> ReviewQueue:
     return ReviewQueue.existing(queue or _own_queue(model))
 
 
-def _own_queue(model: Path | None) -> Path:
-    from qcat.classifier import DEFAULT_MODEL, OLLAMA
-    from qcat.gguf.bundle import Bundle
+def _own_queue(model: str | None) -> Path:
+    from qcat.classifier import DEFAULT_MODEL
+    from qcat.opening import read_model
 
-    if model and str(model).startswith(OLLAMA):
-        raise click.UsageError(f"{model} is on a server: name the queue's FILE")
-    return default_path(Bundle.read(model or DEFAULT_MODEL).task.name)
-
-
-def _import(queue: ReviewQueue, path: Path) -> None:
-    from qcat.monitor.review_import import read_answers
-
-    answers = read_answers(path, queue)
-    queue.answer_all(answers)
-    counts = queue.counts()
-    click.echo(f"{path}: {len(answers)} answers taken; {counts.pending} questions wait")
-    _tell_unreadable(queue)
-
-
-def _export(queue: ReviewQueue, path: Path) -> None:
-    from qcat.monitor.review_rows import training_rows
-
-    decided = queue.decided()
-    rows = training_rows(decided, queue.texts())
-    write_whole(path, rows)
-    click.echo(f"{path}: {len(rows.splitlines())} questions with their labels")
-    if lacking := sum(one.text is None for one in decided):
-        click.echo(
-            f"qcat: warning: {lacking} answered questions are kept as hashes only and left out: "
-            "import a CSV with their text",
-            err=True,
-        )
-
-
-def _off_topic(queue: ReviewQueue, path: Path) -> None:
-    import json
-
-    texts = [one.text for one in queue.decided() if one.label is None and one.text is not None]
-    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-    write_whole(path, "".join(lines).encode())
-    click.echo(f"{path}: {len(texts)} questions that no label fits")
-
-
-def _page(queue: ReviewQueue, path: Path) -> None:
-    from qcat.monitor.review_page import review_page
-
-    entries = queue.pending()
-    write_whole(path, review_page(queue.task, queue.labels, entries).encode())
-    click.echo(f"{path}: {len(entries)} questions: open it in a browser")
-    _tell_unreadable(queue)
-
-
-def _sheet(queue: ReviewQueue, path: Path) -> None:
-    from qcat.monitor.review_csv import questions_csv
-
-    entries = queue.pending(unreadable=True)
-    write_whole(path, questions_csv(entries))
-    click.echo(
-        f"{path}: {len(entries)} questions: fill in the column label, and `qcat review import` it"
-    )
-    _tell_unreadable(queue)
+    return default_path(read_model(model or DEFAULT_MODEL).task.name)
 
 
 def _tell_unreadable(queue: ReviewQueue) -> None:
@@ -230,60 +181,3 @@ def _tell_unreadable(queue: ReviewQueue) -> None:
             "cannot be read: import a CSV with text or hash, and label",
             err=True,
         )
-
-
-def _walk(queue: ReviewQueue) -> None:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ReviewError(
-            "this is no terminal: write a page with `qcat review html`, or a sheet with `qcat "
-            "review csv`, and bring the answers with `qcat review import`"
-        )
-    walk = Walk(queue.task, queue.labels, queue.pending())
-    if walk.entries:
-        # Ctrl-C quits at any moment: outside `getchar` the terminal sends it as a signal.
-        with suppress(KeyboardInterrupt, EOFError), _drawn(walk):
-            _answer(queue, walk)
-        click.echo(f"{walk.answered} answered now.")
-    counts = queue.counts()
-    click.echo(
-        f"{queue.path}: {counts.answered} of {counts.total} questions are answered, "
-        f"{counts.pending} wait."
-    )
-    _tell_unreadable(queue)
-
-
-def _answer(queue: ReviewQueue, walk: Walk) -> None:
-    """Read keys and write answers until the person quits; Ctrl-C and Ctrl-D are errors here."""
-    while True:
-        for key in keys(click.getchar()):
-            step = walk.press(key)
-            if isinstance(step, Answer):
-                queue.answer(step.hash, step.label)
-            elif isinstance(step, Withdraw):
-                queue.withdraw(step.hash)
-            elif isinstance(step, Quit):
-                return
-        _draw(walk)
-
-
-@contextmanager
-def _drawn(walk: Walk) -> Iterator[None]:
-    """The walk on the terminal's other screen, drawn anew when its size changes."""
-    resized = getattr(signal, "SIGWINCH", None)  # Windows does not say so
-    before = signal.signal(resized, lambda *_: _draw(walk)) if resized else None
-    try:
-        click.echo(_OTHER_SCREEN, nl=False)
-        _draw(walk)
-        yield
-    finally:
-        click.echo(_BACK, nl=False)
-        if resized:
-            signal.signal(resized, before)
-
-
-def _draw(walk: Walk) -> None:
-    size = shutil.get_terminal_size()
-    # While a key is awaited the terminal is raw, and a line feed alone does not go to the left.
-    lines = "\r\n".join(screen(walk, size.columns, size.lines))
-    # Past Python's buffer, which a signal must not enter a second time.
-    os.write(sys.stdout.fileno(), f"{_CLEAR}{lines}".encode(sys.stdout.encoding, "replace"))

@@ -11,26 +11,27 @@ from typing import Any
 import click
 
 from qcat.calibration.calibration import Calibration
+from qcat.classifier import OLLAMA
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.grammar import grammar
 from qcat.errors import BundleError, TaskError
 from qcat.gguf.adapter import BASE_KEY
 from qcat.gguf.bundle import Bundle, is_adapter
 from qcat.gguf.sections import REPORT_KEY, SOURCE_KEY, section
-from qcat.opening import read_calibration
+from qcat.opening import read_calibration, read_model
 from qcat.report.card import layers_text, vocabulary_line
 from qcat.task import Task
 
 
 @click.command()
-@click.argument("source", metavar="MODEL|TASK.toml", type=click.Path(path_type=Path))
+@click.argument("source", metavar="MODEL|TASK.toml")
 @click.option("--grammar", "as_grammar", is_flag=True, help="The labels as GBNF; of a task too.")
 @click.option("--modelfile", "as_modelfile", is_flag=True, help="The Modelfile for Ollama.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
-def command(source: Path, as_grammar: bool, as_modelfile: bool, as_json: bool) -> None:
+def command(source: str, as_grammar: bool, as_modelfile: bool, as_json: bool) -> None:
     """Show the task, the labels, the source, the proof and the confidence that MODEL carries.
 
-    MODEL is a GGUF, or the folder of a bundle.
+    MODEL is a GGUF, the folder of a bundle, or ollama:NAME.
 
     \b
     Examples:
@@ -43,19 +44,19 @@ def command(source: Path, as_grammar: bool, as_modelfile: bool, as_json: bool) -
     if as_grammar:
         click.echo(_grammar(source), nl=False)
         return
-    if source.suffix == ".toml":
+    if source.endswith(".toml"):
         raise click.UsageError("of a task only --grammar can be shown")
-    bundle = Bundle.read(source)
+    bundle = read_model(source)
     if as_modelfile:
         click.echo(_modelfile(bundle), nl=False)
     else:
         _show(bundle, as_json)
 
 
-def _grammar(source: Path) -> str:
+def _grammar(source: str) -> str:
     """The grammar that accepts exactly the task's labels, each after a space."""
-    is_model = source.suffix == ".gguf" or os.path.isdir(source)
-    task = Bundle.read(source).task if is_model else Task.read(source)
+    is_model = source.endswith(".gguf") or source.startswith(OLLAMA) or os.path.isdir(source)
+    task = read_model(source).task if is_model else Task.read(Path(source))
     if task.verbalizer == "code" and not task.codes:
         raise TaskError(
             f"{source}: codes are chosen for a tokenizer: name the exported model, "
@@ -69,6 +70,10 @@ def _modelfile(bundle: Bundle) -> str:
     if is_adapter(bundle.header):
         raise BundleError(
             f"{bundle.path}: is an adapter: `qcat export` wrote its Modelfile beside it"
+        )
+    if str(bundle.path).startswith(OLLAMA):
+        raise click.UsageError(
+            f"{bundle.path} is on a server: `ollama show --modelfile` prints its Modelfile"
         )
     from qcat.backends.llama import LlamaModel
     from qcat.report.modelfile import modelfile, parameters
@@ -85,10 +90,11 @@ def _show(bundle: Bundle, as_json: bool) -> None:
     report = section(bundle.header, REPORT_KEY, gguf)
     known = read_calibration(bundle)
     source = section(bundle.header, SOURCE_KEY, gguf)
+    served = str(gguf).startswith(OLLAMA)
     types = Counter(tensor.type for tensor in bundle.header.tensors)
     facts = {
         "file": str(gguf),
-        "bytes": gguf.stat().st_size,
+        "bytes": None if served else gguf.stat().st_size,
         "architecture": metadata.get("general.architecture"),
         "vocabulary": metadata.get("tokenizer.ggml.tokens"),
         "model": _model(bundle),
@@ -99,12 +105,7 @@ def _show(bundle: Bundle, as_json: bool) -> None:
         everything["calibration"] = known.to_dict()
         click.echo(json.dumps(everything, indent=1, ensure_ascii=False))
         return
-    try:
-        rows = _rows(gguf, task, facts, source, report, known)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise BundleError(
-            f"{gguf}: its report or source is not what `qcat export` writes: export it again"
-        ) from None
+    rows = _rows(gguf, task, facts, source, report, known)
     for name, value in rows:
         click.echo(f"{name:<12} {value}")
     click.echo("labels")
@@ -130,35 +131,62 @@ def _rows(
     report: dict[str, Any],
     known: Calibration,
 ) -> list[tuple[str, str]]:
+    tensors = ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())
+    size = "" if facts["bytes"] is None else f" ({facts['bytes'] / 1e6:.1f} MB)"
+    versions = _field(gguf, source, "versions", kind=dict) if "versions" in source else {}
     rows = [
-        ("file", f"{gguf} ({gguf.stat().st_size / 1e6:.1f} MB)"),
+        ("file", f"{gguf}{size}"),
         ("model", f"{facts['architecture']}, {facts['model']}"),
-        ("tensors", ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())),
+        *([("tensors", tensors)] if tensors else []),
         (
             "task",
             f"{task.name}: {len(task.labels)} labels, {task.style} style, by {task.verbalizer}",
         ),
         ("source", f"{source.get('base')} with adapter {source.get('adapter')}"),
-        *([("layers", layers_text(source))] if "layers" in source else []),
-        ("fingerprint", str(source.get("fingerprint"))),
-        ("made with", ", ".join(f"{k} {v}" for k, v in source.get("versions", {}).items())),
     ]
+    if "layers" in source:
+        _check_numbers(gguf, source, "layers", "base_layers")
+        rows.append(("layers", layers_text(source)))
+    rows.append(("fingerprint", str(source.get("fingerprint"))))
+    rows.append(("made with", ", ".join(f"{name} {version}" for name, version in versions.items())))
     if "vocabulary" in report:
-        rows.append(("vocabulary", vocabulary_line(report["vocabulary"])))
-    proof = report.get("proof")
-    if proof:
-        made = proof["quantized"]
-        rows.append(
-            (
-                "proof",
-                f"{proof['questions']} held-out questions: accuracy {made['accuracy']:.3f}, "
-                f"macro-F1 {made['macro_f1']:.3f}, {made['flips']} flips from the merged model",
-            )
-        )
-    else:
-        rows.append(("proof", "none: no held-out questions were given at export"))
+        found = _field(gguf, report, "vocabulary", kind=dict)
+        _check_numbers(gguf, found, "tokens", "of", "merges")
+        for part in ("held_out", "training"):
+            asked = _field(gguf, found, part, kind=dict)
+            _check_numbers(gguf, asked, "split_otherwise", "questions")
+        rows.append(("vocabulary", vocabulary_line(found)))
+    rows.append(("proof", _proof(gguf, report)))
     rows.append(("confidence", _confidence(known)))
     return rows
+
+
+def _proof(gguf: Path, report: dict[str, Any]) -> str:
+    if not report.get("proof"):
+        return "none: no held-out questions were given at export"
+    proof = _field(gguf, report, "proof", kind=dict)
+    quantized = _field(gguf, proof, "quantized", kind=dict)
+    _check_numbers(gguf, proof, "questions")
+    _check_numbers(gguf, quantized, "accuracy", "macro_f1", "flips")
+    return (
+        f"{proof['questions']} held-out questions: accuracy {quantized['accuracy']:.3f}, "
+        f"macro-F1 {quantized['macro_f1']:.3f}, {quantized['flips']} flips from the merged model"
+    )
+
+
+def _check_numbers(gguf: Path, data: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        _field(gguf, data, key, kind=(int, float))
+
+
+def _field(gguf: Path, data: dict[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
+    """A field of what export wrote into a file, which may be a stranger's."""
+    if not isinstance(data.get(key), kind):
+        raise BundleError(
+            f"{gguf}: its report or source is not what `qcat export` writes ({key!r}): export it "
+            "again"
+        )
+    return data[key]
 
 
 def _confidence(known: Calibration) -> str:

@@ -22,7 +22,7 @@ from qcat.calibration.reliability import detection, reliability
 from qcat.classifier import Classifier
 from qcat.data.dataset import Example, read_examples, read_texts
 from qcat.encoding.scoring import log_shares, temper
-from qcat.errors import DataError
+from qcat.errors import DataError, ServerError
 from qcat.evaluation.baseline import NAME as BASELINE_NAME
 from qcat.evaluation.baseline import tfidf_predictions
 from qcat.evaluation.metrics import INVALID, confusion, label_scores, mcnemar, quality
@@ -43,7 +43,7 @@ from qcat.evaluation.results import (
     Quality,
     Signal,
 )
-from qcat.gguf.bundle import Bundle
+from qcat.opening import read_model
 from qcat.prediction import Prediction
 from qcat.progress import Progress, silent
 from qcat.task import Task
@@ -57,13 +57,14 @@ MISTAKES = 10
 class Request:
     """What to measure."""
 
-    model: Path
+    model: str
+    """A GGUF, the folder of a bundle, or `ollama:NAME`."""
     data: Path
     decode: Decode = "label"
     off_topic: Path | None = None
     """JSONL of texts that belong to no label."""
-    compare: Path | None = None
-    """Another GGUF with the same labels."""
+    compare: str | None = None
+    """Another model with the same labels, named likewise."""
     train_data: Path | None = None
     """Training questions for the baseline; without them there is none."""
     timed: int = LATENCY_QUESTIONS
@@ -79,11 +80,12 @@ def evaluate(request: Request, progress: Progress = silent) -> Evaluation:
     Raises:
         DataError: a file that cannot be read, or a label that the model lacks.
         BundleError, ModelError: a GGUF that cannot be used.
+        ServerError: a server does not answer, or shows no probabilities.
     """
-    task = Bundle.read(request.model).task
+    task = read_model(request.model).task
     examples = read_examples(request.data, task)
     strangers = read_texts(request.off_topic) if request.off_topic else []
-    if request.compare and set(Bundle.read(request.compare).task.labels) != set(task.labels):
+    if request.compare and set(read_model(request.compare).task.labels) != set(task.labels):
         raise DataError(f"{request.compare}: its labels are not those of {request.model}")
     train = read_examples(request.train_data, task) if request.train_data else []
 
@@ -113,12 +115,13 @@ def evaluate(request: Request, progress: Progress = silent) -> Evaluation:
     masses = np.array([prediction.label_mass for prediction in predictions], np.float64)
     wrong = [a for a in answers if a.confidence is not None and a.answer != a.truth]
     return Evaluation(
-        model=str(request.model),
+        model=request.model,
         task=task.name,
         data=str(request.data),
         decode=request.decode,
         questions=len(examples),
         truncated=sum(prediction.truncated for prediction in predictions),
+        inexact=sum(not prediction.exact for prediction in predictions),
         bootstrap=Bootstrap(unit, len(families)),
         quality=measured(chosen),
         per_label=label_scores(task, truth, chosen),
@@ -149,6 +152,10 @@ def _ask(
 ) -> list[Prediction]:
     found = []
     for number, prediction in enumerate(classifier.ask_many(texts), 1):
+        if prediction.confidence is None:
+            raise ServerError(
+                f"{classifier.name}: this Ollama gives no probabilities: 0.12.11 or later does"
+            )
         found.append(prediction)
         progress(step, number, len(texts))
     return found
@@ -283,10 +290,10 @@ def _off_topic(data: str, on: Sequence[Prediction], off: Sequence[Prediction]) -
 
 
 def _other(
-    path: Path, task: Task, texts: Sequence[str], decode: Decode, progress: Progress
+    name: str, task: Task, texts: Sequence[str], decode: Decode, progress: Progress
 ) -> tuple[npt.NDArray[np.int_], list[Prediction]]:
     """The other model's answers, as indices among this task's labels, and its predictions."""
-    with Classifier.open(path) as classifier:
+    with Classifier.open(name) as classifier:
         predictions = _ask(classifier, texts, "other model", progress)
         said = _say(classifier, texts, progress) if decode == "free" else None
     chosen = _chosen(classifier.task, predictions, said)
@@ -313,4 +320,4 @@ def _comparison(
     fixed = sum(flip.this == flip.truth for flip in flips)
     broken = sum(flip.other == flip.truth for flip in flips)
     p_value = mcnemar(fixed, broken)
-    return Comparison(str(request.compare), measured, flips, fixed, broken, p_value, abstaining)
+    return Comparison(request.compare or "", measured, flips, fixed, broken, p_value, abstaining)

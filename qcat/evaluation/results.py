@@ -246,6 +246,8 @@ class Evaluation:
     questions: int
     truncated: int
     """Questions that were too long and cut."""
+    inexact: int
+    """Answers of an Ollama server of which some probabilities are bounds."""
     bootstrap: Bootstrap
     quality: Quality
     per_label: tuple[LabelScore, ...]

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from qcat.errors import BundleError
-from qcat.gguf.sections import CALIBRATION_KEY, TASK_KEY
 
 _U32, _I32, _BOOL, _STRING, _ARRAY = 4, 5, 7, 8, 9  # GGUF value types
 _F32 = 0  # GGML tensor type
 _ALIGNMENT = 32
-_KEPT = ("general.architecture", TASK_KEY, CALIBRATION_KEY)
+_KEPT = ("general.architecture", "qcat.", "tokenizer.ggml.")  # how the keys begin
 
 
 def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write architecture, tokenizer, qcat task and calibration of a model's metadata.
+    """Write architecture, tokenizer and all that qcat says in a model's metadata.
 
     Args:
         path: file to write. It holds one tensor of zeros, since a GGUF must have some.
@@ -33,7 +32,7 @@ def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
     """
     pairs = []
     for key, value in metadata.items():
-        if key in _KEPT or key.startswith("tokenizer.ggml."):
+        if key.startswith(_KEPT):
             try:
                 pairs.append(_text(key) + _value(value))
             except (AttributeError, TypeError, ValueError, struct.error):

@@ -45,10 +45,10 @@ def calibrate(
     questions: Path | None = None,
     *,
     max_error: float | None = None,
-    level: float = LEVEL,
+    confidence: float = LEVEL,
     by_label: bool = False,
     threshold: float | None = None,
-    curve: Path | None = None,
+    plot: Path | None = None,
     progress: Progress = silent,
 ) -> Calibrated:
     """Calibrate a model on questions that it was not trained on, or set its threshold, in place.
@@ -57,10 +57,10 @@ def calibrate(
         model: the GGUF, or the folder of a bundle.
         questions: labelled, in a file; not needed to set a threshold by hand.
         max_error: set the threshold above which at most this share of the answers is wrong.
-        level: the confidence with which that holds.
+        confidence: the confidence with which that holds.
         by_label: thresholds of their own for labels with enough questions.
         threshold: set it by hand.
-        curve: PNG to write: the error of the answered questions by their share.
+        plot: PNG to write: the error of the answered questions by their share.
         progress: called as the questions are asked.
 
     Raises:
@@ -72,7 +72,7 @@ def calibrate(
         raise ArgumentError("a largest error or a threshold, not both")
     if questions is None and threshold is None:
         raise ArgumentError("questions are needed for all but a threshold")
-    if curve:
+    if plot:
         import matplotlib  # noqa: F401 (its absence is reported before the questions are asked)
     bundle = Bundle.read(model)
     anew = max_error is None and threshold is None
@@ -100,16 +100,16 @@ def calibrate(
         assert max_error is not None
         calibration = replace(before, threshold=None, label_thresholds={}, promise=None, gate=True)
         calibration = asked.promise(
-            calibration, max_error=max_error, level=level, by_label=by_label
+            calibration, max_error=max_error, level=confidence, by_label=by_label
         )
     judged = asked.judged(calibration)
-    picture = _picture(judged, calibration) if curve else None
+    picture = _picture(judged, calibration) if plot else None
     # A few questions that only measure a threshold are no better reference than the one there is.
     found = sections(calibration, asked)
     few = found[REFERENCE_KEY]["questions"] < _reference(bundle).get("questions", 0)
     write_sections(bundle.path, _unmeasured(bundle, calibration) if few and not anew else found)
-    if curve and picture:
-        write_whole(curve, picture)
+    if plot and picture:
+        write_whole(plot, picture)
     dropped = anew and (before.threshold is not None or before.promise is not None)
     return Calibrated(calibration, Measured(asked, judged, fitted), dropped)
 

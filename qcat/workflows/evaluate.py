@@ -25,11 +25,11 @@ def evaluate(
     """Measure a model on labelled questions that it was not trained on.
 
     Args:
-        model: a GGUF.
+        model: a GGUF, the folder of a bundle, or `ollama:NAME`.
         questions: file of them: JSONL, CSV or Parquet.
         decode: `label` under the grammar, or `free`, where what is no label counts as wrong.
         off_topic: JSONL of texts that belong to no label.
-        compare: another GGUF with the same labels.
+        compare: another model with the same labels, named likewise.
         train_data: training questions for the TF-IDF baseline; without them there is none.
         timed: at most so many questions are timed.
         progress: called as the work goes on.
@@ -37,13 +37,14 @@ def evaluate(
     Raises:
         DataError: a file cannot be read, or a label is not the model's.
         BundleError, ModelError: a GGUF cannot be used.
+        ServerError: a server does not answer, or shows no probabilities.
     """
     request = Request(
-        Path(model),
+        os.fspath(model),
         Path(questions),
         decode=decode,
         off_topic=Path(off_topic) if off_topic else None,
-        compare=Path(compare) if compare else None,
+        compare=os.fspath(compare) if compare else None,
         train_data=Path(train_data) if train_data else None,
         timed=timed,
     )

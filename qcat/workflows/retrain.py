@@ -19,8 +19,6 @@ from qcat.base.checkpoint import base_folder
 from qcat.calibration.calibration import Calibration
 from qcat.data.dataset import read_examples
 from qcat.errors import BundleError, DataError, ExportError, NotPromotedError
-from qcat.evaluation.evaluate import Request as EvaluationRequest
-from qcat.evaluation.evaluate import evaluate
 from qcat.evaluation.results import Comparison, Evaluation
 from qcat.gguf.bundle import Bundle, find_gguf
 from qcat.gguf.sections import REPORT_KEY, SOURCE_KEY, section
@@ -31,6 +29,7 @@ from qcat.training.retrain import Addition, Run, add_questions, refusal
 from qcat.training.train import train
 from qcat.workflows.calibrate import carry_threshold
 from qcat.workflows.choose import BESIDE
+from qcat.workflows.evaluate import evaluate
 from qcat.workflows.export import convert_apart, export
 from qcat.workflows.export_job import Request, read_request
 from qcat.workflows.promote import candidate_of, clear, previous_of, promote, reserved
@@ -267,7 +266,7 @@ def _compare(
         if not data.exists():
             report(NotHeldBack(part))
             continue
-        found = evaluate(EvaluationRequest(new, data, compare=old, timed=1), progress)
+        found = evaluate(new, data, compare=old, timed=1, progress=progress)
         compared = found.comparison
         assert compared  # as requested
         report(Compared(part, found, compared))

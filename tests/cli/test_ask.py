@@ -147,7 +147,7 @@ NO_NUMBER = [
     ("batch", "--threshold", "nan", "in.csv", "-o", "out.csv"),
     ("calibrate", "--threshold", "nan", "m.gguf"),
     ("calibrate", "--max-error", "nan", "m.gguf", "q.jsonl"),
-    ("calibrate", "--max-error", "0.1", "--level", "-nan", "m.gguf", "q.jsonl"),
+    ("calibrate", "--max-error", "0.1", "--confidence", "-nan", "m.gguf", "q.jsonl"),
     ("drift", "--level", "nan", "log.jsonl"),
     ("retrain", "run", "--add", "q", "-o", "new", "--bundle", "old", "--max-loss", "nan"),
 ]

@@ -692,7 +692,7 @@ def test_ask_logs_and_drift_judges(qcat, model, asked, tmp_path):
     assert len(done.stdout.splitlines()) == len(read_log(log).records) == 120
     assert b"insurance" not in log.read_bytes()
 
-    done = qcat("drift", log, "-m", model, "--png", tmp_path / "d.png")
+    done = qcat("drift", log, "-m", model, "--plot", tmp_path / "d.png")
     assert done.returncode == 4, done.stderr
     verdict, _, head, *rows = done.stdout.splitlines()
     assert verdict.startswith("drift in 120 questions: ")
@@ -718,17 +718,17 @@ def test_against_a_quiet_log(qcat, asked, tmp_path):
     with log.open("ab") as file:
         file.write(b"torn\n")
     written(log, [("q", prediction())] * 3, model="another")
-    done = qcat("drift", log, "--reference", quiet, "--png", tmp_path / "d.png")
+    done = qcat("drift", log, "--reference", quiet, "--plot", tmp_path / "d.png")
     assert done.returncode == 0, done.stderr
     first, *_, last = done.stdout.splitlines()
     assert first == "no drift in 200 questions"
     assert last == "left out: 3 answers of other models, 1 damaged lines"
 
     few = log_of(tmp_path / "few", DEFAULT_MODEL, asked["off"][:20])
-    done = qcat("drift", few, "--reference", quiet, "--png", tmp_path / "few.png")
+    done = qcat("drift", few, "--reference", quiet, "--plot", tmp_path / "few.png")
     assert done.returncode == 0
     assert done.stdout == "too few to tell: 20 questions to judge, 100 needed\n"
-    assert done.stderr == "qcat: warning: no picture: fewer than 100 answers\n"
+    assert done.stderr == "qcat: warning: nothing to plot: fewer than 100 answers\n"
     assert not (tmp_path / "few.png").exists()
 
 
@@ -738,7 +738,7 @@ def test_accuracy_on_labelled_questions(qcat, model, asked, household, tmp_path)
     (tmp_path / "good.jsonl").write_text("\n".join(rows))
     wrong = [{**json.loads(row), "label": "car"} for row in rows]
     (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, wrong)))
-    done = qcat("drift", log, "-m", model, "--labelled", tmp_path / "good.jsonl", "--json")
+    done = qcat("drift", log, "-m", model, "--data", tmp_path / "good.jsonl", "--json")
     assert done.returncode == 0, done.stdout
     accuracy = json.loads(done.stdout)["signals"][-1]
     examples = read_examples(tmp_path / "good.jsonl", household)
@@ -748,7 +748,7 @@ def test_accuracy_on_labelled_questions(qcat, model, asked, household, tmp_path)
     right = sum(p.label == labels[e.label] for p, e in zip(said, examples, strict=True))
     assert accuracy["name"] == "accuracy"
     assert accuracy["window"] == pytest.approx(right / len(rows))
-    done = qcat("drift", log, "-m", model, "--labelled", tmp_path / "bad.jsonl")
+    done = qcat("drift", log, "-m", model, "--data", tmp_path / "bad.jsonl")
     assert done.returncode == 4
     assert done.stdout.startswith("drift in 500 questions: accuracy 0.80 -> 0.")
 
@@ -767,7 +767,7 @@ def test_labelled_questions_are_not_queued(
     log = log_of(tmp_path / "log", model, asked["pool"])
     labelled = tmp_path / "labelled.jsonl"
     labelled.write_text(json.dumps({"text": "a secret?", "label": "pool"}))
-    assert run(["drift", str(log), "-m", str(model), "--labelled", str(labelled)]) == 0
+    assert run(["drift", str(log), "-m", str(model), "--data", str(labelled)]) == 0
     assert capsys.readouterr().out.startswith("no drift in 500 questions\n")
     assert not (tmp_path / "qcat").exists()
 
@@ -775,7 +775,7 @@ def test_labelled_questions_are_not_queued(
 def test_the_picture_is_of_the_last_windows(model, asked, tmp_path, monkeypatch):
     """However long the log: no window is compared that is not drawn."""
     log = log_of(tmp_path / "log", model, asked["pool"] * 2)
-    monkeypatch.setattr("qcat.cli.drift._POINTS", 2)
+    monkeypatch.setattr("qcat.workflows.drift.PLOTTED", 2)
     compared = []
 
     def counted(*args, **more):
@@ -784,7 +784,7 @@ def test_the_picture_is_of_the_last_windows(model, asked, tmp_path, monkeypatch)
 
     monkeypatch.setattr("qcat.monitor.drift.compare", counted)
     png = tmp_path / "d.png"
-    args = ["drift", log, "-m", model, "--window", 100, "--png", png]
+    args = ["drift", log, "-m", model, "--window", 100, "--plot", png]
     assert run([str(arg) for arg in args]) in (0, 4)
     assert len(compared) == 2
     png_size(png.read_bytes())
@@ -811,10 +811,10 @@ def test_bad_input_is_one_line(model, asked, tmp_path, capsys):
         ([tmp_path / "words", "-m", model], "1 lines that are no answer"),
         ([log, "--reference", tmp_path / "words"], "no answers in it"),
         ([log, "-m", hostile], "'questions' must be a count"),
-        ([log, "-m", silent, "--labelled", log], "has no accuracy to compare with"),
+        ([log, "-m", silent, "--data", log], "has no accuracy to compare with"),
         ([foreign, "--reference", log], "name a quiet log of the same model"),
-        ([log, "-m", model, "--png", tmp_path], "is a folder"),
-        ([tmp_path / "none", "-m", model, "--png", tmp_path / "no" / "d.png"], "d.png: cannot be"),
+        ([log, "-m", model, "--plot", tmp_path], "is a folder"),
+        ([tmp_path / "none", "-m", model, "--plot", tmp_path / "no" / "d.png"], "d.png: cannot be"),
     ]
     for args, message in cases:
         assert run(["drift", *map(str, args)]) == 1
@@ -848,7 +848,7 @@ def test_usage(tmp_path, monkeypatch, capsys):
         ["log", "--level", "0.9"],
         ["log", "--since", "yesterday"],
         ["log", "--since", "7d", "--window", "200"],
-        ["log", "--labelled", "x", "--reference", "y"],
+        ["log", "--data", "x", "--reference", "y"],
         ["log", "--model", "x", "--reference", "y"],
         ["log", "--model", "ollama:house"],
     ):
@@ -858,6 +858,9 @@ def test_usage(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("QCAT_MODEL", "ollama:house")
     capsys.readouterr()
     assert run(["drift", "log"]) == 2
-    assert "ollama:house is on a server: name its GGUF with -m" in capsys.readouterr().err
+    assert (
+        "ollama:house is on a server, whose probabilities may be bounds: name its GGUF"
+        in capsys.readouterr().err
+    )
     assert run(["drift", "log", "--reference", "y"]) == 1  # which needs no model
     assert not list(tmp_path.iterdir())

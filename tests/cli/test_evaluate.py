@@ -23,12 +23,13 @@ from qcat.data.dataset import Example, read_examples, read_texts
 from qcat.data.split import split_examples
 from qcat.errors import DataError
 from qcat.evaluation.baseline import tfidf_predictions
-from qcat.evaluation.evaluate import Request, evaluate, labels_said
+from qcat.evaluation.evaluate import labels_said
 from qcat.evaluation.metrics import INVALID, confusion, label_scores, quality
 from qcat.evaluation.results import Comparison, Confusion, Flip
 from qcat.report.figures import confusion_png, confusion_svg
 from qcat.report.html_report import html_report
 from qcat.task import Task
+from qcat.workflows.evaluate import evaluate
 
 QUESTIONS = [
     json.loads(line) for line in (EXAMPLE / "questions.jsonl").read_text("utf-8").splitlines()
@@ -137,7 +138,7 @@ def test_terminal_page_and_picture(qcat, house, tmp_path):
         "tfidf",
         "--html",
         page,
-        "--confusion",
+        "--plot-confusion",
         picture,
     )
     assert done.returncode == 0, done.stderr
@@ -193,9 +194,9 @@ def test_compare_counts_flips(qcat, house, bundle_file, household, one_group):
     tail = sum(comb(total, k) for k in range(min(fixed, broken) + 1)) / 2**total
     assert compared["p_value"] == pytest.approx(min(1, 2 * tail))
 
-    back = evaluate(Request(other, one_group, compare=house)).comparison
+    back = evaluate(other, one_group, compare=house).comparison
     assert (back.fixed, back.broken, back.p_value) == (broken, fixed, compared["p_value"])
-    timed_once = evaluate(Request(house, one_group, compare=house, timed=1))
+    timed_once = evaluate(house, one_group, compare=house, timed=1)
     assert timed_once.latency.questions == 1
     same = timed_once.comparison
     assert (same.flips, same.p_value) == ((), 1.0)
@@ -204,7 +205,7 @@ def test_compare_counts_flips(qcat, house, bundle_file, household, one_group):
 def test_compare_goes_by_label_not_by_number(bundle_file, household, house, one_group):
     turned = household.replace(labels=dict(reversed(household.labels.items())))
     other = bundle_file(turned)
-    compared = evaluate(Request(house, one_group, compare=other)).comparison
+    compared = evaluate(house, one_group, compare=other).comparison
     texts = [row["text"] for row in ROWS]
     with Classifier.open(house) as one, Classifier.open(other) as two:
         wanted = [
@@ -215,7 +216,7 @@ def test_compare_goes_by_label_not_by_number(bundle_file, household, house, one_
     assert wanted
     assert [(flip.this, flip.other) for flip in compared.flips] == wanted
     with pytest.raises(DataError, match="its labels are not those of"):
-        evaluate(Request(house, one_group, compare=bundle_file(Task("ab", {"yes": "", "no": ""}))))
+        evaluate(house, one_group, compare=bundle_file(Task("ab", {"yes": "", "no": ""})))
 
 
 def test_bootstrap_draws_whole_families():
@@ -355,7 +356,7 @@ def test_page_escapes_labels_and_questions(qcat, bundle_file, tmp_path):
         "free",
         "--html",
         tmp_path / "r.html",
-        "--confusion",
+        "--plot-confusion",
         tmp_path / "c.png",
     )
     assert done.returncode == 0, done.stderr
@@ -371,7 +372,7 @@ def test_page_escapes_labels_and_questions(qcat, bundle_file, tmp_path):
 def evaluation(house, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "two.jsonl"
     path.write_text("\n".join(json.dumps({**row, "group": "g"}) for row in ROWS[:2]))
-    return evaluate(Request(house, path))
+    return evaluate(house, path)
 
 
 _NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=40)
@@ -426,7 +427,7 @@ BAD = {
     "no data": (["HOUSE", "none.jsonl"], "none.jsonl: cannot be read"),
     "no rows": (["HOUSE", "empty.jsonl"], "empty.jsonl: no questions"),
     "unknown label": (["HOUSE", "bad.jsonl"], "bad.jsonl:2: label 'spa' is not in the task"),
-    "no folder": (["HOUSE", "good.jsonl", "--confusion", "no/c.png"], "no/c.png: cannot be"),
+    "no folder": (["HOUSE", "good.jsonl", "--plot-confusion", "no/c.png"], "no/c.png: cannot be"),
     "a folder": (["HOUSE", "good.jsonl", "--html", "."], ".: is a folder"),
     "long name": (["HOUSE", "good.jsonl", "--html", "x" * 300], "cannot be written"),
     "no training": (["HOUSE", "good.jsonl", "--baseline", "tfidf"], "name the baseline's training"),
@@ -462,7 +463,7 @@ def test_an_absent_library_is_one_line(library, qcat, house, tmp_path, held_out)
     (tmp_path / f"{library}.py").write_text(
         f"raise ModuleNotFoundError('none', name='{library}')\n"
     )
-    args = ["eval", house, held_out, "--confusion", tmp_path / "c.png"]
+    args = ["eval", house, held_out, "--plot-confusion", tmp_path / "c.png"]
     done = qcat(*args, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
     assert done.stderr == (

@@ -27,7 +27,7 @@ def test_questions_name_every_label_in_turn():
 
 def test_json_and_plot(qcat, house, tmp_path):
     plot = tmp_path / "b.png"
-    done = qcat("bench", house, "--count", 20, "--json", "--png", plot)
+    done = qcat("bench", house, "--count", 20, "--json", "--plot", plot)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["bytes"] == house.stat().st_size
@@ -73,7 +73,7 @@ def test_bad_questions(qcat, house, tmp_path, content, said):
 
 def test_bad_model_or_plot(qcat, house, tmp_path):
     assert qcat("bench", tmp_path / "absent.gguf").returncode == 1
-    done = qcat("bench", house, "--png", tmp_path / "no" / "b.png")
+    done = qcat("bench", house, "--plot", tmp_path / "no" / "b.png")
     assert done.returncode == 1
     assert "cannot be written" in done.stderr
 

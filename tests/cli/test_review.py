@@ -18,13 +18,13 @@ from pathlib import Path
 
 import click
 import pytest
-from chromium import PROGRAM, Page
+from chromium import Page, needs_chromium
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predictions import LABELS, prediction
 
 from qcat.classifier import Classifier
-from qcat.cli import review
+from qcat.cli import review_terminal
 from qcat.cli.review_walk import (
     Answer,
     Quit,
@@ -346,8 +346,8 @@ def test_a_name_means_a_file_and_nothing_else(tmp_path, monkeypatch, name):
         assert queue.counts().pending == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any file")
-def test_a_file_that_cannot_be_written_is_one_error(path):
+def test_a_file_that_cannot_be_written_is_one_error(unprivileged_folder):
+    path = unprivileged_folder / "queue.db"
     filled(path, "who?")
     path.chmod(0o400)
     with opened(path) as queue, pytest.raises(ReviewError, match="cannot be written"):
@@ -836,12 +836,9 @@ def test_review_says_what_cannot_be(qcat, path, tmp_path):
     assert "no such review queue" in qcat("review", "answer", tmp_path / "none.db").stderr
     assert qcat("review", "export", path, "-o", "x.csv").returncode == 2
     assert qcat("review", "csv", path, "-o", "x.xlsx").returncode == 2
-    assert (
-        qcat(
-            "review", "answer", "-m", "ollama:house", env={**os.environ, "QCAT_REVIEW": ""}
-        ).returncode
-        == 2
-    )
+    nowhere = {**os.environ, "QCAT_REVIEW": "", "OLLAMA_HOST": "127.0.0.1:1"}
+    done = qcat("review", "answer", "-m", "ollama:house", env=nowhere)
+    assert (done.returncode, "no Ollama server there" in done.stderr) == (1, True)
     done = qcat("review", "html", filled(path), "-o", tmp_path / "no" / "page.html")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -904,13 +901,13 @@ def test_ctrl_c_between_two_keys_quits_too(path, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     filled(path, "who?", "when?")
-    monkeypatch.setattr(review, "_draw", draw)
+    monkeypatch.setattr(review_terminal, "_draw", draw)
     monkeypatch.setattr(click, "getchar", lambda: "1")
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True)
     with ReviewQueue.existing(path) as queue:
         try:
-            review._walk(queue)
+            review_terminal.answer_in_terminal(queue)
         except KeyboardInterrupt:  # which would end the tests
             pytest.fail("it came through")
     assert f"1 answered now.\n{path}: 1 of 2 questions are answered" in capsys.readouterr().out
@@ -931,7 +928,7 @@ def test_the_page_holds_any_text_as_data(questions, task, labels):
     assert page.count("<!--") == 0
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
+@needs_chromium
 def test_a_person_walks_through_the_page(qcat, path, tmp_path):
     filled(path, "who cleaned it?", f"what is {EVIL}?", "which gate?", "what is love?", "last?")
     page = tmp_path / "page.html"
@@ -989,7 +986,7 @@ def test_a_person_walks_through_the_page(qcat, path, tmp_path):
         assert [one.label for one in queue.decided()] == ["pool", "fence", None, "fence"]
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
+@needs_chromium
 def test_a_page_leaves_alone_what_others_of_its_task_keep(tmp_path):
     page = tmp_path / "page.html"
     page.write_text(review_page("sorts", LABELS, [entry("one"), entry("two")]))

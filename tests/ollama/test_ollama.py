@@ -452,6 +452,32 @@ def test_the_command_line(dist, server, household):
     assert command(server, QCAT, "ask", "--timeout", 2, "q").returncode == 2
 
 
+def test_other_commands_take_a_served_model(dist, server, household_run):
+    folder, _ = dist
+    here, there = (
+        command(server, QCAT, "show", name, "--json") for name in (folder, "ollama:house")
+    )
+    here, there = json.loads(here.stdout), json.loads(there.stdout)
+    assert {key for key in here if here[key] != there[key]} == {"file", "bytes", "tensors"}
+    done = command(server, QCAT, "show", "ollama:house")
+    assert "file         ollama:house\n" in done.stdout
+    grammar = command(server, QCAT, "show", "ollama:house", "--grammar")
+    assert grammar.stdout == command(server, QCAT, "show", folder, "--grammar").stdout
+    assert command(server, QCAT, "show", "ollama:house", "--modelfile").returncode == 2
+    data = household_run / "test.jsonl"
+    here, there = (
+        json.loads(command(server, QCAT, "eval", name, data, "--json").stdout)
+        for name in (folder, "ollama:house")
+    )
+    pairs = zip(here["answers"], there["answers"], strict=True)
+    same = [one["answer"] == two["answer"] for one, two in pairs]
+    assert sum(same) >= len(same) - 2  # near ties
+    assert (here["inexact"], there["model"]) == (0, "ollama:house")
+    done = command(server, QCAT, "eval", folder, data, "--compare", "ollama:house")
+    assert f"against ollama:house: {len(same) - sum(same)} labels changed" in done.stdout
+    assert command(server, QCAT, "eval", "ollama:none", data).returncode == 1
+
+
 def test_deploying_again_replaces_and_keeps_no_trial(dist, server, test_split, tmp_path):
     rows = "\n".join(json.dumps({"text": q, "label": label}) for q, label in test_split[:9])
     (tmp_path / "some.jsonl").write_text(rows)

@@ -569,7 +569,7 @@ def test_calibrate_then_promise_then_ask(qcat, house_copy, held_out, tmp_path):
 
     curve = tmp_path / "curve.png"
     done = qcat(
-        "calibrate", house_copy, held_out / "test.jsonl", "--max-error", "0.1", "--curve", curve
+        "calibrate", house_copy, held_out / "test.jsonl", "--max-error", "0.1", "--plot", curve
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "promise: at most 10.0% of the answers are wrong, with 95% confidence" in done.stdout
@@ -653,7 +653,7 @@ def test_bad_input_is_one_line(qcat, house, house_copy, held_out, tmp_path):
         ((few,), "20 questions say nothing of the confidence: give 50 or more"),
         ((held_out / "test.jsonl", "--max-error", "0.001"), "cannot be promised"),
         ((tmp_path / "none.jsonl",), "No such file"),
-        ((held_out / "test.jsonl", "--max-error", "0.1", "--curve", tmp_path), "is a folder"),
+        ((held_out / "test.jsonl", "--max-error", "0.1", "--plot", tmp_path), "is a folder"),
     ):
         done = qcat("calibrate", house_copy, *args)
         assert done.returncode == 1
@@ -664,7 +664,7 @@ def test_bad_input_is_one_line(qcat, house, house_copy, held_out, tmp_path):
         (),
         (held_out / "test.jsonl", "--max-error", "0.1", "--threshold", "0.5"),
         (held_out / "test.jsonl", "--by-label"),
-        ("--threshold", "0.5", "--curve", "x.png"),
+        ("--threshold", "0.5", "--plot", "x.png"),
     ):
         assert qcat("calibrate", house_copy, *args).returncode == 2
     done = qcat("ask", "-m", house, "--set", "x")
