@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import secrets
 import shutil
@@ -12,12 +13,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qcat.errors import DataError, QcatError
 
 CLOSED_AT_EXEC = getattr(os, "O_CLOEXEC", 0)
 """Flag of `os.open` that keeps a file from other programs; where there is none Python does so."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def lock_open_file(descriptor: int) -> bool:
@@ -162,3 +164,42 @@ def check_writable(path: Path) -> None:
             raise QcatError(f"{path}: is a folder: name a file")
     except OSError as error:
         raise QcatError(f"{path}: cannot be written: {error.strerror}: choose another") from None
+
+
+def read_json(path: Path, *, error: type[QcatError], advice: str) -> dict[str, Any]:
+    """The JSON object in a file that another program wrote.
+
+    Args:
+        path: of the file.
+        error: what to raise: the file cannot be read, or holds something else.
+        advice: what to do where it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as found:
+        raise error(f"{path}: {found.strerror}: {advice}") from None
+    check_pulled(path, data, error=error)
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise error(f"{path}: begins with a byte order mark: save it as UTF-8 without one")
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as found:
+        raise error(f"{path}: not JSON: {found}") from None
+    if not isinstance(fields, dict):
+        raise error(f"{path}: a JSON object expected")
+    return fields
+
+
+def check_pulled(path: Path, data: bytes | None = None, *, error: type[QcatError]) -> None:
+    """See that a file is not what Git LFS leaves in its place.
+
+    Args:
+        path: of the file.
+        data: how it begins, if that was read already.
+        error: what to raise if it is a pointer. A file that cannot be read is none.
+    """
+    if data is None:
+        with suppress(OSError), path.open("rb") as file:
+            data = file.read(len(_POINTER))
+    if data and data.startswith(_POINTER):
+        raise error(f"{path}: is a Git LFS pointer, not the file: bring it with `git lfs pull`")

@@ -104,7 +104,7 @@ class QcatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         wait_briefly()
         cleaned = [example.text for example in examples]
         settings = Settings(
-            base=prepare_base(self.base, None, self.layers, cleaned),
+            base=prepare_base(self.base, None, self.layers, task, cleaned),
             method=self.method,
             epochs=self.epochs,
             patience=self.epochs,

@@ -11,9 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from qcat.base.checkpoint import first_line, load_config
+from qcat.base.checkpoint import load_config
 from qcat.base.gguf_base import gguf_file, is_gguf
 from qcat.base.ollama_store import PREFIX
 from qcat.errors import ExportError
@@ -24,11 +24,9 @@ from qcat.gguf.check import check_model
 from qcat.gguf.header import read_header
 from qcat.gguf.sections import SOURCE_KEY, TASK_KEY, copy_without
 from qcat.task import Task
+from qcat_convert.peft_adapter import known_fields, read_adapter_config, read_lora_tensors
 from qcat_convert.quantize import Quantized
 from qcat_convert.source import Source
-
-if TYPE_CHECKING:
-    import torch
 
 _CAPABLE = re.compile(r"tools|tool_call|<think>|</think>")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -101,7 +99,8 @@ def write_adapter(
     if source.adapter is None or source.scales:
         raise ExportError("only a LoRA adapter can lie beside its base: train with --method lora")
     folder = source.adapter
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config = read_adapter_config(folder)
+    known_fields(folder, config)  # which raises for what is set and not known
     _check(config, source, folder)
     base_config = load_config(source.folder, source.layers)
     arch = architecture(base_config)
@@ -117,7 +116,11 @@ def write_adapter(
         writer.add_string(TASK_KEY, json.dumps(task.to_dict(), ensure_ascii=False))
         writer.add_string(SOURCE_KEY, json.dumps(dict(made_from), ensure_ascii=False))
         writer.add_string(BASE_KEY, json.dumps(base.to_dict(), ensure_ascii=False))
-        for name, tensor in _tensors(folder).items():
+        for name, tensor in read_lora_tensors(folder, config).items():
+            if not name.startswith(_PREFIX) or not name.endswith((_A, _B)):
+                raise ExportError(
+                    f"adapter {folder}: tensor {name} cannot lie beside the base: export it merged"
+                )
             layer, end = name.removesuffix(_A).removesuffix(_B), name.endswith(_A)
             weight = f"{layer.removeprefix(_PREFIX)}.weight"
             # Rows of B are the layer's outputs, which some architectures order otherwise.
@@ -148,18 +151,3 @@ def _check(config: Mapping[str, Any], source: Source, folder: Path) -> None:
             f"adapter {folder}: uses {', '.join(odd)}, which cannot lie beside the base: export it "
             "merged"
         )
-
-
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{path}: damaged: {first_line(error)}") from None
-    for name in tensors:
-        if not name.startswith(_PREFIX) or not name.endswith((_A, _B)):
-            raise ExportError(f"{path}: tensor {name} cannot lie beside the base: export it merged")
-    return tensors

@@ -8,13 +8,13 @@ fine-tune, so such a base is refused.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcat.base.checkpoint import first_line, load_config
 from qcat.errors import ExportError
 from qcat.gguf.architecture import EMBEDDING, HEAD, architecture
+from qcat_convert.peft_adapter import known_fields, read_adapter_config, read_lora_tensors
 from qcat_convert.scales import Blocks, ScalesAdapter
 from qcat_convert.source import Source, absent
 from qcat_convert.weights import Checkpoint, Rows, Shape
@@ -170,17 +170,23 @@ class Merger:
 
     def _adapted(self, model: Any, adapter: Path, tied: bool) -> Any:
         """The model with the adapter on its layers, and merged into embedding and head."""
-        from peft import PeftConfig, PeftModel
+        from peft import LoraConfig, PeftModel, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-        with self._fits(adapter):
-            config = PeftConfig.from_pretrained(str(adapter))
-            config.layer_replication = None  # the layers are picked already; PEFT merges no others
-            tuned = PeftModel.from_pretrained(
-                model, str(adapter), config=config, low_cpu_mem_usage=True, torch_device="cpu"
-            )
-        _check_names(tuned, adapter)
+        said = read_adapter_config(adapter)
+        tensors = read_lora_tensors(adapter, said)
+        config = LoraConfig(**known_fields(adapter, said))
+        config.layer_replication = None  # the layers are picked already; PEFT merges no others
+        config.inference_mode = True
+        try:
+            tuned = PeftModel(model, config, low_cpu_mem_usage=True)
+        except ValueError as error:  # no module of the names that it was trained on
+            raise ExportError(
+                f"adapter {adapter}: does not fit the base {self._source.base}: {first_line(error)}"
+            ) from None
+        self._check_tensors(tuned, tensors)
+        set_peft_model_state_dict(tuned, tensors, low_cpu_mem_usage=True)
         model = tuned.eval().get_base_model()
         for parent, name in ((model.model, "embed_tokens"), (model, "lm_head")):
             module = getattr(parent, name)
@@ -192,8 +198,7 @@ class Merger:
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 if not isinstance(module, ModulesToSaveWrapper):  # which replaces the base's
                     self._read(module)
-                with self._fits(adapter):
-                    _merge_child(parent, name)
+                _merge_child(parent, name)
         return model
 
     def _merge_below(self, module: Any, adapter: Path) -> None:
@@ -212,10 +217,15 @@ class Merger:
 
         wrapped = getattr(parent, name)
         probe = _probe(wrapped.get_base_layer())
-        with self._fits(adapter), torch.no_grad():
+        with torch.no_grad():
             before = wrapped(probe)
             _merge_child(parent, name)
             after = getattr(parent, name)(probe)
+        if not bool(before.isfinite().all()):
+            raise ExportError(
+                f"adapter {adapter}: its weights of {name} are too large to compute with: the "
+                "training diverged: lower its learning rate"
+            )
         if not float((after - before).abs().max()) <= _TOLERANCE * float(before.abs().max()):
             raise _changed(adapter)
 
@@ -243,17 +253,34 @@ class Merger:
         origin = self._unread.get(module.weight)
         return self._checkpoint.rows(origin, count) if origin else Rows(module.weight.data, count)
 
-    @contextmanager
-    def _fits(self, adapter: Path) -> Iterator[None]:
-        """Errors of PEFT as one line."""
-        from safetensors import SafetensorError
+    def _check_tensors(self, tuned: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See that adapter and model have the same tensors: PEFT passes over the others."""
+        from peft import get_peft_model_state_dict
 
-        try:
-            yield
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        wanted = {
+            name: tuple(tensor.shape)
+            for name, tensor in get_peft_model_state_dict(
+                tuned, save_embedding_layers=False
+            ).items()
+        }
+        where = f"adapter {self._source.adapter}: does not fit the base {self._source.base}"
+        # PEFT may also have saved the layers of the base that are trained whole.
+        places = {name.replace(".default.", ".") for name in tuned.state_dict()}
+        stored_only = sorted(tensors.keys() - wanted.keys() - places)
+        absent = sorted(wanted.keys() - tensors.keys())
+        if stored_only or absent:
+            what = [f"it stores {stored_only[0]}"] if stored_only else []
+            what += [f"{absent[0]} is expected"] if absent else []
             raise ExportError(
-                f"adapter {adapter}: does not fit the base: {first_line(error)}"
-            ) from None
+                f"{where}: {len(stored_only) + len(absent)} tensors are in one of them alone: "
+                f"{', and '.join(what)}: name the base that it was trained on with --base"
+            )
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != wanted.get(name, tuple(tensor.shape)):
+                raise ExportError(
+                    f"{where}: {name} has the shape {tuple(tensor.shape)}, not {wanted[name]}: "
+                    "name the base that it was trained on with --base"
+                )
 
 
 def _merge_child(parent: Any, name: str) -> None:
@@ -277,22 +304,6 @@ def _probe(layer: Any) -> torch.Tensor:
     if hasattr(layer, "num_embeddings"):
         return torch.arange(_PROBES)
     return torch.randn(_PROBES, layer.in_features, generator=torch.Generator().manual_seed(0))
-
-
-def _check_names(tuned: Any, adapter: Path) -> None:
-    """See that file and model have the same tensors of LoRA: PEFT passes over the others."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", "np") as file:
-        stored = set(file.keys())
-    wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-    odd = sorted(name for name in stored ^ wanted if "lora_" in name)
-    if odd:
-        raise ExportError(
-            f"adapter {adapter}: does not fit the base: {len(odd)} tensors are in one of them "
-            f"alone, such as {odd[0]}: name the base that it was trained on with --base"
-        )
 
 
 def _changed(adapter: Path) -> ExportError:

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcat.base.checkpoint import first_line
 from qcat.errors import ExportError
 from qcat.gguf import q4_0
+from qcat_convert.peft_adapter import opened_weights
 from qcat_convert.weights import Rows
 
 if TYPE_CHECKING:
     import torch
 
-_FILE = "adapter_model.safetensors"
 _FIRST, _LAST = ".first_scales", ".scales"
 _ROWS, _ALIKE = 8, 0.9  # rows looked at, and how many scales have to be the very same
 
@@ -58,14 +57,9 @@ class ScalesAdapter:
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         self._folder = folder
-        try:
-            self._tensors = load_file(folder / _FILE)
-        except (OSError, SafetensorError) as error:
-            raise ExportError(f"{folder / _FILE}: damaged: {first_line(error)}") from None
+        with opened_weights(folder, "pt") as file:
+            self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.blocks: dict[str, Blocks] = {}
         """Of the matrices of the modules that it was last applied to, by tensor name."""
 

@@ -42,7 +42,7 @@ def read_vocabulary(tokenizer: HubTokenizer, size: int) -> Vocabulary:
     model = spec["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ExportError(f"{where}: byte-level BPE expected, found {model.get('type')}")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         if model.get(key):
             raise ExportError(f"{where}: {key} is set: llama.cpp would not follow it")
     if spec["normalizer"] not in (None, {"type": "NFC"}):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcat.base.checkpoint import first_line
 from qcat.errors import ModelError
+from qcat.files import check_pulled
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ class Checkpoint:
     def _opened(self, path: Path, framework: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
+        check_pulled(path, error=ModelError)
         try:
             return safe_open(path, framework)
         except (OSError, SafetensorError) as error:

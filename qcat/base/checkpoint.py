@@ -5,18 +5,20 @@ For training and conversion, so the heavy libraries are imported when a function
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcat.base.gguf_base import gguf_checkpoint, is_gguf
 from qcat.errors import ModelError
+from qcat.files import read_json
+from qcat.gguf.architecture import named_architecture
 
 if TYPE_CHECKING:
     import torch
 
 _TOKENIZER_FILES = ["tokenizer*.json", "config.json"]
 _FILES = ["*.safetensors", "*.json", "*.txt"]
+_NUMBERS = ("num_hidden_layers", "vocab_size", "max_position_embeddings")
 _PER_LAYER = ("layer_types", "mlp_layer_types")
 """Lists in a configuration with an entry for each layer, as transformers' validator has them."""
 
@@ -58,21 +60,27 @@ def base_folder(base: str, *, weights: bool = True) -> Path:
     return folder
 
 
-def count_layers(folder: Path) -> int:
-    """How many layers the model in a checkpoint's folder has.
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a checkpoint's folder says, as far as is needed here checked.
 
     Read without transformers, whose import brings torch: seconds, and hundreds of megabytes.
 
     Raises:
-        ModelError: `config.json` does not say.
+        ModelError: it is absent or damaged, or lacks a size of the model.
+        ExportError: an architecture that cannot be converted.
     """
-    try:
-        return int(json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"])
-    except OSError as error:
-        why = error.strerror
-    except (ValueError, KeyError, TypeError):
-        why = "does not say how many layers the model has"
-    raise ModelError(f"base {folder}: cannot be loaded: config.json: {why}")
+    path = folder / "config.json"
+    config = read_json(path, error=ModelError, advice="save the model with save_pretrained")
+    named_architecture(config.get("architectures"))
+    for key in _NUMBERS:
+        if type(config.get(key)) is not int:
+            raise ModelError(f"{path}: has no whole number under {key!r}: download it again")
+    return config
+
+
+def count_layers(folder: Path) -> int:
+    """How many layers the model in a checkpoint's folder has. Raises as `read_config` does."""
+    return int(read_config(folder)["num_hidden_layers"])
 
 
 def load_config(folder: Path, layers: int | None = None) -> Any:
@@ -85,13 +93,16 @@ def load_config(folder: Path, layers: int | None = None) -> Any:
     Raises:
         ModelError: there is none that can be read, or it has fewer layers, or the model is
             quantized (merging into a quantized base loses the fine-tune).
+        ExportError: an architecture that cannot be converted.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"base {folder}: cannot be loaded: {first_line(error)}") from None
+    except (OSError, ValueError, StrictDataclassError) as error:  # a value that it does not take
+        raise ModelError(f"{folder / 'config.json'}: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):
         raise ModelError(f"base {folder}: is quantized: start from the unquantized base")
     if layers is not None:
@@ -131,7 +142,7 @@ def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> An
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"base {folder}: cannot be loaded: {first_line(error)}") from None
     # transformers fills what is absent with random numbers, anew at each load
     model, info = loaded

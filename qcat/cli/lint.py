@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,7 +16,9 @@ from qcat.base.checkpoint import base_folder
 from qcat.data.findings import Finding, Report, Severity
 from qcat.data.lint import Fixed, fix, lint
 from qcat.encoding.prompt import Tokenizer
+from qcat.errors import ExportError, ModelError, TaskError
 from qcat.task import Task
+from qcat.workflows.train import check_trainable
 
 _FILE = click.Path(path_type=Path)
 _SHOWN = 10  # findings of one code, and lines of one finding
@@ -74,6 +77,8 @@ def command(
             _say_fixed(questions, target, fix(task, questions, target))
             questions = target
         report = lint(task, questions, tokenizer)
+    if base:
+        report = _with_base(report, base, task)
     if as_json:
         document = {
             "task": click.format_filename(task_file),
@@ -109,6 +114,17 @@ def tokenizer_of(base: str | None, model: Path | None) -> Iterator[Tokenizer | N
             yield loaded
     else:
         yield None
+
+
+def _with_base(report: Report, base: str, task: Task) -> Report:
+    """The report with what speaks against training on a base, unless it is there already."""
+    try:
+        check_trainable(base, task)
+    except (ModelError, ExportError, TaskError) as error:
+        finding = Finding("error", "base", str(error))
+        if finding.message not in {known.message for known in report.findings}:
+            return replace(report, findings=(finding, *report.findings))
+    return report
 
 
 def _say_fixed(questions: Path, target: Path, fixed: Fixed) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qcat.errors import ModelError
+from qcat.files import read_json
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -61,20 +62,24 @@ class HubTokenizer:
 
     Raises:
         ModelError: a file is absent or unreadable, or no end token is named.
+
+    What `tokenizer.json` says of padding, truncation and dropout was saved with the calls that
+    somebody made; ids must not depend on it, so it is ignored.
     """
 
     def __init__(self, folder: Path, spec: dict[str, Any] | None = None) -> None:
         from tokenizers import Tokenizer
 
         self.folder = folder
-        self.spec = _read_json(folder / "tokenizer.json") if spec is None else spec
-        self.config = _read_json(folder / "tokenizer_config.json")
+        path = folder / "tokenizer.json"
+        self.spec = _plain(path, _read(path) if spec is None else spec)
+        self.config = _read(folder / "tokenizer_config.json")
         marked = [{**added, "special": is_control(added)} for added in self.spec["added_tokens"]]
         text = json.dumps({**self.spec, "added_tokens": marked})
         try:
             self._tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{folder / 'tokenizer.json'}: {error}") from None
+            raise ModelError(f"{path}: {error}") from None
         end = self.token_id("eos_token")
         if end is None:
             raise ModelError(f"{folder / 'tokenizer_config.json'}: no eos_token: name one")
@@ -93,15 +98,38 @@ class HubTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ModelError(
-            f"{path}: {error.strerror}: save the model's tokenizer there with save_pretrained"
-        ) from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: a JSON object expected")
-    return data
+def _read(path: Path) -> dict[str, Any]:
+    advice = "save the model's tokenizer there with save_pretrained"
+    return read_json(path, error=ModelError, advice=advice)
+
+
+def _plain(path: Path, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What `tokenizer.json` says, without what makes ids differ from call to call."""
+    model, added = spec.get("model"), spec.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise ModelError(f"{path}: has no vocabulary: save the tokenizer with save_pretrained")
+    if not isinstance(added, list) or not all(map(_is_added, added)):
+        raise ModelError(f"{path}: added_tokens are not what the tokenizers library writes")
+    return {
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "decoder": None,
+        **spec,
+        "added_tokens": added,
+        "padding": None,
+        "truncation": None,
+        "post_processor": None,  # begin and end tokens, which are not asked for
+        "model": {**model, "dropout": None},
+    }
+
+
+def _is_added(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+        and type(entry.get("id")) is int
+        and all(
+            type(entry.setdefault(key, False)) is bool
+            for key in ("special", "lstrip", "rstrip", "single_word")
+        )
+    )

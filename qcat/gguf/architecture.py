@@ -84,7 +84,12 @@ class HyperParameters:
 
 def architecture(config: Any) -> Architecture:
     """The entry for a transformers config. Raises ExportError naming an unknown architecture."""
-    name = (config.architectures or ["(none)"])[0]
+    return named_architecture(config.architectures)
+
+
+def named_architecture(names: object) -> Architecture:
+    """The entry for what config.json has under `architectures`. Raises ExportError as above."""
+    name = names[0] if isinstance(names, list) and names else "(none)"
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ExportError(f"architecture {name} cannot be converted: {known} can")

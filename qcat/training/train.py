@@ -17,11 +17,9 @@ from qcat.base.checkpoint import base_folder, count_layers, load_base
 from qcat.data.dataset import Example
 from qcat.data.split import Split
 from qcat.encoding.encoded import EncodedTask
-from qcat.encoding.prompt import (
-    QUESTION_ROOM,
-)
+from qcat.encoding.prompt import QUESTION_ROOM
 from qcat.encoding.tokenization import HubTokenizer
-from qcat.errors import DataError, ModelError
+from qcat.errors import DataError
 from qcat.install import versions
 from qcat.progress import Progress, silent
 from qcat.task import Task
@@ -61,12 +59,6 @@ def train(
         encoded = {part: list(map(encode, getattr(split, part))) for part in _PARTS}
         prefix = list(encoded_task.prefix)
         model = _adapted(folder, settings)
-        largest = max(*prefix, *(t for rows in encoded.values() for r in rows for t in r.rest))
-        if largest >= model.config.vocab_size:
-            raise ModelError(
-                f"base {folder}: its tokenizer has token {largest}, for which its embedding has no "
-                "row: take a tokenizer and weights that belong together"
-            )
         run = Loop(model, prefix, encoded_task.trie, settings, target)
         if resumed:
             run.load()

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from qcat_convert.gate import Fitted, check_base, check_weights
 from qcat_convert.source import Source, fingerprint, locate
 from qcat_convert.stream import Job
 from qcat_convert.trim import trim, whole_words
@@ -109,9 +110,14 @@ def read_request(
         raise ExportError(f"{run}: its training is unfinished: rerun the same `qcat train`")
     has_adapter = (run / "adapter_config.json").is_file()
     if not has_adapter and not (run / "config.json").is_file():
+        below = sorted(path.parent for path in run.glob("*/adapter_config.json"))
         raise ExportError(
-            f"{run}: holds neither adapter_config.json nor config.json: "
-            "name the folder that save_pretrained wrote"
+            f"{run}: holds neither adapter_config.json nor config.json: name "
+            + (
+                f"one of the folders below that do, such as {below[-1]}"
+                if below
+                else "the folder that save_pretrained wrote"
+            )
         )
     decided = Task.read(Path(task) if task else run / "task.toml")
     held_out = _examples(data, run / "test.jsonl", decided)
@@ -157,10 +163,15 @@ def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
     source = locate(request.adapter, request.base)
     with ThreadPoolExecutor(1) as pool:
         hashed = pool.submit(fingerprint, source.folder, source.adapter)  # seconds of work
-        tokenizer = HubTokenizer(source.tokenizer_folder)
-        vocabulary = read_vocabulary(tokenizer, source.vocabulary_rows)
-        encoded = EncodedTask.build(request.task, tokenizer)
-        served = _served(encoded, tokenizer, vocabulary, request)
+        check_weights(source.folder, source.layers)
+        fitted = check_base(
+            source.folder,
+            request.task,
+            tokenizer_folder=source.tokenizer_folder,
+            rows=source.vocabulary_rows,
+        )
+        encoded = fitted.encoded
+        served = _served(fitted, request)
         # Of an adapter of scales nothing is left to round but the embedding, by itself.
         rounded = not (source.scales or request.beside)
         texts = spread(request.training, _IMATRIX_QUESTIONS) if rounded else ()
@@ -183,10 +194,9 @@ def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
     return job, served
 
 
-def _served(
-    whole: EncodedTask, tokenizer: HubTokenizer, vocabulary: Vocabulary, request: Request
-) -> Served:
+def _served(fitted: Fitted, request: Request) -> Served:
     """Trim the vocabulary, if that is wanted and there is something to leave out."""
+    whole, tokenizer, vocabulary = fitted.encoded, fitted.tokenizer, fitted.vocabulary
     if request.merges is None:
         return Served(whole, tokenizer, vocabulary)
     texts = [*PROBES, *request.training]

@@ -80,7 +80,7 @@ def train(
     kept = None if layers == "auto" else layers
     texts = [example.text for example in examples]
     settings = Settings(
-        base=prepare_base(base, checkpoint, kept, texts),
+        base=prepare_base(base, checkpoint, kept, task, texts),
         objective=objective,
         epochs=epochs,
         batch=batch_size,
@@ -106,42 +106,66 @@ def prepare_base(
     base: str,
     checkpoint: str | os.PathLike[str] | None,
     layers: int | None,
+    task: Task,
     texts: Sequence[str],
 ) -> str:
     """See that a base can be trained and exported, before hours of work; download it if need be.
 
     Args:
-        base: as for `train`, as is the next.
+        base: as for `train`, as are the next two.
         checkpoint: see there.
         layers: how many are to be kept; None for all.
+        task: what is to be decided.
         texts: that its tokenizer is tried on, where it was rebuilt from a GGUF.
 
     Returns:
         The base to train on: the same, or the folder of the checkpoint.
 
     Raises:
-        ArgumentError, ModelError, ExportError: what does not fit.
+        ArgumentError, ModelError, ExportError, TaskError: what does not fit.
     """
-    from qcat.base.checkpoint import base_folder, load_config
+    from qcat_convert.gate import check_weights
+
+    from qcat.base.checkpoint import base_folder
     from qcat.base.gguf_base import gguf_checkpoint, gguf_file, is_gguf
     from qcat.base.gguf_tokenizer import check_tokenizer
-    from qcat.gguf.architecture import architecture, hyper_parameters
 
     gguf = gguf_file(base) if is_gguf(base) else None
     if checkpoint:
         if not gguf:
             raise ArgumentError("--checkpoint is for a GGUF base")
         base = str(gguf_checkpoint(base, Path(checkpoint)))
-    folder = base_folder(base, weights=False)
-    config = load_config(folder)
-    architecture(config)
-    if layers and layers > config.num_hidden_layers:
-        raise ArgumentError(
-            f"Invalid value for '--layers': {base} has {config.num_hidden_layers} layers: give a "
-            "number up to that."
-        )
-    hyper_parameters(load_config(folder, layers), config.vocab_size)
-    base_folder(base)
+    folder = check_trainable(base, task, layers)
+    check_weights(base_folder(base), layers)  # which may be downloaded only now
     if gguf:
         check_tokenizer(gguf, folder, texts)
     return base
+
+
+def check_trainable(base: str, task: Task, layers: int | None = None) -> Path:
+    """See, without its weights, that a base can be trained for a task and exported.
+
+    Args:
+        base: as for `train`.
+        task: what is to be decided.
+        layers: how many are to be kept; None for all.
+
+    Returns:
+        The folder of its configuration and tokenizer.
+
+    Raises:
+        ArgumentError, ModelError, ExportError, TaskError: what does not fit.
+    """
+    from qcat_convert.gate import check_base, check_config
+
+    from qcat.base.checkpoint import base_folder, count_layers
+
+    folder = base_folder(base, weights=False)
+    whole = count_layers(folder)
+    if layers and layers > whole:
+        raise ArgumentError(
+            f"Invalid value for '--layers': {base} has {whole} layers: give a number up to that."
+        )
+    check_base(folder, task)
+    check_config(folder, layers)
+    return folder

@@ -272,10 +272,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, qcat, make_checkpoint, t
 
 
 def test_a_label_that_spells_a_special_token_is_refused(make_checkpoint, tmp_path):
-    from qcat.errors import ExportError
+    from qcat.errors import TaskError
 
     task = Task("odd", {"pool <|im_end|>": "", "fence": ""})
-    with pytest.raises(ExportError, match="spells a special token"):
+    with pytest.raises(TaskError, match="spells a special token"):
         export(Request(task, tmp_path / "out", adapter=make_checkpoint("qwen3", hidden=64).adapter))
     assert os.listdir(tmp_path) == []
 

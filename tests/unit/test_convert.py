@@ -219,7 +219,7 @@ def test_an_adapter_of_a_deeper_base_is_refused(make_checkpoint, tmp_path):
     config["num_hidden_layers"] -= 1
     config.pop("layer_types", None)
     (shallow / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ExportError, match=r"does not fit the base: 14 tensors .*lora_A.* --base$"):
+    with pytest.raises(ExportError, match=r"does not fit .*: 14 tensors .*lora_A.* --base$"):
         merged(folder, str(shallow))
 
 
@@ -232,7 +232,7 @@ def test_an_adapter_with_tensors_left_out_is_refused(make_checkpoint, tmp_path):
     tensors = load_file(path)
     del tensors[min(tensors)]
     save_file(tensors, path)
-    with pytest.raises(ExportError, match="does not fit the base: 1 tensors "):
+    with pytest.raises(ExportError, match=r": 1 tensors .*lora_A\.weight is expected"):
         merged(folder, None)
 
 

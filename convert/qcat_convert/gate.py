@@ -1,0 +1,132 @@
+"""Whether a base can be trained for a task and exported: all that can be known before any work.
+
+Lint, training and export ask the same questions here, so that nothing is refused after hours that
+could have been refused at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qcat.base.checkpoint import load_config, read_config
+from qcat.encoding.encoded import EncodedTask
+from qcat.encoding.prompt import QUESTION_ROOM
+from qcat.encoding.tokenization import HubTokenizer
+from qcat.errors import ModelError, TaskError
+from qcat.gguf.architecture import (
+    EMBEDDING,
+    HEAD,
+    checkpoint_names,
+    hyper_parameters,
+    named_architecture,
+)
+from qcat.task import Task
+from qcat_convert.vocab import Vocabulary, read_vocabulary
+from qcat_convert.weights import Checkpoint
+
+_COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")  # old checkpoints store it; it follows
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A task in the tokens of a base, and that base's vocabulary as a GGUF has it."""
+
+    encoded: EncodedTask
+    tokenizer: HubTokenizer
+    vocabulary: Vocabulary
+
+
+def check_base(
+    folder: Path,
+    task: Task,
+    *,
+    tokenizer_folder: Path | None = None,
+    rows: int | None = None,
+) -> Fitted:
+    """See that the words of a task can be put into a base's tokens, as llama.cpp will do it too.
+
+    Args:
+        folder: of the checkpoint, whose weights need not be there.
+        task: what is to be decided.
+        tokenizer_folder: of the tokenizer, if an adapter brings one of its own.
+        rows: of the embedding, if an adapter brings one of its own.
+
+    Raises:
+        ModelError, ExportError, TaskError: what does not fit, by name.
+    """
+    config = read_config(folder)
+    count = rows or config["vocab_size"]
+    context = config["max_position_embeddings"]
+    tokenizer = HubTokenizer(tokenizer_folder or folder)
+    vocabulary = read_vocabulary(tokenizer, count)
+    encoded = EncodedTask.build(task, tokenizer)
+    for text, known in (*encoded.prompt.prefix, *encoded.prompt.rest("?")):
+        if not known and tokenizer.encode(text, special=True) != tokenizer.encode(
+            text, special=False
+        ):
+            raise TaskError(
+                f"task {task.name!r}: its text spells a special token, such as <|im_end|>, which "
+                "Ollama would read as one: write labels, descriptions and instruction without it"
+            )
+    if len(encoded.prefix) + QUESTION_ROOM > context:
+        raise ModelError(
+            f"base {folder}: has a context of {context} tokens, and the prompt takes "
+            f"{len(encoded.prefix)} with {QUESTION_ROOM} for the question: shorten the "
+            "instruction and the descriptions, or take a base with a longer context"
+        )
+    return Fitted(encoded, tokenizer, vocabulary)
+
+
+def check_config(folder: Path, layers: int | None = None) -> None:
+    """See that a checkpoint's configuration can be written as GGUF. Imports transformers.
+
+    Raises:
+        ModelError, ExportError: what cannot, by name.
+    """
+    config = load_config(folder, layers)
+    hyper_parameters(config, config.vocab_size)
+
+
+def check_weights(folder: Path, layers: int | None = None) -> None:
+    """See that a checkpoint has the tensors of its architecture, and no others.
+
+    transformers passes over tensors that it has no place for: the model would be another one.
+
+    Args:
+        folder: of the checkpoint.
+        layers: how many are to be kept, whose tensors are asked for; None for all.
+
+    Raises:
+        ModelError: a tensor is absent, or has no place; or a file is damaged.
+    """
+    config = read_config(folder)
+    arch, checkpoint = named_architecture(config["architectures"]), Checkpoint(folder)
+    layers = layers or config["num_hidden_layers"]
+    expected = set(checkpoint_names(arch, layers).values())
+    optional = {EMBEDDING, HEAD}  # one is enough where they are tied, which `Merger` looks into
+    absent = sorted(expected - optional - checkpoint.shapes.keys())
+    odd = sorted(
+        name
+        for name in checkpoint.shapes.keys() - expected
+        if not _COMPUTED.fullmatch(name) and not _is_above(name, layers)
+    )
+    if not odd and not absent:
+        return
+    if absent and odd:
+        what = f"stores {odd[0]} where {absent[0]} is expected"
+    elif absent:
+        what = f"lacks {absent[0]} ({len(absent)} such tensors)"
+    else:
+        what = f"stores {odd[0]} ({len(odd)} such tensors), which has no place in a {arch.name}"
+    raise ModelError(
+        f"base {folder}: {what}: save the causal language model, without "
+        "wrappers, with save_pretrained"
+    )
+
+
+def _is_above(name: str, layers: int) -> bool:
+    layer = _LAYER.match(name)
+    return layer is not None and int(layer[1]) >= layers
