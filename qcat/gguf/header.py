@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from qcat import cache
 from qcat.errors import BundleError
+from qcat.files import check_pulled
 
 TOKENS = "tokenizer.ggml.tokens"
 """Key of the vocabulary."""
@@ -99,6 +100,7 @@ def read_header(path: Path, *, remember: bool = False) -> Header:
             raise BundleError(f"{path}: is a folder: name the .gguf file in it")
         if size < len(_MAGIC):
             raise BundleError(f"{path}: not a GGUF file ({size} bytes)")
+        check_pulled(path, error=BundleError)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             # To walk 150,000 tokens in Python takes a tenth of a second, at each start.
             place = os.fsencode(os.path.realpath(path))

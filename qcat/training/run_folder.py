@@ -56,6 +56,9 @@ def run_folder(
         try:
             yield _begin(target, settings, task, split)
         except (OSError, SafetensorError) as error:
+            written = getattr(error, "filename", None)  # None where safetensors or torch wrote it
+            if written is not None and target not in Path(written).parents:
+                raise  # of a file that training only reads: those were checked before
             raise TrainError(
                 f"{target}: cannot be written: {first_line(error)}: rerun the command when it can"
             ) from None
