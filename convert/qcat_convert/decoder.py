@@ -25,13 +25,15 @@ class OneLayer:
         from transformers import AutoModel
 
         config = deepcopy(config)
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:1]
-        config.num_hidden_layers = 1
+        kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+        if kinds:
+            config.layer_types = kinds  # rotary embeddings are made for those that stand here
+        config.num_hidden_layers = max(1, len(kinds))
         with init_empty_weights():
             made = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
         self._decoder: Any = made.eval()
         self._decoder.norm = nn.Identity()
+        self._decoder.config.num_hidden_layers = 1
 
     def run(self, layer: Any, states: torch.Tensor, cache: Any = None) -> torch.Tensor:
         """Hidden states after a layer.
@@ -45,6 +47,8 @@ class OneLayer:
         import torch
 
         layer.self_attn.layer_idx = 0  # the cache knows this layer alone
+        if kind := getattr(layer.self_attn, "layer_type", None):
+            self._decoder.config.layer_types = [kind]  # of which masks are made
         self._decoder.layers[0] = layer
         with torch.inference_mode():
             output = self._decoder(inputs_embeds=states, cache=cache, use_cache=cache is not None)

@@ -66,6 +66,8 @@ class Merger:
                 model = self._adapted(model, source.adapter, tied)
             self._model = model
         embedding, head = model.model.embed_tokens, model.lm_head
+        self.embedding_scale = float(getattr(embedding, "scalar_embed_scale", 1))
+        """What the model multiplies an embedding with before its first layer, as Gemma does."""
         self.tied = embedding.weight is head.weight or self.embedding().equals(self.head())
         """Whether head and embedding hold the same numbers: then the GGUF keeps them once. The
         numbers decide, not the config: an adapter that saved one of the two unties them."""

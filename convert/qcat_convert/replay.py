@@ -58,14 +58,19 @@ class Replay:
             if not any(longer[: len(path)] == path for longer in self._paths):
                 self._paths.append(path)
 
-    def start(self, embedding: Rows) -> None:
-        """Look all tokens up."""
+    def start(self, embedding: Rows, scale: float) -> None:
+        """Look all tokens up.
+
+        Args:
+            embedding: the token embeddings.
+            scale: what the model multiplies them with.
+        """
         import torch
 
         sequences = (self._given, *self._rests, *self._paths)
         ids = sorted({token for tokens in sequences for token in tokens})
         place = {token: number for number, token in enumerate(ids)}
-        table = embedding.take(ids)
+        table = embedding.take(ids) * scale
 
         def look_up(rows: Sequence[Sequence[int]]) -> torch.Tensor:
             return table[torch.tensor([[place[token] for token in tokens] for tokens in rows])]

@@ -112,7 +112,7 @@ def convert(job: Job, progress: Count = uncounted) -> Measured:
     ) as gguf:
         gguf.add(EMBEDDING, merger.blocks.get(EMBEDDING, merger.embedding()))
         for replay in replays:
-            replay.start(merger.embedding())
+            replay.start(merger.embedding(), merger.embedding_scale)
         for number, layer in enumerate(merger.layers()):
             name = f"model.layers.{number}"
             for inner, tensor in layer.state_dict().items():

@@ -28,7 +28,7 @@ from itertools import pairwise
 from string import ascii_lowercase
 from typing import Any
 
-from qcat.encoding.tokenization import HubTokenizer
+from qcat.encoding.tokenization import HubTokenizer, is_sentencepiece
 from qcat.errors import ExportError
 
 DEFAULT_MERGES = 16_000
@@ -80,7 +80,16 @@ def trim(tokenizer: HubTokenizer, needed: Iterable[int], merges: int) -> Trimmed
 
     Returns:
         None if nothing would be left out.
+
+    Raises:
+        ExportError: a tokenizer of SentencePiece. llama.cpp gives it scores in the place of merges,
+            and the theorem says nothing of those.
     """
+    if is_sentencepiece(tokenizer.spec):
+        raise ExportError(
+            f"{tokenizer.folder / 'tokenizer.json'}: a vocabulary of SentencePiece cannot be "
+            "trimmed: export with --vocab full"
+        )
     model = tokenizer.spec["model"]
     vocabulary: dict[str, int] = model["vocab"]
     added = tokenizer.spec["added_tokens"]

@@ -198,16 +198,22 @@ def _add_hyper_parameters(writer: GGUFWriter, arch: Architecture, params: HyperP
     writer.add_rope_freq_base(params.rope_theta)
     writer.add_layer_norm_rms_eps(params.rms_eps)
     writer.add_vocab_size(params.vocabulary)
+    if params.window is not None:
+        writer.add_sliding_window(params.window)
     if arch.interleaved_rope:
         writer.add_rope_dimension_count(params.head_dim)
 
 
 def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")  # GGUF's name for byte-level BPE
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(False)
+    else:
+        writer.add_token_merges(vocabulary.merges)
     writer.add_eos_token_id(vocabulary.eos)
     if vocabulary.bos is not None:
         writer.add_bos_token_id(vocabulary.bos)

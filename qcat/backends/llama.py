@@ -110,6 +110,9 @@ class LlamaModel:
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self.handle)
         self.end: int = llama_cpp.llama_vocab_eos(self._vocab)
+        bos = llama_cpp.llama_vocab_bos(self._vocab)
+        sentencepiece = llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_SPM
+        self.begin = self.decode([bos]) if sentencepiece and bos >= 0 else None
         if not 0 <= self.end < self.n_vocab:
             self.close()
             raise ModelError(f"{path}: the vocabulary has no end token: export it again")

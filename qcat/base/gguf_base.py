@@ -25,10 +25,14 @@ from qcat.errors import BundleError, ModelError
 from qcat.gguf.architecture import (
     ARCHITECTURES,
     EMBEDDING,
+    FULL,
     HEAD,
+    SLIDING,
     Architecture,
     checkpoint_names,
     interleaved_heads,
+    is_norm,
+    layer_kinds,
     undo_interleaving,
 )
 from qcat.gguf.bundle import fingerprint
@@ -52,7 +56,6 @@ _FEW_BITS = re.compile(r"I?Q[1-5]_.*")
 _UNSUPPORTED = {
     "pooling_type": "it is an embedding model, which writes no text: take one that does",
     "expert_count": "mixtures of experts cannot be trained here",
-    "attention.sliding_window": "sliding-window attention cannot be converted",
     "rope.scaling.type": "its rope scaling cannot be converted",
     "rope.scaling.factor": "its rope scaling cannot be converted",
 }
@@ -179,7 +182,10 @@ class _Source:
             raise ModelError(
                 f"base {path}: architecture {found!r} cannot be trained: {', '.join(kinds)} can"
             )
-        for key, why in _UNSUPPORTED.items():
+        unsupported = dict(_UNSUPPORTED)
+        if not ARCHITECTURES[kinds[found]].full_attention:
+            unsupported["attention.sliding_window"] = "sliding windows cannot be converted there"
+        for key, why in unsupported.items():
             value = header.metadata.get(f"{found}.{key}")
             if value not in (None, "none", 0):
                 raise ModelError(f"base {path}: {why} ({found}.{key} is {value!r})")
@@ -226,7 +232,7 @@ class _Source:
         }
         return {
             "architectures": [self.kind],
-            "model_type": self.architecture.name,
+            "model_type": self.architecture.model_type,
             "hidden_size": hidden,
             "num_hidden_layers": self.number("block_count"),
             "intermediate_size": self.number("feed_forward_length"),
@@ -235,12 +241,28 @@ class _Source:
             "head_dim": self.number("attention.key_length", hidden // heads),
             "max_position_embeddings": self.number("context_length"),
             "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self.number("rope.freq_base"),
             "vocab_size": int(self.tensors[EMBEDDING].shape[1]),
-            "hidden_act": "silu",
             "tie_word_embeddings": tied,
             "torch_dtype": "float16",
             **{f"{role}_token_id": number for role, number in token.items()},
+            **self._attention(hidden // heads),
+        }
+
+    def _attention(self, width: int) -> dict[str, Any]:
+        """What `config.json` says of rotary embeddings, windows and the activation."""
+        arch = self.architecture
+        theta = self.number("rope.freq_base")
+        if not arch.full_attention:
+            return {"rope_theta": theta, "hidden_act": arch.activation}
+        return {
+            "hidden_activation": arch.activation,
+            "query_pre_attn_scalar": self.number("attention.key_length", width),
+            "sliding_window": self.number("attention.sliding_window"),
+            "layer_types": layer_kinds(arch, self.number("block_count")),
+            "rope_parameters": {
+                FULL: {"rope_type": "default", "rope_theta": theta},
+                SLIDING: {"rope_type": "default", "rope_theta": arch.window_rope_theta},
+            },
         }
 
     def write_weights(self, folder: Path) -> bool:
@@ -304,6 +326,8 @@ class _Source:
             self.number("attention.head_count"),
             self.number("attention.head_count_kv", self.number("attention.head_count")),
         )
+        if self.architecture.norm_shift and is_norm(name):
+            return values - np.float32(self.architecture.norm_shift)
         return undo_interleaving(values, heads) if heads else values
 
     def _chunks(self, name: str) -> Iterator[npt.NDArray[np.float32]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qcat.encoding.agreement import check_rebuilt
-from qcat.encoding.tokenization import PRE_TOKENIZERS, HubTokenizer
+from qcat.encoding.tokenization import PRE_TOKENIZERS, SPACES, HubTokenizer
 from qcat.errors import ModelError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # gguf.TokenType
@@ -50,15 +50,15 @@ def _spec(gguf: Path, metadata: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """What `tokenizer.json` says."""
     kind = metadata.get("tokenizer.ggml.model")
     rule = str(metadata.get("tokenizer.ggml.pre"))
-    if kind != "gpt2" or rule not in PRE_TOKENIZERS:
+    byte_level = kind == "gpt2" and rule in PRE_TOKENIZERS
+    if not byte_level and (kind != "llama" or metadata.get("tokenizer.ggml.add_space_prefix", 1)):
         raise _cannot(
             gguf,
             f"tokenizer {kind!r} with rule {rule!r} cannot be rebuilt: byte-level BPE with "
-            f"{' or '.join(PRE_TOKENIZERS)} can",
+            f"{' or '.join(PRE_TOKENIZERS)} can, and SentencePiece without a space before a text",
         )
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    merges = metadata.get("tokenizer.ggml.merges") or []
     if len(types) != len(tokens) or len(tokens) != rows:
         raise _cannot(gguf, "its vocabulary does not fit its embedding")
     kept = {i: kind for i, kind in enumerate(types) if kind != _UNUSED}
@@ -75,31 +75,84 @@ def _spec(gguf: Path, metadata: Mapping[str, Any], rows: int) -> dict[str, Any]:
         for number, kind in kept.items()
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
+    vocab = {tokens[number]: number for number in kept}
+    how = _byte_level(rule, metadata) if byte_level else _sentencepiece(gguf, metadata, kept)
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocab,
+        **how.pop("model"),
+    }
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
+        "post_processor": None,
+        "model": model,
+        **how,
+    }
+
+
+def _byte_level(rule: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What is particular to byte-level BPE."""
+    merges = metadata.get("tokenizer.ggml.merges") or []
+    return {
         "normalizer": None,  # llama.cpp has none
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]},
-        "post_processor": None,
         "decoder": {
             "type": "ByteLevel",
             "add_prefix_space": False,
             "trim_offsets": True,
             "use_regex": True,
         },
+        "model": {"merges": [merge.split(" ") for merge in merges]},
+    }
+
+
+def _sentencepiece(
+    gguf: Path, metadata: Mapping[str, Any], kept: Mapping[int, int]
+) -> dict[str, Any]:
+    """What is particular to SentencePiece's BPE.
+
+    It has no merges but scores: the pair is merged whose result has the highest. So each way to
+    put a token together of two others is a merge, in the order of the scores; that is how
+    transformers too converts such a vocabulary.
+    """
+    tokens = metadata["tokenizer.ggml.tokens"]
+    scores = metadata.get("tokenizer.ggml.scores") or []
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    if len(scores) != len(tokens) or unknown not in kept:
+        raise _cannot(gguf, "its tokenizer lacks scores or the unknown token")
+    words = {tokens[n] for n, kind in kept.items() if kind in (_NORMAL, _USER_DEFINED)}
+    merges = []
+    for number in sorted(kept, key=lambda number: -scores[number]):
+        token = tokens[number]
+        if token in words:
+            pairs = ([token[:at], token[at:]] for at in range(1, len(token)))
+            merges += [pair for pair in pairs if words.issuperset(pair)]
+    return {
+        "normalizer": dict(SPACES),
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {tokens[number]: number for number in kept},
-            "merges": [merge.split(" ") for merge in merges],
+            "unk_token": tokens[unknown],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "merges": merges,
         },
     }
 

@@ -35,6 +35,8 @@ class Tokenizer(Encoder, Protocol):
     """An encoder that knows its end token: `HubTokenizer`, or a `LlamaModel`."""
 
     end: int
+    begin: str | None
+    """The token that every prompt begins with, as text; None for none."""
 
 
 class Vocabulary(Tokenizer, Protocol):
@@ -71,12 +73,13 @@ class Prompt:
         return "".join(segment.text for segment in (*self.prefix, *self.rest(question)))
 
 
-def build_prompt(task: Task, encoder: Encoder) -> Prompt:
+def build_prompt(task: Task, encoder: Tokenizer) -> Prompt:
     """The prompt of a task for a tokenizer.
 
     Chat style is ChatML as Qwen3, Qwen2.5 and SmolLM2 use it, always with a system message of
     its own (their templates add one otherwise), and with an empty think block where the
-    vocabulary has `<think>`: what Qwen3's template renders under `enable_thinking=False`.
+    vocabulary has `<think>`: what Qwen3's template renders under `enable_thinking=False`. With
+    Gemma's vocabulary it is Gemma's turns.
 
     Raises:
         ModelError: chat style and a vocabulary without the ChatML tokens.
@@ -87,15 +90,26 @@ def build_prompt(task: Task, encoder: Encoder) -> Prompt:
         shown = label if task.verbalizer == "name" else f"{answer} = {label}"
         lines.append(f"- {shown}: {description}" if description else f"- {shown}")
     body = "\n".join(lines)
+    begin = (Segment(encoder.begin, True),) if encoder.begin else ()
     if task.style == "plain":
         return Prompt(
-            prefix=(Segment(f"{body}\n\n{task.question}:", False),),
+            prefix=(*begin, Segment(f"{body}\n\n{task.question}:", False)),
             before=" ",
             after=Segment(f"\n{task.answer}:" if task.answer else "\n", False),
         )
+    if all(_is_token(encoder, token) for token in ("<start_of_turn>", "<end_of_turn>")):
+        return Prompt(  # Gemma knows no system message
+            prefix=(
+                *begin,
+                Segment("<start_of_turn>user\n", True),
+                Segment(f"{body}\n\n", False),
+            ),
+            before="",
+            after=Segment("<end_of_turn>\n<start_of_turn>model\n", True),
+        )
     if not all(_is_token(encoder, token) for token in ("<|im_start|>", "<|im_end|>")):
         raise ModelError(
-            "the model's vocabulary has no <|im_start|> and <|im_end|>: "
+            "the model's vocabulary has neither <|im_start|> nor <start_of_turn>: "
             'write style = "plain" in the task'
         )
     think = "<think>\n\n</think>\n\n" if _is_token(encoder, "<think>") else ""
@@ -153,7 +167,10 @@ def check_boundary(prompt: Prompt, encoder: Encoder) -> None:
     prefix = encode_segments(prompt.prefix, encoder)
     for probe in ("When?", "?", "5", "'s", ":", "é", "…"):
         rest = encode_segments(prompt.rest(probe), encoder)
-        joint = encoder.encode(prompt.text(probe), special=False)
+        # Special tokens at the beginning stay by themselves.
+        start = [s for s in prompt.prefix if s.special]
+        text = prompt.text(probe).removeprefix("".join(s.text for s in start))
+        joint = encode_segments(start, encoder) + encoder.encode(text, special=False)
         if prefix + rest != joint:
             raise ModelError(
                 f"this tokenizer joins the words before the question with {probe!r}: "

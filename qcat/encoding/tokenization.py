@@ -41,6 +41,17 @@ PRE_TOKENIZERS: Mapping[str, list[dict[str, Any]]] = {
     ],
 }
 """Splitting rules that llama.cpp follows, by its names, as `tokenizer.json` spells them."""
+SPACES: Mapping[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+"""SentencePiece's normalizer: a space is written as U+2581."""
+SPLIT_SPACES: Mapping[str, Any] = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+"""Gemma's pre-tokenizer, which finds no space to split at any more."""
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+"""A byte in SentencePiece's vocabulary, for what has no token."""
 _MARKUP = re.compile(r"<[^<>\s]+>")
 
 
@@ -51,6 +62,11 @@ def is_control(added: Mapping[str, Any]) -> bool:
     Qwen3 does not mark special. Words that a user added are not: they stand for themselves.
     """
     return bool(added["special"]) or _MARKUP.fullmatch(added["content"]) is not None
+
+
+def is_sentencepiece(spec: Mapping[str, Any]) -> bool:
+    """Whether a `tokenizer.json` is of SentencePiece's BPE, as Gemma's is."""
+    return bool(spec["model"].get("byte_fallback"))
 
 
 class HubTokenizer:
@@ -84,12 +100,19 @@ class HubTokenizer:
         if end is None:
             raise ModelError(f"{folder / 'tokenizer_config.json'}: no eos_token: name one")
         self.end: int = end
+        begins = is_sentencepiece(self.spec) and self.token_id("bos_token") is not None
+        self.begin: str | None = self._name("bos_token") if begins else None
+        """The token that every prompt begins with, as text. Models with SentencePiece were trained
+        so, and without it answer nonsense."""
 
     def token_id(self, role: str) -> int | None:
         """Id of the token in a role of `tokenizer_config.json`, such as `eos_token`."""
-        name = self.config.get(role)
-        name = name.get("content") if isinstance(name, dict) else name
+        name = self._name(role)
         return None if name is None else self._tokenizer.token_to_id(name)
+
+    def _name(self, role: str) -> str | None:
+        name = self.config.get(role)
+        return name.get("content") if isinstance(name, dict) else name
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids, without a begin or end token; control tokens only where `special`."""

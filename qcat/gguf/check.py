@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 
 from qcat.errors import BundleError
-from qcat.gguf.header import TOKENS, DamagedError, Header, shown
+from qcat.gguf.header import SCORES, TOKENS, TYPES, DamagedError, Header, shown
 
 # What `qcat_convert.writer` writes of a model, with the largest number that makes sense
-_ARCHITECTURES = ("qwen3", "qwen2", "llama")
+_TOKENIZERS = {"qwen3": "gpt2", "qwen2": "gpt2", "llama": "gpt2", "gemma3": "llama"}
+"""GGUF's name for the tokenizer of each architecture."""
 _COUNTS = {
     "block_count": 512,  # llama.cpp's own limit
     "context_length": 1 << 30,
@@ -19,6 +20,7 @@ _COUNTS = {
     "attention.head_count_kv": 1 << 12,
     "attention.key_length": 1 << 12,
     "attention.value_length": 1 << 12,
+    "attention.sliding_window": 1 << 30,
     "rope.dimension_count": 1 << 12,
     "vocab_size": 1 << 24,
 }
@@ -47,10 +49,10 @@ def unfit(header: Header) -> str | None:
 def _check_model(header: Header) -> None:
     metadata = header.metadata
     arch = metadata.get("general.architecture")
-    if arch not in _ARCHITECTURES:
+    if arch not in _TOKENIZERS:
         raise DamagedError(f"architecture {shown(arch)} is not one that qcat makes")
     for key, value in metadata.items():
-        if key == "tokenizer.ggml.model" and value != "gpt2":
+        if key == "tokenizer.ggml.model" and value != _TOKENIZERS[arch]:
             raise DamagedError(f"tokenizer {shown(value)} is not one that qcat makes")
         if not key.startswith(f"{arch}."):
             continue
@@ -72,5 +74,9 @@ def _check_model(header: Header) -> None:
         kind = tensor.name.removesuffix(".weight").rpartition(".")[2]
         if kind in rows and len(tensor.shape) == 2 and tensor.shape[1] != rows[kind]:
             raise DamagedError(f"tensor {shown(tensor.name)} does not fit the number of heads")
+    if metadata.get("tokenizer.ggml.model") == "llama" and any(
+        metadata.get(key) != metadata.get(TOKENS) for key in (SCORES, TYPES)
+    ):
+        raise DamagedError("not every token has a score and a type")
     if metadata.get(TOKENS) != header.distinct_tokens:
         raise DamagedError("a token stands twice in the vocabulary, is empty, or holds a NUL")

@@ -24,6 +24,7 @@ from qcat.files import check_pulled
 
 TOKENS = "tokenizer.ggml.tokens"
 """Key of the vocabulary."""
+SCORES, TYPES = "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
 STRING = 8
 """GGUF's number for a text."""
 _MAGIC = b"GGUF"
@@ -43,6 +44,7 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
     30: ("BF16", 1, 2),
 }  # fmt: skip
+_ITEMS = {SCORES: struct.pack("<I", 6), TYPES: struct.pack("<I", 5)}  # f32 and i32
 _MAX_DIMENSIONS = 4
 _LARGE = 1 << 20  # bytes of a header that takes long to walk
 
@@ -232,6 +234,8 @@ def _parse(data: mmap.mmap, size: int) -> Header:
             if data[start : start + 4] != struct.pack("<I", STRING):
                 raise DamagedError("the vocabulary is no list of texts")
             distinct = _count_distinct(data, start + 12, value)
+        if key in _ITEMS and (kind != _ARRAY or data[start : start + 4] != _ITEMS[key]):
+            raise DamagedError(f"metadata {key} is not a list of the right kind")
         metadata[key] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     metadata_end = cursor.at
     tensors = tuple(_tensor(cursor) for _ in range(n_tensors))

@@ -13,8 +13,8 @@ from typing import Any
 
 from qcat.errors import BundleError
 
-_U32, _I32, _BOOL, _STRING, _ARRAY = 4, 5, 7, 8, 9  # GGUF value types
-_F32 = 0  # GGML tensor type
+_U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9  # GGUF value types
+_F32_TENSOR = 0  # GGML tensor type
 _ALIGNMENT = 32
 _KEPT = ("general.architecture", "qcat.", "tokenizer.ggml.")  # how the keys begin
 
@@ -38,7 +38,7 @@ def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
             except (AttributeError, TypeError, ValueError, struct.error):
                 raise BundleError(f"metadata {key[:60]!r} is not what qcat writes") from None
     head = b"GGUF" + struct.pack("<IQQ", 3, 1, len(pairs)) + b"".join(pairs)
-    head += _text("none") + struct.pack("<IQIQ", 1, 1, _F32, 0)
+    head += _text("none") + struct.pack("<IQIQ", 1, 1, _F32_TENSOR, 0)
     path.write_bytes(head + b"\0" * (-len(head) % _ALIGNMENT) + struct.pack("<f", 0))
 
 
@@ -50,12 +50,12 @@ def _value(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)
     if isinstance(value, Sequence) and value:
-        kind = _STRING if isinstance(value[0], str) else _I32
-        items = (
-            b"".join(map(_text, value))
-            if kind == _STRING
-            else struct.pack(f"<{len(value)}i", *value)
-        )
+        if isinstance(value[0], str):
+            kind, items = _STRING, b"".join(map(_text, value))
+        elif all(isinstance(item, int) for item in value):
+            kind, items = _I32, struct.pack(f"<{len(value)}i", *value)
+        else:  # scores, of which JSON writes whole ones without a point
+            kind, items = _F32, struct.pack(f"<{len(value)}f", *value)
         return struct.pack("<IIQ", _ARRAY, kind, len(value)) + items
     raise TypeError(type(value).__name__)
 

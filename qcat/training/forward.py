@@ -81,7 +81,8 @@ def _begin(
     from transformers import DynamicCache
 
     device = decoder.device
-    cache = DynamicCache(config=decoder.config)
+    # One that keeps all tokens, also for layers with a window: the masks see to that.
+    cache = DynamicCache()
     decoder(input_ids=torch.tensor([list(prefix)], device=device), cache=cache, use_cache=True)
     cache.batch_repeat_interleave(len(rests))
     longest = max(map(len, rests))
