@@ -16,6 +16,7 @@ import httpx
 
 from qcat.errors import ServerError
 from qcat.progress import Progress
+from qcat.shell import quoted
 
 try:
     import ollama  # which makes a client on import
@@ -125,7 +126,7 @@ class Server:
         """The error for a model that is not there."""
         return ServerError(
             f"{model}: no such model on {self.address}: "
-            f"create it with `qcat deploy DIR --name {model}`"
+            f"create it with `qcat deploy DIR --name {quoted(model)}`"
         )
 
     def upload(self, gguf: Path, progress: Progress) -> str:
