@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from qcat.errors import DataError
-from qcat.files import CLOSED_AT_EXEC
+from qcat.files import PLAIN
 from qcat.prediction import Prediction
 
 VERSION = 1
@@ -136,7 +136,7 @@ class PredictionLog:
         try:
             # Without O_NONBLOCK a pipe that nobody reads would keep us waiting.
             unwaiting = getattr(os, "O_NONBLOCK", 0)  # Windows has no such pipes
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | CLOSED_AT_EXEC | unwaiting
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | PLAIN | unwaiting
             return os.open(self._path, flags, 0o600)
         except ValueError:  # a NUL or a lone surrogate in the name
             raise DataError(f"{str(self._path)!r}: no file can have this name") from None

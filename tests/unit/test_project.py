@@ -278,7 +278,8 @@ def test_asking_needs_nothing_that_only_posix_has(house, tmp_path):
     code = (
         "import os, signal, sys\n"
         "sys.modules |= dict.fromkeys(['fcntl', 'termios', 'resource', 'pwd', 'grp'])\n"
-        "for name in ('O_CLOEXEC', 'O_NONBLOCK', 'geteuid', 'sched_getaffinity', 'wait4'):\n"
+        "for name in ('O_CLOEXEC', 'O_NONBLOCK', 'geteuid', 'sched_getaffinity', 'wait4',"
+        " 'fork', 'register_at_fork'):\n"
         "    delattr(os, name)\n"
         "del signal.SIGWINCH\n"
         "from importlib import import_module\n"
