@@ -17,8 +17,12 @@ from typing import Any, BinaryIO
 
 from qcat.errors import DataError, QcatError
 
-CLOSED_AT_EXEC = getattr(os, "O_CLOEXEC", 0)
-"""Flag of `os.open` that keeps a file from other programs; where there is none Python does so."""
+PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+"""Flags of `os.open`: other programs do not inherit the file (where there is no such flag Python
+sees to that), and bytes go in and out as they are, which Windows does not do unasked."""
+_LOCKED_BYTE = 0x7FFF_FFF0
+"""Which byte of a file stands for all, where a lock has to be of one: nobody can read it meanwhile,
+so it lies far behind the end of any journal."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -32,7 +36,12 @@ def lock_open_file(descriptor: int) -> bool:
         if sys.platform == "win32":
             import msvcrt
 
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            at = os.lseek(descriptor, 0, os.SEEK_CUR)
+            os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(descriptor, at, os.SEEK_SET)
         else:
             import fcntl
 
@@ -107,9 +116,13 @@ def locked(lock: Path, *, target: Path, busy: str, error: type[QcatError]) -> It
     try:
         yield
     finally:
-        with suppress(OSError):
+        try:
             lock.unlink(missing_ok=True)
-        held.release()
+            held.release()
+        except OSError:  # Windows deletes no file that is open, here or meanwhile elsewhere
+            held.release()
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 from qcat.classifier import WINDOW, Classifier
 from qcat.data.tables import Kind, Table, Values, check_names, open_table, suffix, write_table
 from qcat.errors import DataError, QuestionError, ServerError
-from qcat.files import CLOSED_AT_EXEC
+from qcat.files import PLAIN
 from qcat.progress import Progress, silent
 from qcat.version import __version__
 from qcat.workflows.journal import Answer, Journal
@@ -293,7 +293,7 @@ def _publish(half: Path, target: Path) -> None:
     with _explained(target, "written"):
         half.replace(target)
     with suppress(OSError):  # the file is there, whether or not its folder can be forced
-        folder = os.open(target.parent, os.O_RDONLY | CLOSED_AT_EXEC)
+        folder = os.open(target.parent, os.O_RDONLY | PLAIN)
         try:
             os.fsync(folder)
         finally:
