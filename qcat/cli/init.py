@@ -59,7 +59,7 @@ def print_task(made: Initialized) -> None:
     click.echo("\n".join(table([(label, str(count)) for label, count in made.counts.items()])))
     for other, label in made.respelled.items():
         click.echo(
-            f"qcat: warning: label {shown(other)} is {shown(label)} in the task: mend the rows, "
-            "as `qcat lint --fix` does",
+            f"qcat: warning: label {shown(other)} is read as {shown(label)}: write it so, as "
+            "`qcat lint --fix` does",
             err=True,
         )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcat.data.dataset import read_rows
-from qcat.data.findings import fold
 from qcat.errors import DataError, TaskError
 from qcat.shell import quoted
+from qcat.spelling import fold
 from qcat.task import DEFAULT_INSTRUCTION, Task
 
 
