@@ -6,6 +6,9 @@ import re
 
 HEAD = 64
 """Bytes that `foreign` needs of a file's beginning."""
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How what Git LFS leaves in the place of a file begins."""
+IS_POINTER = "a Git LFS pointer, not the file: fetch that with `git lfs pull`"
 _SIGNATURES = (
     (b"PK\x03\x04", "an Excel workbook or other ZIP file: save the table as CSV UTF-8"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook: save the table as CSV UTF-8"),
@@ -17,7 +20,7 @@ _SIGNATURES = (
     (b"SQLite format 3\0", "an SQLite database: export the table as CSV"),
     (b"PAR1", "a Parquet file: name it .parquet"),
     (b"GGUF", "a GGUF model: name a file of text"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file: fetch that with `git lfs pull`"),
+    (POINTER, IS_POINTER),
     (b"<!doctype html", "a web page: download the file itself"),
     (b"<html", "a web page: download the file itself"),
 )
