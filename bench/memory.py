@@ -59,9 +59,9 @@ class Watch:
             self._look()
 
     def _look(self) -> None:
-        sizes = [_sizes(pid) for pid in _family(os.getpid())[not self._itself :]]
+        found = [sizes(pid) for pid in _family(os.getpid())[not self._itself :]]
         resident, anonymous = (
-            sum(column) * 1024 / 1e6 for column in zip((0, 0), *sizes, strict=True)
+            sum(column) * 1024 / 1e6 for column in zip((0, 0), *found, strict=True)
         )
         with self._lock:
             self._peak = Peak(
@@ -79,12 +79,12 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def _sizes(pid: int) -> tuple[int, int]:
+def sizes(pid: int) -> tuple[int, int]:
     """Resident and anonymous kilobytes."""
-    sizes = {"VmRSS": 0, "RssAnon": 0}
+    kilobytes = {"VmRSS": 0, "RssAnon": 0}
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")
-            if name in sizes:
-                sizes[name] = int(value.split()[0])
-    return sizes["VmRSS"], sizes["RssAnon"]
+            if name in kilobytes:
+                kilobytes[name] = int(value.split()[0])
+    return kilobytes["VmRSS"], kilobytes["RssAnon"]

@@ -10,17 +10,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 
 from qcat.base.ollama_store import PREFIX
 from qcat.calibration.calibration import Calibration
 from qcat.calibration.decide import OWN_RULE, check_coverage, decide
-from qcat.encoding.prompt import (
-    QUESTION_ROOM,
-    clean_question,
-)
+from qcat.encoding.prompt import QUESTION_ROOM, clean_question
 from qcat.encoding.scoring import (
     BoundedScores,
     Floats,
@@ -29,18 +26,10 @@ from qcat.encoding.scoring import (
     temper,
     temper_bounds,
 )
-from qcat.errors import (
-    ArgumentError,
-    ModelError,
-    QuestionError,
-    ServerError,
-)
+from qcat.errors import ArgumentError, ModelError, QuestionError, ServerError
 from qcat.opening import Opened, open_file, open_served
 from qcat.prediction import Prediction
 from qcat.threads import MAX_THREADS
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
 """The model that comes with qcat."""
@@ -184,8 +173,8 @@ class Classifier:
         """Classify one question.
 
         Raises:
-            QuestionError: the question is empty, or too long under `strict`; or it holds the text
-                of a special token, which a server would obey.
+            QuestionError: the question is empty or no text, or too long under `strict`; or it holds
+                the text of a special token, which a server would obey.
             ServerError: the server does not answer.
         """
         rest, truncated = self._encode(question)
@@ -203,10 +192,14 @@ class Classifier:
                 its turn comes; the answers before it have been given by then.
             ServerError: likewise for the first question that the server does not answer, so
                 that the caller can go on from there.
+            ArgumentError: one text in place of several, at once.
         """
+        return self._ask_many(self.ask_each(questions))
+
+    def _ask_many(self, answers: Iterator[Prediction | QuestionError]) -> Iterator[Prediction]:
         number = 1
         try:
-            for answer in self.ask_each(questions):
+            for answer in answers:
                 if isinstance(answer, QuestionError):
                     raise QuestionError(f"question {number}: {answer}")
                 yield answer
@@ -216,7 +209,11 @@ class Classifier:
 
     def ask_each(self, questions: Iterable[str]) -> Iterator[Prediction | QuestionError]:
         """As `ask_many`, but a question that cannot be asked gives its error in its place."""
-        source = iter(questions)
+        if isinstance(questions, str | bytes):
+            raise ArgumentError("a list of questions expected, not one: give [question]")
+        return self._ask_each(iter(questions))
+
+    def _ask_each(self, source: Iterator[str]) -> Iterator[Prediction | QuestionError]:
         while window := list(islice(source, WINDOW)):
             encoded = [self._encode_or_error(question) for question in window]
             scores = self._scorer.score([e[0] for e in encoded if not isinstance(e, QuestionError)])
@@ -232,7 +229,7 @@ class Classifier:
         For answers that may abstain see `ask_many`.
 
         Raises:
-            QuestionError, ServerError: as `ask_many`.
+            QuestionError, ServerError, ArgumentError: as `ask_many`.
         """
         return [prediction.label for prediction in self.ask_many(texts)]
 
@@ -240,7 +237,8 @@ class Classifier:
         """Probabilities of the labels, shape (texts, labels), columns in the order of `labels`.
 
         Raises:
-            QuestionError, ServerError: as `ask_many`; or a server does not show them all.
+            QuestionError, ArgumentError: as `ask_many`.
+            ServerError: likewise; or a server does not show them all.
         """
         rows = []
         for number, prediction in enumerate(self.ask_many(texts), 1):
@@ -287,6 +285,10 @@ class Classifier:
 
     def _encode(self, question: str) -> tuple[list[int], bool]:
         """Token ids after the prefix, and whether the question's end was cut to make them fit."""
+        if not isinstance(question, str):  # such as the NaN of a gap in a column of pandas
+            if question is None:
+                raise QuestionError("the question is empty: write one")
+            raise QuestionError(f"no text but {type(question).__name__}: write words")
         words = " ".join(question.split())
         text = clean_question(words[:_MAX_CHARS])
         ids, truncated = self._encoded.ids(text), False

@@ -15,11 +15,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qcat.charset import HEAD, IS_POINTER, POINTER, foreign
 from qcat.errors import DataError, QcatError
 
-CLOSED_AT_EXEC = getattr(os, "O_CLOEXEC", 0)
-"""Flag of `os.open` that keeps a file from other programs; where there is none Python does so."""
-_POINTER = b"version https://git-lfs.github.com/spec/"
+PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+"""Flags of `os.open`: other programs do not inherit the file (where there is no such flag Python
+sees to that), and bytes go in and out as they are, which Windows does not do unasked."""
+_LOCKED_BYTE = 0x7FFF_FFF0
+"""Which byte of a file stands for all, where a lock has to be of one: nobody can read it meanwhile,
+so it lies far behind the end of any journal."""
 
 
 def lock_open_file(descriptor: int) -> bool:
@@ -32,7 +36,12 @@ def lock_open_file(descriptor: int) -> bool:
         if sys.platform == "win32":
             import msvcrt
 
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            at = os.lseek(descriptor, 0, os.SEEK_CUR)
+            os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(descriptor, at, os.SEEK_SET)
         else:
             import fcntl
 
@@ -107,9 +116,13 @@ def locked(lock: Path, *, target: Path, busy: str, error: type[QcatError]) -> It
     try:
         yield
     finally:
-        with suppress(OSError):
+        try:
             lock.unlink(missing_ok=True)
-        held.release()
+            held.release()
+        except OSError:  # Windows deletes no file that is open, here or meanwhile elsewhere
+            held.release()
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -178,7 +191,8 @@ def read_json(path: Path, *, error: type[QcatError], advice: str) -> dict[str, A
         data = path.read_bytes()
     except OSError as found:
         raise error(f"{path}: {found.strerror}: {advice}") from None
-    check_pulled(path, data, error=error)
+    if what := foreign(data[:HEAD]):
+        raise error(f"{path}: {what}")
     if data.startswith(b"\xef\xbb\xbf"):
         raise error(f"{path}: begins with a byte order mark: save it as UTF-8 without one")
     try:
@@ -190,16 +204,13 @@ def read_json(path: Path, *, error: type[QcatError], advice: str) -> dict[str, A
     return fields
 
 
-def check_pulled(path: Path, data: bytes | None = None, *, error: type[QcatError]) -> None:
+def check_pulled(path: Path, *, error: type[QcatError]) -> None:
     """See that a file is not what Git LFS leaves in its place.
 
     Args:
         path: of the file.
-        data: how it begins, if that was read already.
         error: what to raise if it is a pointer. A file that cannot be read is none.
     """
-    if data is None:
-        with suppress(OSError), path.open("rb") as file:
-            data = file.read(len(_POINTER))
-    if data and data.startswith(_POINTER):
-        raise error(f"{path}: is a Git LFS pointer, not the file: bring it with `git lfs pull`")
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise error(f"{path}: {IS_POINTER}")

@@ -7,16 +7,17 @@ Knows nothing of models. Reads and writes `task.toml`; the prompt is built in
 from __future__ import annotations
 
 import re
-import tomllib
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import tomli_w
-
+from qcat.charset import HEAD, foreign, not_utf8
 from qcat.errors import TaskError
+from qcat.spelling import difference, fold, looks
+from qcat.task_toml import KEYS, parse_task, task_text
 
 Style = Literal["plain", "chat"]
 Verbalizer = Literal["name", "code"]
@@ -28,9 +29,6 @@ MAX_WORD_CHARS = 40
 DEFAULT_INSTRUCTION = "Classify the question into exactly one category from the list below."
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _CODE = re.compile(r"[A-Z]{2}")
-_KEYS = (
-    "name", "instruction", "question", "answer", "style", "verbalizer", "review", "labels", "codes",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,22 @@ class Task:
             raise TaskError(f"task {self.name!r} has no codes yet: they are chosen by a tokenizer")
         return tuple(self.codes[label] for label in self.labels)
 
+    def spelled(self, label: str) -> str | None:
+        """The label that a spelling of it stands for, which may differ in case or runs of white
+        space; None if there is none."""
+        return label if label in self.labels else self._folded.get(fold(label))
+
+    @cached_property
+    def _folded(self) -> Mapping[str, str]:
+        return {fold(label): label for label in self.labels}
+
     def replace(self, **changes: Any) -> Task:
         """A copy with some fields changed, checked anew."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in `task.toml` and in a GGUF's metadata."""
-        data: dict[str, Any] = {key: getattr(self, key) for key in _KEYS[:-3]}
+        data: dict[str, Any] = {key: getattr(self, key) for key in KEYS[:-3]}
         if self.review:
             data["review"] = self.review
         data["labels"] = dict(self.labels)
@@ -107,9 +114,9 @@ class Task:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Task:
         """The inverse of `to_dict`. Raises TaskError for unknown or missing keys."""
-        unknown = sorted(str(key) for key in set(data) - set(_KEYS))
+        unknown = sorted(str(key) for key in set(data) - set(KEYS))
         if unknown:
-            raise TaskError(f"unknown key {unknown[0][:40]!r}: the keys are {', '.join(_KEYS)}")
+            raise TaskError(f"unknown key {unknown[0][:40]!r}: the keys are {', '.join(KEYS)}")
         for key in ("name", "labels"):
             if key not in data:
                 raise TaskError(f"key {key!r} is missing")
@@ -118,29 +125,29 @@ class Task:
     @classmethod
     def from_toml(cls, text: str) -> Task:
         """Parse the text of a `task.toml`. Raises TaskError, with the line for a syntax error."""
-        try:
-            data = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise TaskError(f"not valid TOML: {error}") from None
-        return cls.from_dict(data)
+        return cls.from_dict(parse_task(text))
 
     def to_toml(self) -> str:
         """The text of a `task.toml` that reads back as an equal task."""
-        return tomli_w.dumps(self.to_dict())
+        return task_text(self.to_dict())
 
     @classmethod
     def read(cls, path: str | Path) -> Task:
         """Read `task.toml`. Raises TaskError that names the file."""
         try:
-            text = Path(path).read_bytes().decode("utf-8-sig")
+            data = Path(path).read_bytes()
         except OSError as error:
             raise TaskError(f"{path}: cannot read the task: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise TaskError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
         except ValueError:  # a NUL or a lone surrogate in the name
             raise TaskError(f"{str(path)!r}: no file can have this name") from None
+        if what := foreign(data[:HEAD]):
+            raise TaskError(f"{path}: {what}")
         try:
-            return cls.from_toml(text)
+            return cls.from_toml(data.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            # The byte order mark, where there is one, is not counted.
+            line = data.removeprefix(b"\xef\xbb\xbf").count(b"\n", 0, error.start) + 1
+            raise TaskError(f"{path}:{line}: {not_utf8(error.object[error.start])}") from None
         except TaskError as error:
             raise TaskError(f"{path}: {error}") from None
 
@@ -164,7 +171,10 @@ def _text(
 ) -> str:
     """NFC, stripped, without control characters (line breaks only where `lines`)."""
     if not isinstance(value, str):
-        raise TaskError(f"{where}: {kind} expected, found {type(value).__name__}")
+        raise TaskError(
+            f"{where}: {kind} expected, found {type(value).__name__} {_shown(value)}: write it in "
+            "quotes"
+        )
     text = unicodedata.normalize("NFC", value).strip()
     if lines:
         text = "\n".join(line.rstrip() for line in text.splitlines())
@@ -194,7 +204,7 @@ def _checked_labels(labels: object) -> dict[str, str]:
     if not isinstance(labels, Mapping):
         raise TaskError('labels: a table expected, one line a label: "pool" = "what it covers"')
     checked: dict[str, str] = {}
-    folded: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for raw, description in labels.items():
         label = _text(raw, f"label {_shown(raw)}", empty=False)
         if len(label) > MAX_LABEL_CHARS:
@@ -202,13 +212,9 @@ def _checked_labels(labels: object) -> dict[str, str]:
                 f"label {label[:30] + '…'!r}: {len(label)} characters, "
                 f"at most {MAX_LABEL_CHARS}: shorten it and move the rest to its description"
             )
-        # Folding can undo NFC, so it is normalised again: "ǰ" and its twins must meet.
-        key = unicodedata.normalize("NFC", label.casefold())
-        if key in folded:
-            raise TaskError(
-                f"labels {folded[key]!r} and {label!r} differ only in case or spacing: keep one"
-            )
-        folded[key] = label
+        other = seen.setdefault(looks(label), label)
+        if other != label or label in checked:
+            raise TaskError(f"labels {other!r} and {label!r} {difference(other, label)}: keep one")
         checked[label] = _text(description, f"label {label!r}: description")
     if not MIN_LABELS <= len(checked) <= MAX_LABELS:
         raise TaskError(

@@ -56,7 +56,7 @@ def apart(
                 progress(*value)
         except (EOFError, ConnectionError):
             process.join()
-            killed = process.exitcode == -signal.SIGKILL
+            killed = process.exitcode == -getattr(signal, "SIGKILL", 9)  # Windows has none
             raise ExportError(
                 f"merging was ended from outside (status {process.exitcode})"
                 f"{': was there enough memory?' if killed else ': rerun the command'}"

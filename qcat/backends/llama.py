@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Self
 import llama_cpp
 import numpy as np
 
+from qcat.backends.forks import Guards, new_lock, opening
 from qcat.errors import ModelError
 
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUES = 3, 4, 5  # ggml_log_level in ggml.h
@@ -90,7 +90,7 @@ class LlamaModel:
     ) -> None:
         log = capture_log(verbose=verbose)
         self.path, self.repacked = path, repack and repacks()
-        self.lock = threading.RLock()  # of everything that a `close` in another thread would break
+        self.lock = new_lock(Guards.MODEL)  # of all that a `close` in another thread would break
         self._stack = ExitStack()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
@@ -100,7 +100,8 @@ class LlamaModel:
         # What is laid out anew is read whole anyway: mapped too, it would be in memory twice.
         none, mapped = llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MMAP
         params.load_mode = none if self.repacked else mapped
-        self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        with opening:
+            self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             reason = next((line for line in log if ":" in line), "no reason given")
             reason = " ".join(reason.split())[:200]
@@ -196,7 +197,6 @@ class _Shared:
 
 
 _shared: dict[tuple[str, int, bool], _Shared] = {}
-_sharing = threading.Lock()
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def shared_model(path: Path, *, repack: bool, verbose: bool) -> Iterator[LlamaMo
     It is freed when the last user leaves. Raises as `LlamaModel` does.
     """
     key = (os.path.realpath(path), os.stat(path).st_mtime_ns, repack and repacks())
-    with _sharing:
+    with opening:
         if key not in _shared:
             _shared[key] = _Shared(LlamaModel(path, repack=repack, verbose=verbose))
         shared = _shared[key]
@@ -214,7 +214,7 @@ def shared_model(path: Path, *, repack: bool, verbose: bool) -> Iterator[LlamaMo
     try:
         yield shared.model
     finally:
-        with _sharing:
+        with opening:
             shared.users -= 1
             if not shared.users:
                 del _shared[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcat import cache
+from qcat.backends.forks import Guards, is_fork, new_lock
 from qcat.backends.llama import Batch, LlamaModel
 from qcat.encoding.scoring import Scores, label_energy, label_mass
 from qcat.encoding.trie import Branch, LabelTrie
@@ -44,7 +44,7 @@ class LlamaScorer:
         trie: the label language.
         grammar: the same language as GBNF.
         room: the most tokens that one question and the words after it may have.
-        threads: threads of computation.
+        threads: threads of computation; a fork of this process computes with one.
         fingerprint: of the model's file, and of the adapter's; with it the evaluated prefix is
             kept in the user's cache folder for the next time.
         adapter: a LoRA adapter's GGUF to lie beside the weights, checked by
@@ -69,7 +69,7 @@ class LlamaScorer:
         self._model, self._trie, self._room = model, trie, room
         self._prefix, self._threads, self._fingerprint = list(prefix), threads, fingerprint
         self._n_prefix = len(prefix)
-        self._lock = threading.RLock()  # not the model's, which other scorers may use meanwhile
+        self._lock = new_lock(Guards.CONTEXT)  # not the model's, which others may use meanwhile
         self._stack, self._context_stack = ExitStack(), ExitStack()
         deep = trie.deep_branches
         paths = [len(branch.path) for branch in deep]
@@ -82,23 +82,26 @@ class LlamaScorer:
                 f"{model.path}: the prompt needs {cells} tokens, the model has room for "
                 f"{model.n_ctx_train}: shorten the labels' descriptions"
             )
+        self._batch = Batch(cells)
+        self._accepted: dict[int, bool] = {}
         try:
-            self._batch = Batch(cells)
-            self._grammar = llama_cpp.llama_sampler_init_grammar(
-                model.vocab, grammar.encode(), b"root"
-            )
-            if not self._grammar:
-                raise ModelError(f"{model.path}: llama.cpp refuses the labels' grammar")
-            self._stack.callback(llama_cpp.llama_sampler_free, self._grammar)
-            self._accepted: dict[int, bool] = {}
-            self._adapter = None
-            if adapter:
-                self._adapter = model.load_adapter(adapter)
-                self._stack.callback(llama_cpp.llama_adapter_lora_free, self._adapter)
-            self._begin(min(PASS_TOKENS, self._most_tokens))
+            with self._lock:
+                self._load(grammar, adapter)
         except BaseException:
             self.close()
             raise
+
+    def _load(self, grammar: str, adapter: Path | None) -> None:
+        model = self._model
+        self._grammar = llama_cpp.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+        if not self._grammar:
+            raise ModelError(f"{model.path}: llama.cpp refuses the labels' grammar")
+        self._stack.callback(llama_cpp.llama_sampler_free, self._grammar)
+        self._adapter = None
+        if adapter:
+            self._adapter = model.load_adapter(adapter)
+            self._stack.callback(llama_cpp.llama_adapter_lora_free, self._adapter)
+        self._begin(min(PASS_TOKENS, self._most_tokens))
 
     def _cells(self, tokens: int) -> int:
         """KV cells for the prefix, so many tokens of questions, and the branches after them."""
@@ -326,6 +329,8 @@ class LlamaScorer:
     def _decode(self) -> None:
         self._batch.native.n_tokens = self._batch.size
         self._batch.size = 0
+        if is_fork():
+            llama_cpp.llama_set_n_threads(self._context, 1, 1)
         status = llama_cpp.llama_decode(self._context, self._batch.native)
         if status:
             raise ModelError(f"{self._model.path}: llama.cpp could not evaluate it ({status})")

@@ -5,6 +5,7 @@ Every failure is one `ServerError`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
@@ -15,6 +16,7 @@ import httpx
 
 from qcat.errors import ServerError
 from qcat.progress import Progress
+from qcat.shell import quoted
 
 try:
     import ollama  # which makes a client on import
@@ -62,13 +64,24 @@ class Server:
     """
 
     def __init__(self, timeout: float = TIMEOUT) -> None:
-        limit = httpx.Timeout(timeout, connect=min(timeout, 5))
-        with _Errors("OLLAMA_HOST", timeout):
-            self._client = _Client(timeout=limit)
-            if self._client.is_local:  # a proxy is for others, as in Ollama's own client
-                self._client = _Client(timeout=limit, trust_env=False)
         self._timeout = timeout
-        self.address = self._client.address
+        self._connected, self._process = self._connect(), os.getpid()
+        self.address = self._connected.address
+
+    def _connect(self) -> _Client:
+        limit = httpx.Timeout(self._timeout, connect=min(self._timeout, 5))
+        with _Errors("OLLAMA_HOST", self._timeout):
+            client = _Client(timeout=limit)
+            if client.is_local:  # a proxy is for others, as in Ollama's own client
+                client = _Client(timeout=limit, trust_env=False)
+        return client
+
+    @property
+    def _client(self) -> _Client:
+        """The connections. A fork makes its own: on these it could get its parent's answers."""
+        if self._process != os.getpid():
+            self._connected, self._process = self._connect(), os.getpid()
+        return self._connected
 
     def close(self) -> None:
         """Close the connections. Harmless a second time."""
@@ -113,7 +126,7 @@ class Server:
         """The error for a model that is not there."""
         return ServerError(
             f"{model}: no such model on {self.address}: "
-            f"create it with `qcat deploy DIR --name {model}`"
+            f"create it with `qcat deploy DIR --name {quoted(model)}`"
         )
 
     def upload(self, gguf: Path, progress: Progress) -> str:

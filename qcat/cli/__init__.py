@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -65,11 +66,23 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The entry point: runs a command and turns errors into one line and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        _show_any_text(stream)
     try:
         sys.exit(run(args))
     except BrokenPipeError:  # the reader went away (`qcat … | head`)
         _drop_stdout()
         sys.exit(1)
+
+
+def _show_any_text(stream: object) -> None:
+    """Let no character end a command half-way, whatever the encoding of the stream."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return
+    if sys.platform == "win32":  # which writes files in the code page of old programs
+        stream.reconfigure(encoding="utf-8")
+    if stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
 
 
 def run(args: list[str] | None) -> int:

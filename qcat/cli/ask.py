@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import click
 
 from qcat.classifier import OLLAMA, Classifier
 from qcat.cli.output import FloatRange, given, json_line, threads_option, timeout_option
+from qcat.cli.stdin_lines import Line, available_lines
 from qcat.errors import QcatError, QuestionError, RecordError, ReviewError, ServerError
 from qcat.monitor.recorder import Recorder
 from qcat.prediction import Prediction
@@ -233,15 +233,15 @@ def _check_records(
         raise click.UsageError("--log is not for --decode free, which gives no probabilities")
 
 
-def _groups(questions: tuple[str, ...]) -> Iterator[list[str]]:
+def _groups(questions: tuple[str, ...]) -> Iterator[list[Line]]:
     """The questions: those on the command line, or stdin's lines as they come."""
     if "-" in questions and len(questions) > 1:
         raise click.UsageError("- stands for stdin, alone")
     if questions not in ((), ("-",)):
-        return iter([list(questions)])
+        return iter([[Line(question) for question in questions]])
     if sys.stdin is None:
         raise click.UsageError("stdin is closed: give a QUESTION, or questions on stdin")
-    return _available_lines(sys.stdin.fileno())
+    return available_lines(sys.stdin.fileno())
 
 
 def _print_all(
@@ -284,14 +284,16 @@ def _print_all(
 Answer = tuple[int, str, Prediction | str | QuestionError]
 
 
-def _ask(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer]:
+def _ask(classifier: Classifier, groups: Iterator[list[Line]]) -> Iterator[Answer]:
     """Answers in order; a question that cannot be asked spoils only its own line."""
     number = 0
     try:
         for group in groups:
-            for question, answer in zip(group, classifier.ask_each(group), strict=True):
+            answers = classifier.ask_each(line.text for line in group if not line.error)
+            for line in group:
+                answer = line.error or next(answers)
                 number += 1
-                yield number, question, answer
+                yield number, line.text, answer
     except ServerError as error:
         raise ServerError(f"question {number + 1}: {error}") from None
 
@@ -305,26 +307,14 @@ def _record(recorder: Recorder, question: str, answer: Prediction) -> Sequence[Q
     return ()
 
 
-def _say(classifier: Classifier, groups: Iterator[list[str]]) -> Iterator[Answer]:
-    for number, question in enumerate(chain.from_iterable(groups), 1):
+def _say(classifier: Classifier, groups: Iterator[list[Line]]) -> Iterator[Answer]:
+    for number, line in enumerate(chain.from_iterable(groups), 1):
         try:
-            yield number, question, classifier.say(question)
+            yield number, line.text, line.error or classifier.say(line.text)
         except QuestionError as error:
-            yield number, question, error
+            yield number, line.text, error
         except ServerError as error:
             raise ServerError(f"question {number}: {error}") from None
-
-
-def _available_lines(descriptor: int) -> Iterator[list[str]]:
-    """Lines of stdin in groups: as many as are there, so that a slow writer is answered at once."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-    rest = ""
-    while chunk := os.read(descriptor, 1 << 16):
-        *lines, rest = (rest + decoder.decode(chunk)).split("\n")
-        if lines:
-            yield [line.removesuffix("\r") for line in lines]
-    if rest := rest + decoder.decode(b"", final=True):
-        yield [rest.removesuffix("\r")]
 
 
 def _line(question: str, answer: Prediction, as_json: bool, top: int | None, abstain: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qcat.cli.output import Bars, table
+from qcat.data.opened import FORMATS
 from qcat.encoding.prompt import clean_question
 from qcat.errors import DataError, QuestionError
 from qcat.files import check_writable, write_whole
@@ -67,7 +68,7 @@ def command(
 
 
 def _read(path: Path) -> list[str]:
-    if path.suffix in (".csv", ".jsonl", ".parquet"):
+    if path.suffix.lower() in FORMATS:
         raise DataError(f"{path}: a table: name a text file with one question a line")
     try:
         lines = path.read_text("utf-8-sig").split("\n")

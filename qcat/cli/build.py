@@ -24,6 +24,7 @@ from qcat.cli.options import (
 )
 from qcat.cli.output import FloatRange, table
 from qcat.cli.train import train_bars
+from qcat.shell import quoted
 from qcat.workflows.build import Built, LintError, build
 
 _FILE = click.Path(path_type=Path)
@@ -156,5 +157,6 @@ def _lines(built: Built) -> Iterator[str]:
         f"{summary['median_ms']:.0f} ms a question"
     )
     name = built.task.name
-    yield f'next:\n  qcat ask -m {built.bundle} "…"\n  qcat deploy {built.bundle}'
-    yield f"  ollama create {name} -f {built.bundle / 'Modelfile'}"
+    bundle = quoted(built.bundle)
+    yield f'next:\n  qcat ask -m {bundle} "…"\n  qcat deploy {bundle}'
+    yield f"  ollama create {name} -f {quoted(built.bundle / 'Modelfile')}"

@@ -43,7 +43,7 @@ _FILE = click.Path(path_type=Path)
     "--off-topic",
     metavar="FILE",
     type=_FILE,
-    help="Questions that belong to no label, JSONL with `text`: can the model tell?",
+    help="Questions that belong to no label, a file with `text`: can the model tell?",
 )
 @click.option("--compare", metavar="MODEL", help="Another model: which questions change label?")
 @click.option(

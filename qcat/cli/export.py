@@ -11,6 +11,7 @@ from qcat_convert.trim import DEFAULT_MERGES
 
 from qcat.cli.options import max_flips_option, quant_option, vocab_option
 from qcat.cli.output import Bars, FloatRange, given, table, timeout_option
+from qcat.shell import quoted
 from qcat.workflows.export_job import read_request
 
 if TYPE_CHECKING:
@@ -175,10 +176,10 @@ def command(
 
 def _print_next(output: Path, name: str, report: Mapping[str, Any], beside: bool) -> None:
     click.echo(f"{output}: {report['bytes'] / 1e6:.1f} MB; next:")
-    click.echo(f'  qcat ask -m {output / name}.gguf "…"')
-    click.echo(f"  ollama create {name} -f {output / 'Modelfile'}")
+    click.echo(f'  qcat ask -m {quoted(output / f"{name}.gguf")} "…"')
+    click.echo(f"  ollama create {name} -f {quoted(output / 'Modelfile')}")
     if not beside:
-        click.echo(f"  qcat deploy {output}")
+        click.echo(f"  qcat deploy {quoted(output)}")
 
 
 def print_report(request: Request, report: Mapping[str, Any]) -> None:

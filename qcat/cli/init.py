@@ -10,6 +10,7 @@ from qcat.cli.lint import finding_lines, tokenizer_of
 from qcat.cli.output import table
 from qcat.data.findings import shown
 from qcat.data.lint import lint
+from qcat.shell import quoted
 from qcat.workflows.init import Initialized, init_task, write_task
 
 _FILE = click.Path(path_type=Path)
@@ -49,8 +50,8 @@ def command(questions: Path, output: Path | None, name: str | None, base: str | 
     for line in finding_lines(report, path, None):
         click.echo(line)
     click.echo(f"{path}: {len(made.task.labels)} labels; next:")
-    click.echo(f"  qcat lint {path} {questions}")
-    click.echo(f"  qcat train {questions} -t {path} -o runs/{made.task.name}")
+    click.echo(f"  qcat lint {quoted(path)} {quoted(questions)}")
+    click.echo(f"  qcat train {quoted(questions)} -t {quoted(path)} -o runs/{made.task.name}")
 
 
 def print_task(made: Initialized) -> None:
@@ -58,7 +59,7 @@ def print_task(made: Initialized) -> None:
     click.echo("\n".join(table([(label, str(count)) for label, count in made.counts.items()])))
     for other, label in made.respelled.items():
         click.echo(
-            f"qcat: warning: label {shown(other)} is {shown(label)} in the task: mend the rows, "
-            "as `qcat lint --fix` does",
+            f"qcat: warning: label {shown(other)} is read as {shown(label)}: write it so, as "
+            "`qcat lint --fix` does",
             err=True,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qcat.cli.review_terminal import answer_in_terminal
+from qcat.data.opened import FORMATS
 from qcat.monitor.review import ReviewQueue, default_path
 from qcat.workflows import review
 
@@ -148,7 +149,7 @@ def export(queue: Path | None, model: str | None, output: Path, off_topic: Path 
       qcat review export house.db -o more.jsonl --off-topic strangers.jsonl
     """
     for path in (output, off_topic):
-        if path and path.suffix.lower() in (".csv", ".parquet"):
+        if path and FORMATS.get(path.suffix.lower(), ".jsonl") != ".jsonl":
             raise click.UsageError(f"{path}: JSONL is written: name a file that ends in .jsonl")
     with _opened(queue, model) as opened:
         done = review.export_answers(opened, output, off_topic=off_topic)

@@ -19,6 +19,7 @@ from qcat.cli.options import (
     seed_option,
 )
 from qcat.cli.output import Bars, FloatRange, given, table
+from qcat.shell import quoted
 from qcat.workflows.init import find_task
 from qcat.workflows.train import train
 
@@ -149,7 +150,7 @@ def command(
             progress=bars.show,
         )
     click.echo("\n".join(record_lines(record)))
-    click.echo(f"next:\n  qcat export {output} -o dist/{record['task']}")
+    click.echo(f"next:\n  qcat export {quoted(output)} -o dist/{record['task']}")
 
 
 @contextmanager

@@ -7,9 +7,10 @@ import unicodedata
 from collections.abc import Iterator
 from html.entities import html5
 
+from qcat.spelling import INVISIBLE
+
 _BROKEN = re.compile("[\ufffd\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")
 _DIRECTION = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _JOINER = re.compile("[A-Za-z][\u200c\u200d]|[\u200c\u200d][A-Za-z]")  # else Persian, Hindi, emoji
 _ENTITY = re.compile(r"&(#\d{1,7};|#[xX][0-9a-fA-F]{1,6};|[A-Za-z][A-Za-z0-9]{1,31};)")
@@ -35,7 +36,7 @@ def oddities(text: str) -> Iterator[tuple[str, str, str]]:
         shown = f"control character U+{ord(found[0][-1]):04X}"
         yield "control-character", shown, "remove it (--fix does)"
     rtl = any(unicodedata.bidirectional(char) in ("R", "AL") for char in text)
-    found = _INVISIBLE.search(text) or _JOINER.search(text)
+    found = INVISIBLE.search(text) or _JOINER.search(text)
     if found := found or (None if rtl else _DIRECTION.search(text)):
         char = next(c for c in found[0] if not c.isalpha())
         yield "invisible-character", f"invisible U+{ord(char):04X}", "remove it"

@@ -1,4 +1,5 @@
-"""Labelled questions from a file: JSONL, CSV or Parquet, by the file's suffix.
+"""Labelled questions from a file: JSONL, CSV or Parquet, by the file's suffix. All commands read
+them here.
 
 A row has `text` and `label`, and may have `group`: the name of a family of paraphrases that must
 stay on one side of a split. Rows as Alpaca-style sets have them (`instruction`, `input`, `output`)
@@ -9,17 +10,23 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qcat.data.rows import csv_columns, csv_rows, jsonl_rows, parquet_file
+from qcat.data.columns import find_column, missing
+from qcat.data.csv_rows import csv_columns, csv_note, csv_rows
+from qcat.data.json_rows import json_note, json_rows
+from qcat.data.opened import FORMATS, FoundRow
+from qcat.data.parquet import class_names, parquet_file
 from qcat.encoding.prompt import clean_question
 from qcat.errors import DataError, QuestionError
 from qcat.task import Task
 
-_COLUMNS = ["text", "label", "group", "instruction", "input", "output"]
+_COLUMNS = ("text", "label", "group", "instruction", "input", "output")
+_LABELLED = ("text", "label")
 
 
 @dataclass(frozen=True)
@@ -58,21 +65,45 @@ class Example:
 
 
 def scan_rows(path: Path) -> list[Row | BadRow]:
-    """Read a JSONL (any suffix but the following), `.csv` or `.parquet` file, bad rows and all.
+    """Read a `.csv`, `.tsv`, `.parquet` or (any other suffix) JSON file, bad rows and all.
 
-    CSV has a header line with the names of the columns.
+    CSV has a header line with the names of the columns. The names may differ in case and outer
+    spaces. Rows of CSV with nothing in them are passed over.
 
     Raises:
         DataError: naming the file, if it cannot be read as a whole or holds no rows.
     """
-    found = {".csv": _csv, ".parquet": _parquet}.get(path.suffix.lower(), _jsonl)
     rows = [
         BadRow(line, fields) if isinstance(fields, str) else _row(fields, line)
-        for line, fields in found(path)
+        for line, fields in _found(path, _LABELLED)
     ]
     if not rows:
-        raise DataError(f'{path}: no questions: write {{"text": …, "label": …}}, one a line')
+        raise DataError(f"{path}: no questions in it: write a row for each")
     return rows
+
+
+def reading_notes(path: Path) -> list[str]:
+    """What had to be guessed to read a file: separators, the form of JSON, names in other case.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    kind = FORMATS.get(path.suffix.lower(), ".jsonl")
+    if kind == ".parquet":
+        with parquet_file(path) as file:
+            note, columns = None, file.schema_arrow.names
+    elif kind == ".csv":
+        note, columns = csv_note(path), csv_columns(path)
+    else:
+        rows = json_rows(path, "")
+        first = next((fields for _, fields in rows if isinstance(fields, dict)), {})
+        note, columns = json_note(path), list(first)
+    try:
+        meant = _meant(tuple(columns))
+    except DataError:  # it is what `scan_rows` says of the first row
+        meant = {}
+    renamed = [f"{name!r} read as {wanted!r}" for wanted, name in meant.items() if name != wanted]
+    return [*([note] if note else []), *(["column " + ", ".join(renamed)] if renamed else [])]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -92,6 +123,8 @@ def read_rows(path: Path) -> list[Row]:
 def read_examples(path: Path, task: Task) -> list[Example]:
     """Read labelled questions for a task, in any of the formats of `read_rows`.
 
+    A label may be spelled otherwise than in the task, as `Task.spelled` has it.
+
     Raises:
         DataError: naming the file and line, for a row that cannot be used: no text, a label that
             the task lacks.
@@ -100,7 +133,8 @@ def read_examples(path: Path, task: Task) -> list[Example]:
     examples = []
     for row in read_rows(path):
         where = f"{path}:{row.line}"
-        if row.label not in numbers:
+        label = task.spelled(row.label)
+        if label is None:
             raise DataError(
                 f"{where}: label {row.label!r} is not in the task: add it or mend the row"
             )
@@ -108,29 +142,28 @@ def read_examples(path: Path, task: Task) -> list[Example]:
             text = clean_question(row.text)
         except QuestionError as error:
             raise DataError(f"{where}: {error}") from None
-        examples.append(Example(text, numbers[row.label], row.line, row.group))
+        examples.append(Example(text, numbers[label], row.line, row.group))
     return examples
 
 
 def read_texts(path: Path) -> list[str]:
-    """Read questions without a label: JSONL with `text`, as `clean_question` gives them.
+    """Read questions whose label does not matter, in any of the formats of `read_rows`, as
+    `clean_question` gives them.
 
     Raises:
         DataError: naming the file and line, for anything that is not such a row.
     """
-    shape = '{"text": …}'
     texts = []
-    for line, fields in jsonl_rows(path, shape):
-        if isinstance(fields, str):
-            raise DataError(f"{path}:{line}: {fields}")
-        if not isinstance(fields.get("text"), str):
-            raise DataError(f"{path}:{line}: {shape} expected")
+    for line, fields in _found(path, ("text",)):
+        problem = fields if isinstance(fields, str) else _no_text(fields, "text")
+        if problem or isinstance(fields, str):
+            raise DataError(f"{path}:{line}: {problem}")
         try:
             texts.append(clean_question(fields["text"]))
         except QuestionError as error:
             raise DataError(f"{path}:{line}: {error}") from None
     if not texts:
-        raise DataError(f"{path}: no questions: write {shape}, one a line")
+        raise DataError(f"{path}: no questions in it: write a row for each")
     return texts
 
 
@@ -147,12 +180,9 @@ def _row(fields: Mapping[str, Any], line: int) -> Row | BadRow:
     if "output" in fields and "label" not in fields:  # Alpaca's names
         given = fields.get("input") or fields.get("instruction")
         fields = {**fields, "text": given, "label": fields["output"]}
-    for key in ("text", "label"):
-        value = fields.get(key)
-        if value is None:
-            return BadRow(line, f"no text under {key!r}")
-        if not isinstance(value, str):
-            return BadRow(line, f"no text under {key!r} but {type(value).__name__}: write words")
+    for key in _LABELLED:
+        if problem := _no_text(fields, key):
+            return BadRow(line, problem)
     group = fields.get("group")
     if isinstance(group, float) and group.is_integer():
         group = int(group)  # pandas stores a column of numbers with gaps so
@@ -162,30 +192,110 @@ def _row(fields: Mapping[str, Any], line: int) -> Row | BadRow:
     return Row(fields["text"], _name(fields["label"]), name or None, line)
 
 
+def _no_text(fields: Mapping[str, Any], key: str) -> str | None:
+    """What is wrong with a value that should be text. A number is no text: `1` could be a label's
+    name or its place in a list that is not there."""
+    if key not in fields:
+        return f"no text under {key!r}"
+    value = fields[key]
+    if isinstance(value, str):
+        return None
+    if value is None or value != value:
+        return f"no text under {key!r} but {'null' if value is None else 'NaN'}: write words"
+    shown = json.dumps(value, default=str)
+    shown = shown if len(shown) <= 40 else f"{shown[:39]}…"
+    if isinstance(value, list | dict):
+        return f"no text under {key!r} but {shown}: write one text"
+    return f'no text under {key!r} but {type(value).__name__} {shown}: write it as text, "{shown}"'
+
+
 def _name(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-_Found = Iterator[tuple[int, Mapping[str, Any] | str]]
-"""Line and fields; or, of a bad row, what is wrong with it."""
+# Rows under our own names of columns
 
 
-def _jsonl(path: Path) -> _Found:
-    return jsonl_rows(path, '{"text": …, "label": …}')
+def _found(path: Path, wanted: tuple[str, ...]) -> Iterator[FoundRow]:
+    """Rows by `_COLUMNS`, whatever the case of the names in the file.
+
+    Raises:
+        DataError: as `scan_rows`; or a CSV or Parquet file lacks the columns wanted.
+    """
+    kind = FORMATS.get(path.suffix.lower(), ".jsonl")
+    if kind == ".csv":
+        return _csv(path, wanted)
+    return _parquet(path, wanted) if kind == ".parquet" else _json(path, wanted)
 
 
-def _csv(path: Path) -> _Found:
-    _check_columns(f"{path}:1: no header line", csv_columns(path))
-    return csv_rows(path)
+def _json(path: Path, wanted: tuple[str, ...]) -> Iterator[FoundRow]:
+    shape = "{" + ", ".join(f'"{name}": …' for name in wanted) + "}"
+    for line, fields in json_rows(path, shape):
+        if isinstance(fields, str):
+            yield line, fields
+            continue
+        try:
+            meant = _meant(tuple(fields))
+        except DataError as error:
+            yield line, str(error)
+            continue
+        absent = _absent(meant, wanted)
+        yield (
+            line,
+            missing(absent, tuple(fields), "key")
+            if absent
+            else {name: fields[key] for name, key in meant.items()},
+        )
 
 
-def _parquet(path: Path) -> _Found:
+def _csv(path: Path, wanted: tuple[str, ...]) -> Iterator[FoundRow]:
+    columns = csv_columns(path)
+    if not columns:
+        raise DataError(f"{path}:1: is empty: write a header line with {' and '.join(wanted)}")
+    if columns[0].lstrip()[:1] in ("{", "["):
+        raise DataError(f"{path}:1: looks like JSON: name the file .jsonl")
+    meant = _columns(f"{path}:1", columns, wanted, "the header line has ")
+    for line, fields in csv_rows(path):
+        if isinstance(fields, str):
+            yield line, fields
+        elif any(fields.values()) or len(fields) == 1:
+            yield line, {name: fields[key] for name, key in meant.items() if key in fields}
+
+
+def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[FoundRow]:
     with parquet_file(path) as file:
-        _check_columns(f"{path}: no table", file.schema_arrow.names)
-        rows = file.read(columns=_COLUMNS).to_pylist()
-    yield from enumerate(rows, 1)
+        schema = file.schema_arrow
+        meant = _columns(str(path), schema.names, wanted)
+        rows = file.read(columns=list(meant.values())).to_pylist()
+    classes = class_names(schema).get(meant.get("label", ""), [])
+    for line, row in enumerate(rows, 1):
+        fields = {name: row[key] for name, key in meant.items()}
+        number = fields.get("label")
+        if type(number) is int and 0 <= number < len(classes):
+            fields["label"] = classes[number]
+        yield line, fields
 
 
-def _check_columns(what: str, columns: Collection[str]) -> None:
-    if not {"text", "label"} <= set(columns) and "output" not in columns:
-        raise DataError(f"{what} with the columns text and label")
+def _columns(
+    place: str, columns: list[str], wanted: tuple[str, ...], holder: str = ""
+) -> Mapping[str, str]:
+    try:
+        meant = _meant(tuple(columns))
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    if absent := _absent(meant, wanted):
+        raise DataError(f"{place}: {holder}{missing(absent, columns)}")
+    return meant
+
+
+@lru_cache(256)
+def _meant(columns: tuple[str, ...]) -> Mapping[str, str]:
+    """Our own names of columns to those in the file. Raises DataError: two are meant by one."""
+    found = {name: find_column(columns, name) for name in _COLUMNS}
+    return {name: column for name, column in found.items() if column is not None}
+
+
+def _absent(meant: Mapping[str, str], wanted: tuple[str, ...]) -> list[str]:
+    if wanted == _LABELLED and "output" in meant and "label" not in meant:
+        return []
+    return [name for name in wanted if name not in meant]

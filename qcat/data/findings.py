@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,11 +70,6 @@ class Question:
     def unit(self) -> str | int:
         """What a split keeps together: the group, or the row alone."""
         return self.row.line if self.row.group is None else self.row.group
-
-
-def fold(text: str) -> str:
-    # Folding can undo NFC, so it is normalised again.
-    return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
 
 
 def same_questions(questions: Iterable[Question]) -> dict[str, list[Question]]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 from qcat.data.characters import unmangle
-from qcat.data.dataset import BadRow, Row, jsonl_line, scan_rows
-from qcat.data.findings import Finding, Question, Report, Severity, fold, same_questions
+from qcat.data.dataset import BadRow, Row, jsonl_line, reading_notes, scan_rows
+from qcat.data.findings import Finding, Question, Report, Severity, same_questions
 from qcat.data.lint_names import name_findings, token_findings
 from qcat.data.lint_questions import (
     character_findings,
@@ -23,10 +23,12 @@ from qcat.data.lint_questions import (
     length_findings,
     repeat_findings,
 )
+from qcat.data.opened import FORMATS
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.prompt import Tokenizer, clean_question
 from qcat.errors import DataError, ModelError, QuestionError
 from qcat.files import write_whole
+from qcat.spelling import fold
 from qcat.task import Task
 
 
@@ -91,11 +93,10 @@ def fix(task: Task, path: Path, target: Path) -> Fixed:
         DataError: the input cannot be read, the target exists or cannot be written, or no row
             would be left.
     """
-    if target.suffix.lower() in (".csv", ".parquet"):
+    if FORMATS.get(target.suffix.lower(), ".jsonl") != ".jsonl":
         raise DataError(f"{target}: the copy is JSONL: name it {target.with_suffix('.jsonl').name}")
     if os.path.lexists(target):
         raise DataError(f"{target}: exists already: name another file")
-    spelled = _speller(task)
     dropped: defaultdict[str, list[int]] = defaultdict(list)
     changed: defaultdict[str, list[int]] = defaultdict(list)
     questions: list[Question] = []
@@ -104,7 +105,7 @@ def fix(task: Task, path: Path, target: Path) -> Fixed:
             dropped["unreadable"].append(row.line)
             continue
         mended = unmangle(row.text)
-        question = _question(replace(row, text=mended), spelled)
+        question = _question(task, replace(row, text=mended))
         if question is None:
             dropped["empty-text"].append(row.line)
             continue
@@ -142,12 +143,12 @@ def fix(task: Task, path: Path, target: Path) -> Fixed:
 
 
 def _read(task: Task, path: Path) -> tuple[list[Question], list[Finding]]:
-    spelled = _speller(task)
-    questions, findings = [], []
+    questions: list[Question] = []
+    findings = [Finding("info", "format", note, (1,)) for note in reading_notes(path)]
     for row in scan_rows(path):
         if isinstance(row, BadRow):
             findings.append(Finding("error", "unreadable", row.problem, (row.line,)))
-        elif question := _question(row, spelled):
+        elif question := _question(task, row):
             questions.append(question)
         else:
             message = "no text: write a question or drop the row"
@@ -155,16 +156,9 @@ def _read(task: Task, path: Path) -> tuple[list[Question], list[Finding]]:
     return questions, findings
 
 
-def _question(row: Row, spelled: Callable[[str], str]) -> Question | None:
+def _question(task: Task, row: Row) -> Question | None:
     try:
         text = clean_question(row.text)
     except QuestionError:
         return None
-    return Question(row, text, fold(text), spelled(row.label))
-
-
-def _speller(task: Task) -> Callable[[str], str]:
-    """A label to the task's own spelling of it, where only case or runs of spaces differ."""
-    folded = Counter(fold(label) for label in task.labels)
-    names = {fold(label): label for label in task.labels if folded[fold(label)] == 1}
-    return lambda label: label if label in task.labels else names.get(fold(label), label)
+    return Question(row, text, fold(text), task.spelled(row.label) or row.label)

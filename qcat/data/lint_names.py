@@ -8,18 +8,28 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
+from qcat.data.characters import oddities
 from qcat.data.findings import Finding, listed, shown
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.prompt import Encoder, with_codes
 from qcat.errors import TaskError
 from qcat.task import Task
 
+_NO_BREAK = re.compile("[\u00a0\u2007\u202f]")
 _OVERLAP = 0.6  # words of two names that both have, over the words that either has
 _LIKE = 0.88  # difflib's ratio of two names, about one letter in eight
 
 
 def name_findings(task: Task) -> Iterator[Finding]:
-    """Labels whose names could mean the same, or begin one another."""
+    """Labels whose names could mean the same, begin one another, or have odd characters."""
+    for label in task.labels:
+        for code, what, advice in oddities(label):
+            message = f"label {shown(label)} has {what}: {advice}"
+            yield Finding("warning", code, message, labels=(label,))
+        if space := _NO_BREAK.search(label):
+            message = f"label {shown(label)} has the no-break space U+{ord(space[0]):04X}"
+            message += ": write a plain one"
+            yield Finding("warning", "invisible-character", message, labels=(label,))
     split = {label: _words(label) for label in task.labels}
     for one, two in combinations(task.labels, 2):
         reason = _similar(split[one], split[two])

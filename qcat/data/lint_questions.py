@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from qcat.data.characters import oddities
-from qcat.data.findings import Finding, Question, fold, listed, same_questions, shown
+from qcat.data.findings import Finding, Question, listed, same_questions, shown
 from qcat.data.near import families, near_pairs
 from qcat.data.split import FEWEST
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.prompt import QUESTION_ROOM
+from qcat.spelling import fold
 from qcat.task import Task
 
 ENOUGH = 10
@@ -37,10 +38,10 @@ def label_findings(task: Task, questions: Sequence[Question]) -> Iterator[Findin
     for label, found in misspelled.items():
         right = found[0].label
         yield Finding(
-            "error",
+            "warning",
             "label-spelling",
-            f"label {shown(label)} ({_times(found)}) is {shown(right)} in the task: "
-            "mend it (--fix does)",
+            f"label {shown(label)} ({_times(found)}) is read as {shown(right)}: "
+            "write it so (--fix does)",
             (found[0].row.line,),
             (right,),
         )

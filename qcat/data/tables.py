@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import csv
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from qcat.data.rows import csv_columns, csv_rows, jsonl_rows, parquet_file
+from qcat.data.columns import check_names
+from qcat.data.csv_rows import csv_columns, csv_rows
+from qcat.data.json_rows import json_rows
+from qcat.data.opened import FORMATS
+from qcat.data.parquet import parquet_file
 from qcat.data.values import (
-    SURROGATE,
     arrow_type,
     cell,
     common_kind,
@@ -50,7 +53,7 @@ class Table(ABC):
         """Their names, in order."""
         self.count = 0
         """Rows."""
-        check_names(path, self.columns)
+        check_names(str(path), self.columns)
 
     @abstractmethod
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -81,7 +84,7 @@ def open_table(path: Path, target: str) -> Table:
             line), there is none, or two columns have one name; or a column of Parquet has values
             that the target's format has no form for.
     """
-    kind = suffix(path)
+    kind = format_read(path)
     as_parquet = target == ".parquet"
     if as_parquet:
         import pyarrow  # noqa: F401 (its absence is reported before the work)
@@ -123,23 +126,24 @@ def write_table(
         _write_parquet(table, file, names, more)
 
 
-def suffix(path: Path) -> str:
-    """Which of the `SUFFIXES` a file has. Raises DataError for any other."""
+def format_read(path: Path) -> str:
+    """Which of the `SUFFIXES` a file to read is like. Raises DataError for none."""
+    return _format(path, FORMATS)
+
+
+def format_written(path: Path) -> str:
+    """Which of the `SUFFIXES` a file to write has. Raises DataError for any other."""
+    return _format(path, SUFFIXES)
+
+
+def _format(path: Path, known: Collection[str]) -> str:
     found = path.suffix.lower()
-    if found not in SUFFIXES:
-        raise DataError(f"{path}: CSV, JSONL or Parquet expected: name a file that ends in so")
-    return found
-
-
-def check_names(path: Path, names: Sequence[str]) -> None:
-    """Refuse names of columns that not every format can have. Raises DataError."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise DataError(f"{path}: two columns are called {name!r}: rename one")
-        if SURROGATE.search(name):
-            raise DataError(f"{path}: a column's name, {name!r}, is not UTF-8: rename it")
-        seen.add(name)
+    if found not in known:
+        raise DataError(
+            f"{path}: CSV, JSONL or Parquet expected: name a file that ends in one of "
+            f"{', '.join(known)}"
+        )
+    return FORMATS[found]
 
 
 class _CsvTable(Table):
@@ -170,12 +174,12 @@ class _JsonlTable(Table):
             self.count += 1
             for name, value in row.items():
                 seen.setdefault(name, set()).add(json_kind(value))
-        check_names(path, tuple(seen))
+        check_names(str(path), tuple(seen))
         self.columns = tuple(seen)
         self._kinds = {name: common_kind(kinds) for name, kinds in seen.items()}
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        for line, fields in jsonl_rows(self.path, "an object, {…},"):
+        for line, fields in json_rows(self.path, "an object, {…},"):
             if isinstance(fields, str):
                 raise DataError(f"{self.path}:{line}: {fields}")
             yield fields

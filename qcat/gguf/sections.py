@@ -66,7 +66,8 @@ def _rewrite(path: Path, to: Path, sections: Mapping[str, bytes | None]) -> None
     header = read_header(path)
     try:
         mode = path.stat().st_mode & 0o777
-        with path.open("rb") as source, whole_file(to, mode=mode) as target:
+        # The source is closed before its place is taken, which Windows wants.
+        with whole_file(to, mode=mode) as target, path.open("rb") as source:
             start = source.read(8)
             source.seek(8 + 16)
             pairs = source.read(header.metadata_end - 24)

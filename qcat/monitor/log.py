@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from qcat.errors import DataError
-from qcat.files import CLOSED_AT_EXEC
+from qcat.files import PLAIN
 from qcat.prediction import Prediction
 
 VERSION = 1
@@ -113,11 +114,10 @@ class PredictionLog:
         line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         try:
             self._follow()
-            written = os.write(self._file, line)
+            written = os.write(self._file, b"\n" + line if self._torn() else line)
         except OSError as error:
             raise self._unwritten(error.strerror) from None
-        if written < len(line):
-            # What did get in is a torn line, which `scan_log` tells from the record after it.
+        if written < len(line):  # what did get in is a torn line, after which a new one begins
             raise self._unwritten("no room left")
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class PredictionLog:
         try:
             # Without O_NONBLOCK a pipe that nobody reads would keep us waiting.
             unwaiting = getattr(os, "O_NONBLOCK", 0)  # Windows has no such pipes
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | CLOSED_AT_EXEC | unwaiting
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | PLAIN | unwaiting
             return os.open(self._path, flags, 0o600)
         except ValueError:  # a NUL or a lone surrogate in the name
             raise DataError(f"{str(self._path)!r}: no file can have this name") from None
@@ -152,6 +152,21 @@ class PredictionLog:
         self.close()
         self._file = fresh
 
+    def _torn(self) -> bool:
+        """Whether the file ends in the middle of a line: a writer was killed, or had no room.
+
+        If it is another writer that is at its record just now, an empty line comes of it, which
+        readers pass over; what it writes stays in one piece.
+        """
+        try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                return False  # a pipe has no end to look at
+            with self._path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return file.read(1) != b"\n"
+        except OSError:  # empty, or it may be written and not read
+            return False
+
     def _unwritten(self, reason: str | None) -> DataError:
         return DataError(f"{self._path}: the answer is not in the log: {reason}")
 
@@ -159,7 +174,8 @@ class PredictionLog:
 def scan_log(path: Path) -> Iterator[Record | None]:
     """The records of a log in the order of the file, one at a time; None for what is no record.
 
-    A line that was torn (a full disk, a crash) does not spoil the record that follows on it.
+    A line that was torn (a full disk, a crash) does not spoil a record that follows on it, as when
+    two processes wrote at once.
 
     Raises:
         DataError: the file cannot be read.

@@ -155,7 +155,8 @@ class ReviewQueue:
         self.path = path
         self.task = task
         self.labels = labels
-        self._db, self._keep_text = connection, keep_text
+        self._connection, self._process = connection, os.getpid()
+        self._keep_text = keep_text
 
     @classmethod
     def open(
@@ -334,13 +335,19 @@ class ReviewQueue:
 
     def close(self) -> None:
         """Close the file. Harmless a second time."""
-        self._db.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._process != os.getpid():  # SQLite's locks do not hold there: the file could be lost
+            raise ReviewError(f"{self.path}: was opened before a fork: open it in the child")
+        return self._connection
 
     def _change(self, what: str, values: tuple[object, ...], hash: str) -> None:
         changed = self._db.execute(f"UPDATE questions SET {what} WHERE hash = ?", (*values, hash))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qcat.errors import ReviewError
-from qcat.files import CLOSED_AT_EXEC
+from qcat.files import PLAIN
 
 WAIT = 30.0
 """Seconds to wait for another process that holds the file."""
@@ -67,7 +67,7 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
         # Made by SQLite it could be read by anyone; its journals take their mode from it. Only if
         # there is none: closing a file that this process has open already ends SQLite's locks.
         with suppress(OSError):  # of which SQLite says the same
-            flags = os.O_CREAT | os.O_EXCL | CLOSED_AT_EXEC
+            flags = os.O_CREAT | os.O_EXCL | PLAIN
             os.close(os.open(os.path.realpath(name), flags, 0o600))
     with explained(path):
         # A classifier may be opened in one thread and asked in another, one at a time.

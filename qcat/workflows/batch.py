@@ -15,14 +15,22 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice, tee
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from qcat.classifier import WINDOW, Classifier
-from qcat.data.tables import Kind, Table, Values, check_names, open_table, suffix, write_table
+from qcat.data.columns import check_names, find_column, listed
+from qcat.data.tables import (
+    Kind,
+    Table,
+    Values,
+    format_read,
+    format_written,
+    open_table,
+    write_table,
+)
 from qcat.errors import DataError, QuestionError, ServerError
-from qcat.files import CLOSED_AT_EXEC
+from qcat.files import PLAIN
 from qcat.progress import Progress, silent
 from qcat.version import __version__
 from qcat.workflows.journal import Answer, Journal
@@ -37,10 +45,6 @@ COLUMNS: dict[str, Kind] = {
 }
 """The columns added, the fields of an `Answer`. Where a row cannot be asked `error` says why,
 `abstained` is true, `truncated` false, and the others are missing."""
-_SHOWN = 8  # names of columns in a message
-
-
-"""Told the step, how much of it is done, and of how much."""
 
 
 @dataclass
@@ -72,8 +76,8 @@ def check_paths(source: Path, target: Path) -> None:
     Raises:
         DataError: saying what is wrong with which.
     """
-    for path in (source, target):
-        suffix(path)
+    format_read(source)
+    format_written(target)
     try:
         with _explained(source, "read"):
             here = source.stat()
@@ -122,7 +126,7 @@ def batch(
         ModuleNotFoundError: pyarrow is not installed and one of the files is Parquet.
     """
     check_paths(source, target)
-    kind = suffix(target)
+    kind = format_written(target)
     target = _real(target)
     with Journal.open(_part(target)) as journal:
         half = target.with_name(f".{target.name}.new")  # no longer than the journal's name
@@ -130,8 +134,8 @@ def batch(
         fingerprint = _digest(source)
         table = open_table(source, kind)
         names = {f"{prefix}{name}": values for name, values in COLUMNS.items()}
-        _check_columns(table, column, tuple(names))
-        about = _about(classifier, fingerprint, suffix(source), column)
+        column = _columns(table, column, tuple(names))
+        about = _about(classifier, fingerprint, format_read(source), column)
         summary = Summary(table.count, journal.begin(about))
         if summary.before > table.count:  # the input had more while it was worked on
             raise DataError(
@@ -199,12 +203,20 @@ def _check_absent(path: Path) -> None:
         raise DataError(f"{path}: exists already: move it away, or name another output")
 
 
-def _check_columns(table: Table, column: str, names: tuple[str, ...]) -> None:
-    if column not in table.columns:
-        shown = ", ".join(table.columns[:_SHOWN]) + (", …" if len(table.columns) > _SHOWN else "")
+def _columns(table: Table, column: str, names: tuple[str, ...]) -> str:
+    """The column of the questions, by its name in the table.
+
+    Raises:
+        DataError: there is none, or there are columns of the answers' names.
+    """
+    try:
+        found = find_column(table.columns, column)
+    except DataError as error:
+        raise DataError(f"{table.path}: {error}") from None
+    if found is None:
         raise DataError(
             f"{table.path}: no column {column!r}: name that of the questions with --column; there "
-            f"are: {shown}"
+            f"are {listed(table.columns)}"
         )
     taken = [name for name in names if name in table.columns]
     if taken:
@@ -212,7 +224,8 @@ def _check_columns(table: Table, column: str, names: tuple[str, ...]) -> None:
             f"{table.path}: has a column {taken[0]!r} already: give those of the answers other "
             "names with --prefix, as in --prefix qcat_"
         )
-    check_names(table.path, names)
+    check_names(str(table.path), names)
+    return found
 
 
 def _ask(
@@ -227,12 +240,11 @@ def _ask(
     progress("questions", done, table.count)
     # A question's neighbours round its probabilities: the same ones, whether stopped or not.
     again = done % WINDOW if done < table.count else 0
-    asked, values = tee(islice(table.values(column), done - again, None))
-    answers = classifier.ask_each(value if isinstance(value, str) else "" for value in asked)
+    asked = islice(table.values(column), done - again, None)
     try:
-        for answer, value in islice(zip(answers, values, strict=True), again, None):
+        for answer in islice(classifier.ask_each(asked), again, None):
             if isinstance(answer, QuestionError):
-                journal.add(_failed(value, answer))
+                journal.add(Answer(None, None, True, None, False, str(answer)))
             else:
                 journal.add(
                     Answer(
@@ -251,13 +263,6 @@ def _ask(
             f"{table.path}: row {done + 1}: {error}: then rerun the command to resume"
         ) from None
     journal.sync()
-
-
-def _failed(value: Any, error: QuestionError) -> Answer:
-    reason = str(error)
-    if value is not None and not isinstance(value, str):
-        reason = f"no text but {type(value).__name__}: write words"
-    return Answer(None, None, True, None, False, reason)
 
 
 def _write(
@@ -293,7 +298,7 @@ def _publish(half: Path, target: Path) -> None:
     with _explained(target, "written"):
         half.replace(target)
     with suppress(OSError):  # the file is there, whether or not its folder can be forced
-        folder = os.open(target.parent, os.O_RDONLY | CLOSED_AT_EXEC)
+        folder = os.open(target.parent, os.O_RDONLY | PLAIN)
         try:
             os.fsync(folder)
         finally:

@@ -16,6 +16,7 @@ from qcat.gguf.bundle import Bundle
 from qcat.gguf.sections import CALIBRATION_KEY, REFERENCE_KEY, section, write_sections
 from qcat.opening import read_calibration
 from qcat.progress import Progress, silent
+from qcat.shell import quoted
 from qcat.workflows.calibrate import Asked, Judged, ask_all, sections
 
 
@@ -79,8 +80,8 @@ def calibrate(
     before = _calibration_before(bundle, anew)
     if max_error is not None and not before.questions:
         raise BundleError(
-            f"{model}: is not calibrated: first give `qcat calibrate {model}` other questions, "
-            "without --max-error"
+            f"{model}: is not calibrated: first give `qcat calibrate {quoted(model)}` other "
+            "questions, without --max-error"
         )
     if questions is None:
         calibration = before.with_threshold(threshold or 0.0)

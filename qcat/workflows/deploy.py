@@ -24,6 +24,7 @@ from qcat.gguf.bundle import Bundle, find_gguf, is_adapter
 from qcat.gguf.sections import TASK_KEY
 from qcat.progress import Progress, silent
 from qcat.report.modelfile import go_template, modelfile, parameters
+from qcat.shell import quoted
 from qcat.task import Task
 
 NEAR_TIE = 0.1
@@ -128,8 +129,8 @@ def _read(folder: Path) -> _Bundle:
     if is_adapter(bundle.header):
         raise BundleError(
             f"{gguf}: is an adapter beside its base: give `ollama create {task.name} -f "
-            f"{folder / 'Modelfile'}`, and ask it with `qcat ask -m ollama:{task.name} --adapter "
-            f"{gguf}`"
+            f"{quoted(folder / 'Modelfile')}`, and ask it with `qcat ask -m ollama:{task.name} "
+            f"--adapter {quoted(gguf)}`"
         )
     with LlamaModel(gguf, vocab_only=True) as model:
         encoded = EncodedTask.served(task, model, str(gguf))
@@ -137,16 +138,15 @@ def _read(folder: Path) -> _Bundle:
     prompt = encoded.prompt
     text = modelfile(task, prompt, gguf=gguf.name, parameters=wanted)
     file = folder / "Modelfile"
+    write = f"qcat show {quoted(gguf)} --modelfile > {quoted(file)}"
     try:
         stored = file.read_bytes()
     except OSError as error:
-        raise BundleError(
-            f"{file}: {error.strerror}: write it with `qcat show {gguf} --modelfile > {file}`"
-        ) from None
+        raise BundleError(f"{file}: {error.strerror}: write it with `{write}`") from None
     if stored != text.encode():
         raise BundleError(
             f"{file}: not what qcat writes for {gguf.name}: write it anew with "
-            f"`qcat show {gguf} --modelfile > {file}`, or give it to `ollama create` yourself"
+            f"`{write}`, or give it to `ollama create` yourself"
         )
     return _Bundle(gguf, task, prompt, go_template(prompt), wanted)
 

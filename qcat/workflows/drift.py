@@ -18,6 +18,7 @@ from qcat.gguf.sections import REFERENCE_KEY, section
 from qcat.monitor.drift import FEWEST, LEVEL, Accuracy, Drift, Reference, compare, history
 from qcat.monitor.log import LogWindow, read_log, scan_log
 from qcat.progress import Progress, silent
+from qcat.shell import quoted
 
 WINDOW = 500
 """Answers that are judged by default, the last ones of the log."""
@@ -113,14 +114,14 @@ def _model_reference(model: str) -> tuple[str, Reference]:
     data = section(bundle.header, REFERENCE_KEY, bundle.path)
     if not data:
         raise BundleError(
-            f"{model}: carries no reference: run `qcat calibrate {model} validation.jsonl`, or "
-            "name a log of a reference period with --reference"
+            f"{model}: carries no reference: run `qcat calibrate {quoted(model)} "
+            "validation.jsonl`, or name a log of a reference period with --reference"
         )
     try:
         return identity(bundle.header.metadata), Reference.from_dict(data)
     except DataError as error:
         raise BundleError(
-            f"{model}: metadata {REFERENCE_KEY}: {error}: run `qcat calibrate {model} "
+            f"{model}: metadata {REFERENCE_KEY}: {error}: run `qcat calibrate {quoted(model)} "
             "validation.jsonl`"
         ) from None
 
@@ -138,8 +139,8 @@ def _accuracy(model: str, path: Path, reference: Reference, progress: Progress) 
     """Ask a model labelled questions."""
     if reference.right is None:
         raise BundleError(
-            f"{model}: its reference has no accuracy to compare with: run `qcat calibrate {model} "
-            "validation.jsonl`"
+            f"{model}: its reference has no accuracy to compare with: run `qcat calibrate "
+            f"{quoted(model)} validation.jsonl`"
         )
     examples = read_examples(path, Bundle.read(model).task)
     right = 0

@@ -28,7 +28,7 @@ def evaluate(
         model: a GGUF, the folder of a bundle, or `ollama:NAME`.
         questions: file of them: JSONL, CSV or Parquet.
         decode: `label` under the grammar, or `free`, where what is no label counts as wrong.
-        off_topic: JSONL of texts that belong to no label.
+        off_topic: file of texts that belong to no label.
         compare: another model with the same labels, named likewise.
         train_data: training questions for the TF-IDF baseline; without them there is none.
         timed: at most so many questions are timed.

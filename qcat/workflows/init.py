@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcat.data.dataset import read_rows
-from qcat.data.findings import fold
 from qcat.errors import DataError, TaskError
+from qcat.shell import quoted
+from qcat.spelling import fold
 from qcat.task import DEFAULT_INSTRUCTION, Task
 
 
@@ -86,6 +87,7 @@ def find_task(questions: Path, named: Path | None) -> Path:
     path = named or questions.with_name("task.toml")
     if named is None and not path.is_file():
         raise TaskError(
-            f"{path}: no such file: make one with `qcat init {questions}`, or name a task with -t"
+            f"{path}: no such file: make one with `qcat init {quoted(questions)}`, or name a "
+            "task with -t"
         )
     return path

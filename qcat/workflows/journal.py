@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, Self
 
 from qcat.errors import DataError
-from qcat.files import CLOSED_AT_EXEC, lock_open_file
+from qcat.files import PLAIN, lock_open_file
 
 SYNC = 1.0
 """Seconds after which what was added is forced to the disk."""
@@ -46,6 +46,7 @@ class Journal:
         self.path = path
         self._file = file
         self._empty = os.fstat(file).st_size == 0
+        self._unwanted = False
         self._synced = time.monotonic()
 
     @classmethod
@@ -57,7 +58,7 @@ class Journal:
         """
         while True:
             try:
-                file = os.open(path, os.O_RDWR | os.O_CREAT | CLOSED_AT_EXEC, 0o666)
+                file = os.open(path, os.O_RDWR | os.O_CREAT | PLAIN, 0o666)
             except OSError as error:
                 raise DataError(
                     f"{path}: cannot be written: {error.strerror}: choose another folder"
@@ -77,9 +78,10 @@ class Journal:
             except FileNotFoundError:
                 pass
             except OSError as error:  # a network disk without locks
-                if os.fstat(file).st_size == 0:
-                    path.unlink(missing_ok=True)
+                empty = os.fstat(file).st_size == 0
                 os.close(file)
+                if empty:
+                    path.unlink(missing_ok=True)
                 raise DataError(
                     f"{path}: cannot be locked: {error.strerror}: choose a folder on a local disk"
                 ) from None
@@ -154,8 +156,12 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the file: the job is done."""
-        with suppress(OSError):
+        try:
             self.path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError:  # Windows deletes no open file
+            self._unwanted = True
 
     def close(self) -> None:
         """Close the file, and delete it if it holds no answer. Harmless a second time."""
@@ -164,6 +170,11 @@ class Journal:
                 self.remove()
             os.close(self._file)
             self._file = -1
+            if self._unwanted:
+                # Not by the way: elsewhere another process may have made it its own by now. Windows
+                # does not delete it then.
+                with suppress(OSError):
+                    self.path.unlink()
 
     def __enter__(self) -> Self:
         return self

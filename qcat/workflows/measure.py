@@ -184,7 +184,7 @@ def _cold(model: Path, question: str, progress: Progress) -> tuple[Spread, int |
     Linux counts the memory of the process that starts one as its own too: so this comes first,
     while there is little here.
     """
-    program = [sys.executable, "-c", "from qcat.cli import main; main()"]
+    program = [sys.executable, "-m", "qcat"]
     command = [*program, "ask", "-m", str(model), "--threshold", "0", "--", question]
     environment = os.environ | {"QCAT_REVIEW": ""}  # the user's own is left alone
     seconds, peak = [], 0

@@ -24,6 +24,7 @@ from qcat.gguf.bundle import Bundle, find_gguf
 from qcat.gguf.sections import REPORT_KEY, SOURCE_KEY, section
 from qcat.opening import read_calibration
 from qcat.progress import Progress, silent
+from qcat.shell import quoted
 from qcat.threads import wait_briefly
 from qcat.training.retrain import Addition, Run, add_questions, refusal
 from qcat.training.train import train
@@ -279,7 +280,8 @@ def _compare(
 def _way_out(problems: Iterable[str], serving: Path) -> str:
     """What to do about what speaks against a new model."""
     promise = (
-        f"set another promise with `qcat calibrate {serving} QUESTIONS --max-error SHARE` and "
+        f"set another promise with `qcat calibrate {quoted(serving)} QUESTIONS --max-error SHARE` "
+        "and "
     )
     again = "" if {*problems} == {"promise"} else " with a higher --max-loss"
     return (

@@ -6,11 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from qcat.charset import wider
 from qcat.cli import COMMANDS
+from qcat.cli.stdin_lines import available_lines
 
 
 def test_prints_one_label_a_line(qcat, house, household):
@@ -60,9 +65,53 @@ def test_odd_bytes_on_stdin(house):
     program = Path(sys.executable).with_name("qcat")
     text = b"\xef\xbb\xbfbom?\r\n\xff\xfe?\n\x00pool\x00?\nno line break at the end"
     done = subprocess.run([program, "ask", "-m", house, "--json"], input=text, capture_output=True)
-    assert done.returncode == 0
-    asked = [json.loads(line)["question"] for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    problem = "not UTF-8 (byte 0xFF, 'ÿ' in Windows-1252): save it as UTF-8"
+    assert done.stderr.decode() == f"qcat: error: question 2: {problem}\n"
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    asked = [row["question"] for row in rows]
     assert asked == ["bom?", "\ufffd\ufffd?", "\x00pool\x00?", "no line break at the end"]
+    assert rows[1] == {"question": "\ufffd\ufffd?", "error": problem}
+    assert all("label" in row for number, row in enumerate(rows) if number != 1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("more", [(), ("--decode", "free")])
+def test_utf16_on_stdin_is_named(house, encoding, more):
+    program = Path(sys.executable).with_name("qcat")
+    text = "who fixed it?\nwhen?\n".encode(encoding)
+    done = subprocess.run([program, "ask", "-m", house, *more], input=text, capture_output=True)
+    assert (done.returncode, done.stdout) == (1, b"")
+    name = "UTF-32" if "32" in encoding else "UTF-16"
+    assert done.stderr.decode() == f"qcat: error: stdin: not UTF-8 but {name}: save it as UTF-8\n"
+
+
+@given(
+    st.lists(st.binary(max_size=6), max_size=8).map(b"\n".join),
+    st.lists(st.integers(1, 4), min_size=1, max_size=8),
+)
+def test_lines_of_any_bytes_keep_their_number(data, sizes):
+    """However they come: whole lines, and one for each in the input."""
+    if wider(data):
+        return
+    ends = list(accumulate(sizes))
+    pieces = [data[a:b] for a, b in pairwise([0, *ends])] + [data[ends[-1] :]]
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as source, os.fdopen(write, "wb", buffering=0) as sink:
+        found = []
+        lines = available_lines(source.fileno())
+        for piece in pieces:
+            sink.write(piece)
+        sink.close()
+        for group in lines:
+            found += group
+    wanted = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if data.endswith(b"\n") or not data:
+        wanted.pop()
+    assert len(found) == len(wanted)
+    for line, given_bytes in zip(found, wanted, strict=True):
+        assert line.text == given_bytes.removesuffix(b"\r").decode(errors="replace")
+        assert (line.error is None) == (line.text.encode() == given_bytes.removesuffix(b"\r"))
 
 
 def test_a_closed_pipe_is_no_traceback(house):

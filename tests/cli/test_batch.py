@@ -234,7 +234,7 @@ def test_what_is_refused(folder, house):
     refuse(house, source, folder / f"{'x' * 300}.csv", "cannot be written: File name too long")
     refuse(house, source, folder / "a\0.csv", "no file can have this name")
     refuse(house, source, target, "no column 'q': name that of the questions with", column="q")
-    refuse(house, source, target, "there are: text, error, qcat_label", column="q")
+    refuse(house, source, target, "there are 'text', 'error' and 'qcat_label'", column="q")
     refuse(house, source, target, "has a column 'error' already: give those of the answers other")
     refuse(house, source, target, "has a column 'qcat_label' already", prefix="qcat_")
     refuse(house, source, target, "'\\udcff", prefix="\udcff")

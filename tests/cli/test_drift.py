@@ -216,6 +216,33 @@ def test_a_stretch_of_a_log(tmp_path):
     assert days(since=datetime(2026, 1, 5, tzinfo=UTC)) == ([5, 6], 0)
 
 
+def test_a_record_after_a_torn_line_has_a_line_of_its_own(tmp_path):
+    path = written(tmp_path / "log", [("q", prediction("one")), ("q", prediction("torn"))])
+    os.truncate(path, path.stat().st_size - 20)
+    with PredictionLog(path, model="m", rule="r") as log:
+        log.add("q", prediction("two"))
+        log.add("q", prediction("three"))
+        os.truncate(path, path.stat().st_size - 20)  # another writer, killed while this one is open
+        log.add("q", prediction("four"))
+    lines = path.read_text("utf-8").split("\n")
+    assert lines.pop() == ""
+    found = ["one", None, "two", None, "four"]
+    assert len(lines) == len(found)
+    for text, label in zip(lines, found, strict=True):
+        if label:
+            assert json.loads(text)["label"] == label
+    assert read_log(path).skipped == 2
+
+
+def test_a_log_that_may_not_be_read_is_written(unprivileged_folder):
+    path = unprivileged_folder / "log"
+    path.touch()
+    path.chmod(0o200)
+    written(path, [("q", prediction("one")), ("q", prediction("two"))])
+    path.chmod(0o600)
+    assert [r.label for r in read_log(path).records] == ["one", "two"]
+
+
 def test_follows_a_renamed_and_a_deleted_file(tmp_path):
     path = tmp_path / "log"
     with PredictionLog(path, model="m", rule="r") as log:

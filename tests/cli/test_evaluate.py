@@ -400,7 +400,8 @@ def test_reads_texts_without_labels(tmp_path):
     path.write_text('\ufeff{"text": " a  b "}\n\n{"text": "c", "kind": "far"}\n', "utf-8")
     assert read_texts(path) == ["a b", "c"]
     for text, problem in {
-        "[]": r'off.jsonl:1: \{"text": …\} expected',
+        "[1]": r'off.jsonl:1: \{"text": …\} expected',
+        "[]": "no questions",
         '{"text": 3}': "off.jsonl:1: ",
         '{"text": " "}': "off.jsonl:1: the question is empty",
         '{"text": "a"}\n{': "off.jsonl:2: not a JSON object",

@@ -195,9 +195,9 @@ ONE = {
     "case of a label": (
         [row("why?", "Water  Heater"), row("where then?", "Water  Heater")],
         Finding(
-            "error",
+            "warning",
             "label-spelling",
-            "label 'Water  Heater' (2 rows) is 'water heater' in the task: mend it (--fix does)",
+            "label 'Water  Heater' (2 rows) is read as 'water heater': write it so (--fix does)",
             (1,),
             ("water heater",),
         ),
@@ -255,7 +255,7 @@ def test_all_bad_rows_are_reported(tmp_path):
     findings = found(tmp_path, rows)
     assert list(findings) == ["unreadable"]
     assert [finding.lines for finding in findings["unreadable"]] == [(1,), (3,), (4,), (6,)]
-    assert findings["unreadable"][2].message == "no text under 'text'"
+    assert findings["unreadable"][2].message == "no key 'text': there are 'label': name one 'text'"
 
 
 def test_amounts(tmp_path):
@@ -443,6 +443,18 @@ def test_a_name_that_begins_another():
     assert finding.labels == ("pool", "pool house")
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("po\u200bol", "label 'po\\u200bol' has invisible U+200B: remove it"),
+        ("the\u00a0pool", "label 'the\\xa0pool' has the no-break space U+00A0: write a plain one"),
+    ],
+)
+def test_names_with_characters_that_nobody_sees(label, message):
+    (finding,) = lint(Task("t", {label: "", "fence": ""})).findings
+    assert finding == Finding("warning", "invisible-character", message, (), (label,))
+
+
 def test_token_collisions_and_passes():
     task = Task("t", {"fence": "", "fountain": "", "pool": ""})
     report = lint(task, tokenizer=Letters())
@@ -543,6 +555,7 @@ def test_fix(tmp_path):
         ("q.jsonl", "exists already"),
         ("link", "exists already"),
         ("new.csv", "name it new.jsonl"),
+        ("new.tsv", "name it new.jsonl"),
         ("new.parquet", "name it new.jsonl"),
         ("none/new.jsonl", "cannot be written: No such file"),
         ("q.jsonl/new", "cannot be written: Not a directory"),
@@ -623,17 +636,17 @@ def test_the_command(qcat, files):
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[:3] == [
-        "q.jsonl:40: error: label 'Fence' (1 row) is 'fence' in the task: mend it (--fix does) "
-        "[label-spelling]",
-        "q.jsonl:53: error: not a JSON object: Expecting value: line 1 column 1 (char 0) "
-        "[unreadable]",
+        "q.jsonl:53: error: not a JSON object: found 'nonsense': write {…}, or name a CSV file "
+        ".csv [unreadable]",
         "q.jsonl:37,38,39: warning: 'one of many' stands 3 times: keep one (--fix does) "
         "[duplicate]",
+        "q.jsonl:40: warning: label 'Fence' (1 row) is read as 'fence': write it so (--fix does) "
+        "[label-spelling]",
     ]
     assert sum("[markup]" in line for line in lines) == 11
     assert "… and 2 more [markup]; --json shows all" in lines
     assert lines[-1] == (
-        "q.jsonl: 52 questions, 3 labels with 12 to 25 each: 2 errors, 13 warnings, 0 notes; "
+        "q.jsonl: 52 questions, 3 labels with 12 to 25 each: 1 error, 14 warnings, 0 notes; "
         "label tokens not checked: --base MODEL or -m FILE.gguf does"
     )
 
@@ -657,12 +670,12 @@ def test_the_command_as_json(qcat, files):
     report = json.loads(done.stdout)
     assert report["file"] == "q.jsonl"
     assert report["labels"] == {"pool": 15, "water heater": 12, "fence": 25}
-    assert (report["error"], report["warning"], report["info"]) == (2, 13, 0)
+    assert (report["error"], report["warning"], report["info"]) == (1, 14, 0)
     assert len(report["findings"]) == 15
-    assert report["findings"][0] == {
-        "severity": "error",
+    assert report["findings"][2] == {
+        "severity": "warning",
         "code": "label-spelling",
-        "message": "label 'Fence' (1 row) is 'fence' in the task: mend it (--fix does)",
+        "message": "label 'Fence' (1 row) is read as 'fence': write it so (--fix does)",
         "lines": [40],
         "labels": ["fence"],
     }

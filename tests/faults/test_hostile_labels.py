@@ -377,11 +377,14 @@ def test_a_missing_key_is_named(missing):
         ('name = "house"\n[labels]\n"a\\ud800" = ""', ["TOML", "line 3"]),
         ("x = " + "[" * 100_000, ["TOML"]),
         ("x = " + "9" * 5000, ["TOML"]),
-        ("", ["'name'", "missing"]),
+        ("", ["is empty", "qcat init"]),
         ('name = "house"\n[labels]\n"a\\u0000b" = ""\nc = ""', [r"'a\x00b'", "U+0000"]),
         ('name = "house"\nlabels = ["pool", "fence"]', ["labels", "table"]),
         ('name = "house"\n[labels]\npool = 1\nfence = ""', ["'pool'", "int"]),
-        ('name = "house"\n[labels]\npool.deep = ""\nfence = ""', ["'pool'", "dict"]),
+        (
+            'name = "house"\n[labels]\npool.deep = ""\nfence = ""',
+            ["'pool.deep'", "table"],
+        ),
         ('name = 1979-05-27\n[labels]\npool = ""\nfence = ""', ["name"]),
     ],
 )
@@ -406,12 +409,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     assert str(caught.value).startswith(f"{tmp_path}: ")
     latin = tmp_path / "latin.toml"
     latin.write_bytes('name = "café"'.encode("latin-1"))
-    with pytest.raises(TaskError, match="not UTF-8 at byte 11") as caught:
+    with pytest.raises(TaskError, match=r":1: not UTF-8 \(byte 0xE9, 'é' in") as caught:
         Task.read(latin)
-    assert str(caught.value).startswith(f"{latin}: ")
+    assert str(caught.value).startswith(f"{latin}:1: ")
     utf16 = tmp_path / "utf16.toml"
     utf16.write_bytes('name = "house"'.encode("utf-16"))
-    with pytest.raises(TaskError, match="not UTF-8 at byte 0"):
+    with pytest.raises(TaskError, match="not UTF-8 but UTF-16"):
         Task.read(utf16)
 
 

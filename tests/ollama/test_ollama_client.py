@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -249,3 +251,38 @@ def test_arguments_that_make_no_sense():
             Classifier.open("ollama:house", **more)
     with pytest.raises(ValueError, match="for an Ollama model only"):
         Classifier.open(timeout=3)
+
+
+class Lasting(Handler):
+    """Keeps a connection open, and notes which one each request came on."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append(self.client_address)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(ANSWER[1])))
+        self.end_headers()
+        self.wfile.write(ANSWER[1])
+
+
+def test_a_fork_does_not_use_its_parents_connection(impostor):
+    """Two processes on one connection would read each other's answers."""
+    server = impostor(ANSWER)
+    server.RequestHandlerClass = Lasting
+    program = (
+        "import os\n"
+        "from qcat.backends.ollama import Server\n"
+        "server = Server(5)\n"
+        "server.generate('m', 'p')\n"
+        "child = os.fork()\n"
+        "server.generate('m', 'p')\n"
+        "if not child: os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "server.generate('m', 'p')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(server.requests) == 4
+    assert sorted(map(server.requests.count, set(server.requests))) == [1, 3]

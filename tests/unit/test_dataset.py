@@ -5,13 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import unicodedata
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcat.data.dataset import BadRow, Example, Row, read_examples, read_rows, scan_rows
+from qcat.data.dataset import (
+    BadRow,
+    Example,
+    Row,
+    read_examples,
+    read_rows,
+    read_texts,
+    scan_rows,
+)
 from qcat.errors import DataError
 from qcat.task import Task
 
@@ -112,13 +120,13 @@ def test_examples_are_cleaned_and_numbered(tmp_path):
 
 
 BAD_LINES = {
-    "not json": ("not a JSON object: Expecting value"),
+    "not json": "not a JSON object: found 'not json'",
     "[1]": "expected",
     '"text"': "expected",
-    "{}": "no text under 'text'",
-    '{"text": "a"}': "no text under 'label'",
-    '{"text": "a", "label": 3}': "no text under 'label' but int",
-    '{"text": ["a"], "label": "pool"}': "no text under 'text' but list",
+    "{}": "no keys 'text' and 'label': there is none",
+    '{"text": "a"}': "no key 'label': there are 'text'",
+    '{"text": "a", "label": 3}': "no text under 'label' but int 3: write it as text, \"3\"",
+    '{"text": ["a"], "label": "pool"}': "no text under 'text' but [\"a\"]: write one text",
     '{"text": "a", "label": "pool", "group": 1.5}': "the group must be",
     '{"text": "a", "label": "pool", "group": ["b"]}': "the group must be",
     '{"text": "na\xef"': "not UTF-8",
@@ -154,9 +162,9 @@ def test_scan_of_csv_goes_on_after_a_bad_row(tmp_path):
     assert [(row.line, row.problem[:12]) for row in found if isinstance(row, BadRow)] == [
         (3, "more fields "),
         (4, "no text unde"),
-        (5, "not CSV: ','"),
-        (6, "not UTF-8: s"),
-        (8, "not CSV: une"),
+        (5, "not CSV: a q"),
+        (6, "not UTF-8 (b"),
+        (8, "not CSV: the"),
     ]
 
 
@@ -164,9 +172,9 @@ BAD_FILES = {
     "none.jsonl": (None, "none.jsonl: cannot be read: No such file"),
     "none.parquet": (None, "none.parquet: cannot be read: No such file"),
     "empty.jsonl": (b"\n \n", "empty.jsonl: no questions"),
-    "empty.csv": (b"", "empty.csv:1: no header line with the columns text and label"),
+    "empty.csv": (b"", "empty.csv:1: is empty: write a header line with text and label"),
     "header.csv": (b"text,label\n", "header.csv: no questions"),
-    "other.csv": (b"question,answer\na,b\n", "other.csv:1: no header line"),
+    "other.csv": (b"question,answer\na,b\n", "other.csv:1: the header line has no columns"),
     "quote.csv": (b'"text"x,label\na,b\n', "quote.csv:1: not CSV"),
     "json.parquet": (b'{"text": "a"}', "json.parquet: not a Parquet file"),
     "empty.parquet": (b"", "empty.parquet: not a Parquet file"),
@@ -190,14 +198,72 @@ def test_files_that_cannot_be_read_at_all(name, tmp_path):
 
 def test_parquet_without_the_columns_and_with_wide_others(tmp_path):
     path = write_parquet(tmp_path / "q.parquet", [{"question": "a", "label": "pool"}])
-    with pytest.raises(DataError, match="no table with the columns text and label"):
+    with pytest.raises(DataError, match="no column 'text': there are 'question' and 'label'"):
         read_rows(path)
     rows = [{"text": "a", "label": "pool", "vector": [0.5] * 9}, {"text": None, "label": "pool"}]
     write_parquet(path, rows)
-    assert scan_rows(path) == [Row("a", "pool", None, 1), BadRow(2, "no text under 'text'")]
+    assert scan_rows(path) == [
+        Row("a", "pool", None, 1),
+        BadRow(2, "no text under 'text' but null: write words"),
+    ]
     write_parquet(path, [{"text": "a", "label": 1}])  # as sets on the hub have it
-    with pytest.raises(DataError, match=r"q\.parquet:1: no text under 'label' but int"):
+    with pytest.raises(DataError, match=r"q\.parquet:1: no text under 'label' but int 1: write"):
         read_rows(path)
+
+
+def classes(rows, feature):
+    """A table as `datasets` writes it, with what its metadata say of the labels."""
+    import pyarrow
+
+    said = {"info": {"features": {"text": {"_type": "Value"}, "label": feature}}}
+    metadata = {"huggingface": json.dumps(said)}
+    return pyarrow.Table.from_pylist(rows).replace_schema_metadata(metadata)
+
+
+def test_parquet_with_class_labels(tmp_path):
+    import pyarrow.parquet
+
+    path = tmp_path / "q.parquet"
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    names = {"names": ["pool", "Water Heater"], "_type": "ClassLabel"}
+    pyarrow.parquet.write_table(classes(rows, names), path)
+    assert [row.label for row in read_rows(path)] == ["Water Heater", "pool"]
+    assert [example.label for example in read_examples(path, TASK)] == [1, 0]
+    pyarrow.parquet.write_table(classes([{"text": "a", "label": -1}], names), path)
+    with pytest.raises(DataError, match=r"q\.parquet:1: no text under 'label' but int -1"):
+        read_rows(path)
+    for feature in ({"_type": "Value"}, {"_type": "ClassLabel"}, {"names": 3}, None, []):
+        pyarrow.parquet.write_table(classes(rows, feature), path)
+        with pytest.raises(DataError, match="but int 1: write it as text"):
+            read_rows(path)
+    for said in (b"{", b"[]", b'{"info": 1}', b"\xff"):
+        table = classes(rows, names).replace_schema_metadata({"huggingface": said})
+        pyarrow.parquet.write_table(table, path)
+        with pytest.raises(DataError, match="but int 1"):
+            read_rows(path)
+
+
+def test_what_is_no_parquet_is_named(tmp_path):
+    path = tmp_path / "q.parquet"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for read in (read_rows, read_texts):
+        with pytest.raises(DataError, match=r"q\.parquet: a Git LFS pointer, not the file"):
+            read(path)
+
+
+def test_texts_come_in_every_format(tmp_path):
+    rows = [{"text": "who?  ", "more": "x"}, {"text": "why?", "more": "y"}]
+    jsonl = write_jsonl(tmp_path / "q.jsonl", rows)
+    (tmp_path / "q.csv").write_text("more;Text\nx;who?  \ny;why?\n")
+    parquet = write_parquet(tmp_path / "q.parquet", rows)
+    for path in (jsonl, tmp_path / "q.csv", parquet):
+        assert read_texts(path) == ["who?", "why?"]
+
+
+def test_labels_are_taken_in_the_spelling_of_the_task(tmp_path):
+    rows = [{"text": "a", "label": label} for label in ("Pool", "WATER   heater", "CAFE\u0301")]
+    path = write_jsonl(tmp_path / "q.jsonl", rows)
+    assert [example.label for example in read_examples(path, TASK)] == [0, 1, 2]
 
 
 def test_a_label_that_the_task_lacks_and_an_empty_text(tmp_path):
@@ -226,10 +292,15 @@ def test_what_is_written_is_read(tmp_path_factory, rows):
     ]
     for path in (
         write_jsonl(folder / "q.jsonl", rows),
-        write_csv(folder / "q.csv", rows),
         write_parquet(folder / "q.parquet", rows),
+        write_csv(folder / "q.csv", rows),
     ):
-        assert [(row.text, row.label, row.group) for row in read_rows(path)] == wanted, path
+        if (
+            path.suffix == ".csv"
+        ):  # where a row of nothing is what a spreadsheet has below its table
+            wanted = [row for row, given in zip(wanted, rows, strict=True) if any(given.values())]
+        with suppress(DataError) if not wanted else nullcontext():
+            assert [(row.text, row.label, row.group) for row in read_rows(path)] == wanted, path
 
 
 @given(st.binary(max_size=200) | st.text('{}[]":,a\n text label\\u\0', max_size=80).map(str.encode))

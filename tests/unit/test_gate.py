@@ -172,8 +172,8 @@ BASES = {
         ),
         "config.json: begins with a byte order mark",
     ),
-    "pointer for the configuration": (text("config.json", POINTER), "is a Git LFS pointer"),
-    "pointer for the tokenizer": (text("tokenizer.json", POINTER), "is a Git LFS pointer"),
+    "pointer for the configuration": (text("config.json", POINTER), "a Git LFS pointer"),
+    "pointer for the tokenizer": (text("tokenizer.json", POINTER), "a Git LFS pointer"),
     "not JSON": (text("config.json", b"{,"), "config.json: not JSON"),
     "a list": (text("config.json", b"[]"), "config.json: a JSON object expected"),
     "no vocabulary": (text("tokenizer.json", b"{}"), "has no vocabulary"),
@@ -282,7 +282,7 @@ def test_frequencies_and_layers_above_have_no_place_and_need_none(base):
 
 def test_a_pointer_in_place_of_the_weights(base, household):
     (base / "model.safetensors").write_bytes(POINTER)
-    with pytest.raises(ModelError, match="is a Git LFS pointer"):
+    with pytest.raises(ModelError, match="a Git LFS pointer"):
         prepare_base(str(base), None, None, household, [])
 
 

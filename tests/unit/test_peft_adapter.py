@@ -196,5 +196,5 @@ def test_no_weights(adapter):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_pointer_in_place_of_a_file(adapter, name):
     (adapter / name).write_bytes(POINTER)
-    with pytest.raises(ExportError, match=f"{name}: is a Git LFS pointer"):
+    with pytest.raises(ExportError, match=f"{name}: a Git LFS pointer"):
         merged(adapter)

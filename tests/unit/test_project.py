@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import EXAMPLE, ROOT
@@ -21,6 +23,7 @@ from qcat.gguf.bundle import Bundle
 from qcat.install import DISTRIBUTION, extra_with
 from qcat.opening import read_calibration
 from qcat.report.modelfile import modelfile
+from qcat.shell import quoted
 from qcat.task import Task
 from qcat.version import __version__
 
@@ -55,6 +58,8 @@ def room(module):
         return None
     if rest and rest[0] in _CLASSIFIER:
         return "classifier"
+    if rest == ["__main__"]:
+        return "cli"
     return rest[0] if rest and rest[0] in ALLOWED else "core"
 
 
@@ -144,6 +149,51 @@ def test_stored_modelfiles_are_what_the_code_writes(stored):
     assert stored.read_text("utf-8") == text
 
 
+# What a command holds as it is: names that `Task` and Ollama allow, and what is quoted already.
+PLAIN = {"name", "task.name", "done.name", "made.task.name", "record['task']", "write", "bundle"}
+
+
+def unquoted(text):
+    """What an f-string puts into a command, in backticks or on a line of its own, as it is."""
+    said, values = "", []
+    for part in text.values:
+        if isinstance(part, ast.Constant):
+            said += part.value
+        else:
+            said += f"\0{len(values)}\0"
+            values.append(ast.unparse(part.value))
+    for command in re.findall(r"`((?:qcat|ollama) [^`]*)|^  ((?:qcat|ollama) .*)", said, re.M):
+        for number in re.findall(r"\0(\d+)\0", "".join(command)):
+            value = values[int(number)]
+            if value not in PLAIN and not value.startswith("quoted("):
+                yield value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_to_run_are_quoted_for_the_shell(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    assert [value for text in texts for value in unquoted(text)] == []
+
+
+def test_a_printed_command_can_be_pasted(call, tmp_path):
+    folder = tmp_path / "it's a folder"
+    folder.mkdir()
+    questions = folder / "my questions.jsonl"
+    shutil.copy(EXAMPLE / "questions.jsonl", questions)
+    printed = call("init", questions).stdout.splitlines()
+    [lint, train] = [shlex.split(line) for line in printed if line.startswith("  qcat ")]
+    assert lint[2:] == [str(folder / "task.toml"), str(questions)]
+    assert train[2:5] == [str(questions), "-t", str(folder / "task.toml")]
+
+
+def test_quotes_are_those_of_the_system(monkeypatch):
+    assert quoted(Path("plain/path.gguf")) == "plain/path.gguf"
+    assert quoted("two words") == "'two words'"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert quoted("two words") == '"two words"'
+
+
 def test_examples_are_stored_at_all():
     assert list(ROOT.glob("grammars/*.gbnf"))
     assert len(list(ROOT.glob("modelfiles/*.Modelfile"))) == 2
@@ -191,6 +241,15 @@ def test_doctor(qcat):
         assert name in done.stdout
 
 
+def test_python_m_qcat_is_the_command(qcat, tmp_path):
+    for args in (["--help"], ["--version"], ["ask", "--help"], ["no-such"], ["show", "no.gguf"]):
+        command = [sys.executable, "-m", "qcat", *args]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        there = qcat(*args, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (there.returncode, there.stdout)
+        assert done.stderr == there.stderr
+
+
 def test_grammar_of_a_task_file(qcat):
     done = qcat("show", EXAMPLE / "task.toml", "--grammar")
     assert done.stdout == grammar(Task.read(EXAMPLE / "task.toml"))
@@ -219,7 +278,8 @@ def test_asking_needs_nothing_that_only_posix_has(house, tmp_path):
     code = (
         "import os, signal, sys\n"
         "sys.modules |= dict.fromkeys(['fcntl', 'termios', 'resource', 'pwd', 'grp'])\n"
-        "for name in ('O_CLOEXEC', 'O_NONBLOCK', 'geteuid', 'sched_getaffinity', 'wait4'):\n"
+        "for name in ('O_CLOEXEC', 'O_NONBLOCK', 'geteuid', 'sched_getaffinity', 'wait4',"
+        " 'fork', 'register_at_fork'):\n"
         "    delattr(os, name)\n"
         "del signal.SIGWINCH\n"
         "from importlib import import_module\n"

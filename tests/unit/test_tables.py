@@ -325,7 +325,7 @@ BAD_FILES = {
     "blank.csv": (b"text\n\n\n", "blank.csv: no rows in it"),
     "late.csv": (b'\n\n"text"x\na\n', "late.csv:3: not CSV"),
     "open.csv": (b'text\na\n"b\n', "open.csv:3: not CSV"),
-    "twice.csv": (b"text,n,n\na,1,2\n", "twice.csv: two columns are called 'n'"),
+    "twice.csv": (b"text,n,n\na,1,2\n", "twice.csv:1: two columns are called 'n'"),
     "name.jsonl": (b'{"\\ud800": "a"}\n', "a column's name, '\\ud800', is not UTF-8"),
     "json.parquet": (b'{"text": "a"}', "json.parquet: not a Parquet file"),
 }

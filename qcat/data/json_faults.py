@@ -1,0 +1,60 @@
+"""Why a text is not JSON, in words that name the usual slips."""
+
+from __future__ import annotations
+
+import json
+import re
+
+_TYPOGRAPHIC = "‘’‚‛“”„‟«»"
+_TRAILING = re.compile(r",\s*[}\]]")
+_PYTHON = re.compile(r"(?:None|True|False|undefined)\b")
+
+
+def json_fault(text: str, error: Exception) -> str:
+    """What is wrong with a text.
+
+    Args:
+        text: that was parsed; one line of JSONL, or a whole file.
+        error: what the parser said: a JSONDecodeError, a RecursionError, or for a number of too
+            many digits a ValueError.
+    """
+    if not isinstance(error, json.JSONDecodeError):
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number too long"
+        return f"not a JSON object: {reason}"
+    return f"not a JSON object: {_slip(text, error) or _plain(text, error)}"
+
+
+def _slip(text: str, error: json.JSONDecodeError) -> str | None:
+    at, rest = error.pos, text[error.pos :].strip()
+    if error.msg == "Extra data":
+        if rest == ",":
+            return "a comma after the object: remove it"
+        if rest[:1] in "{[":
+            return "several objects on one line: write one a line"
+        return None
+    if error.msg.startswith("Unterminated string"):
+        return f"the text that begins in column {error.colno} does not end: the line is cut off"
+    if not rest:
+        return "it does not end: the line is cut off"
+    if _TRAILING.match(text, text.rfind(",", 0, at + 1)):
+        return "a comma after the last value: remove it"
+    if rest.startswith("'"):
+        return 'single quotes: JSON has double ones, "text"'
+    if rest[0] in _TYPOGRAPHIC:
+        return 'typographic quotes: write straight ones, "text"'
+    if found := _PYTHON.match(rest):
+        return f"{found[0]} is not JSON: write null, true or false, or a text in quotes"
+    if error.msg.startswith("Invalid control character"):
+        return f"control character U+{ord(text[at]):04X} in a text: remove it, or escape it"
+    if error.msg.startswith("Invalid \\"):
+        return f"a backslash in column {error.colno}: write it twice"
+    if error.msg.startswith("Expecting property name"):
+        return f"a key without double quotes in column {error.colno}"
+    return None
+
+
+def _plain(text: str, error: json.JSONDecodeError) -> str:
+    shown = text[error.pos :].strip().partition("\n")[0][:20]
+    if not text[: error.pos].strip() and error.msg == "Expecting value":
+        return f"found {shown!r}: write {{…}}, or name a CSV file .csv"
+    return f"{error.msg} in column {error.colno}, found {shown!r}"

@@ -1,0 +1,68 @@
+"""Files opened to be read, their errors in words of ours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from qcat.charset import HEAD, escaped_byte, foreign, not_utf8
+from qcat.errors import DataError
+
+FoundRow = tuple[int, dict[str, Any] | str]
+"""The line where a row begins, from 1, and its fields by column; or, of a row that cannot be read,
+what is wrong with it."""
+FORMATS = {
+    ".csv": ".csv", ".tsv": ".csv", ".jsonl": ".jsonl", ".json": ".jsonl", ".parquet": ".parquet",
+}  # fmt: skip
+"""Suffixes of files that are read, with the usual one of their format."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read.
+
+    Raises:
+        DataError: it cannot be read; also for an OSError that is raised within.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:  # a NUL or a lone surrogate in the name
+        raise DataError(f"{str(path)!r}: no file can have this name") from None
+    with file:
+        try:
+            yield file
+        except OSError as error:
+            reason = error.strerror or "it is damaged"
+            raise DataError(f"{path}: cannot be read: {reason}") from None
+
+
+@contextmanager
+def opened_text(path: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
+    """A file of UTF-8 text to read, with or without a byte order mark.
+
+    Bytes that are no UTF-8 are left as surrogates, for `badly_encoded` to find in their row.
+
+    Args:
+        path: of the file.
+        newline: as for `open`.
+
+    Raises:
+        DataError: as `opened`; or the file is none of text, saying what it is.
+    """
+    with opened(path) as file:
+        if what := foreign(file.read(HEAD)):
+            raise DataError(f"{path}: {what}")
+        file.seek(0)
+        with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline) as text:
+            yield text
+
+
+def badly_encoded(text: str) -> str | None:
+    """What is wrong with a text of a file, if a byte of it is no UTF-8."""
+    byte = escaped_byte(text)
+    return None if byte is None else not_utf8(byte)

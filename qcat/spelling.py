@@ -1,0 +1,34 @@
+"""Texts that are the same but for how they are spelled, and labels that look the same."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")
+"""Characters that nobody sees, and that no script needs."""
+# Cyrillic and Greek letters that look like a Latin one in most fonts, after folding
+_LOOKALIKES = dict(zip("аеорсухіјѕһԁԛԝοανικρυ", "aeopcyxijshdqwoavikpu", strict=True))
+_TO_LATIN = str.maketrans(_LOOKALIKES)
+
+
+def fold(text: str) -> str:
+    """A text without what case and runs of white space make of it."""
+    # Folding can undo NFC, so it is normalised again: "ǰ" and its twins must meet.
+    return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
+
+
+def looks(text: str) -> str:
+    """What is seen of a folded text: no invisible characters, lookalikes as Latin letters."""
+    return fold(INVISIBLE.sub("", text)).translate(_TO_LATIN)
+
+
+def difference(one: str, two: str) -> str:
+    """Why two texts of the same `looks` are not the same text."""
+    if fold(one) == fold(two):
+        return "differ only in case or spacing"
+    for text in (one, two):
+        if hidden := INVISIBLE.search(text):
+            return f"differ in the invisible U+{ord(hidden[0]):04X}"
+    foreign = next(char for char in fold(one) + fold(two) if char in _LOOKALIKES)
+    return f"look the same, but one has a {unicodedata.name(foreign)}"

@@ -1,0 +1,324 @@
+"""CSV as spreadsheets and people write it: read where it is unambiguous, else one line that helps.
+
+Each file goes through every door: the labelled questions that `train` reads and `lint` scans, texts
+alone as for off-topic questions, and the tables of `batch`.
+"""
+
+from __future__ import annotations
+
+import gzip
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcat.data.dataset import BadRow, Row, read_examples, read_texts, scan_rows
+from qcat.data.lint import lint
+from qcat.data.tables import open_table
+from qcat.errors import DataError
+from qcat.task import Task
+from qcat.workflows.init import init_task
+
+TASK = Task("house", {"pool": "", "garden gate": ""})
+GATE, PUMP = ("who fixed the gate", "garden gate"), ("pump, or liner?", "pool")
+
+BODY = b'who fixed the gate,garden gate\n"pump, or liner?",pool\n'
+QUOTED = b'"who fixed the gate","garden gate"\n"pump, or liner?","pool"\n'
+BARE = QUOTED.replace(b'"', b"").replace(b"e,g", b"e;g").replace(b"?,p", b"?;p")
+MARK = b"\xef\xbb\xbf"
+
+READ = {
+    "plain": b"text,label\n" + BODY,
+    "all quoted": b'"text","label"\n' + QUOTED,
+    "a byte order mark": MARK + b"text,label\n" + BODY,
+    "Windows line ends": MARK + (b"text,label\n" + BODY).replace(b"\n", b"\r\n"),
+    "a byte order mark before a quoted header": MARK + b'"text","label"\n' + QUOTED,
+    "line ends of old Macs": (b"text,label\n" + BODY).replace(b"\n", b"\r"),
+    "semicolons": b"text;label\n" + BARE,
+    "semicolons, all quoted": b'"text";"label"\n' + QUOTED.replace(b'","', b'";"'),
+    "tabs": b"text\tlabel\n" + BARE.replace(b";", b"\t"),
+    "Excel's line of the separator": b"sep=;\r\ntext;label\r\n" + BARE,
+    "that line, in quotes, of a comma": b'"sep=,"\r\ntext,label\r\n' + BODY,
+    "that line, of a bar": b"sep=|\ntext|label\n" + BARE.replace(b";", b"|"),
+    "capitals in the header": b"TEXT,Label\n" + BODY,
+    "spaces in the header": b"text , label\n" + BODY,
+    "Excel's empty columns": b"text,label,,\n" + BODY.replace(b"\n", b",,\n"),
+    "fields that are empty beyond the header": b"text,label\n" + BODY.replace(b"\n", b",\n"),
+    "labels spelled otherwise": b"text,label\n" + BODY.replace(b"n g", b"n   G"),
+    "an index without a name": b",text,label\n0," + BODY.replace(b'\n"', b'\n1,"'),
+    "more columns": b"id,text,label,note\n7," + BODY.replace(b'\n"', b',\n8,"').strip() + b",x",
+    "blank lines": b"\n\ntext,label\n\n" + BODY.replace(b"\n", b"\n\n"),
+    "no line end at the end": b"text,label\n" + BODY.strip(),
+}
+
+
+def write(folder, data, name="q.csv"):
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+def refusal(door):
+    """What a door says of a file; None if it takes it."""
+    try:
+        door()
+    except DataError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("case", list(READ))
+def test_every_door_reads(case, tmp_path):
+    path = write(tmp_path, READ[case])
+    rows = scan_rows(path)
+    assert all(isinstance(row, Row) for row in rows), rows
+    labels = list(TASK.labels)
+    assert [(e.text, labels[e.label]) for e in read_examples(path, TASK)] == [
+        (GATE[0], GATE[1]),
+        (PUMP[0], PUMP[1]),
+    ]
+    assert read_texts(path) == [GATE[0], PUMP[0]]
+    assert lint(TASK, path).questions == 2
+    assert set(init_task(path).counts.values()) == {1}
+    table = open_table(path, ".jsonl")
+    assert table.count == 2
+    text = next(name for name in table.columns if name.strip().lower() == "text")
+    assert list(table.values(text)) == [GATE[0], PUMP[0]]
+
+
+def test_tabs_in_a_tsv_file(tmp_path):
+    data = b"text\tlabel\nwho, what;\tpool\n"
+    path = write(tmp_path, data, "q.tsv")
+    assert read_texts(path) == ["who, what;"]
+    assert open_table(path, ".csv").columns == ("text", "label")
+    assert lint(TASK, path).count("info") == 0  # the suffix said so
+    write(tmp_path, b'text,label\n"a, b",pool\n', "q.tsv")
+    assert read_texts(path) == ["a, b"]
+
+
+def test_rows_of_nothing_are_none_among_labelled_questions(tmp_path):
+    path = write(tmp_path, b"text,label\na,pool\n,\n,,,\nb,pool\n,\n")
+    assert [row.line for row in scan_rows(path)] == [2, 5]
+    assert open_table(path, ".csv").count == 5  # there a row in is a row out
+
+
+NOTED = {
+    "text;label\na;pool\n": ["read as columns separated by semicolons"],
+    "text\tlabel\na\tpool\n": ["read as columns separated by tabs"],
+    "sep=,\ntext,label\na,pool\n": ["read as columns separated by commas"],
+    "Text,label \na,pool\n": ["column 'Text' read as 'text', 'label ' read as 'label'"],
+    "TEXT;label\na;pool\n": [
+        "column 'TEXT' read as 'text'",
+        "read as columns separated by semicolons",
+    ],
+    "text,label\na,pool\n": [],
+}
+
+
+@pytest.mark.parametrize("text", list(NOTED))
+def test_lint_notes_what_was_guessed(text, tmp_path):
+    found = lint(TASK, write(tmp_path, text.encode())).findings
+    notes = [f for f in found if f.code == "format"]
+    assert sorted(note.message for note in notes) == NOTED[text]
+    assert all((note.severity, note.lines) == ("info", (1,)) for note in notes)
+
+
+# What every door refuses, with the line and the words that help
+REFUSED = {
+    "nothing": (b"", "is empty: write a header line with text and label"),
+    "blank lines": (b"\n\r\n\n", "is empty: write a header line"),
+    "a header alone": (b"text,label\n", "q.csv: no questions in it: write a row"),
+    "no header": (
+        b"who fixed it,pool\nwhen,pool\n",
+        "q.csv:1: the header line has no columns 'text' and 'label': there are 'who fixed it' and "
+        "'pool': name them 'text' and 'label'",
+    ),
+    "no label": (b"text,note\na,b\n", "no column 'label': there are 'text' and 'note': name one"),
+    "no text": (b"label\npool\n", "no column 'text': there are 'label': name one 'text'"),
+    "other names": (
+        b"question;category\na;pool\n",
+        "rename 'question' to 'text' and 'category' to 'label'",
+    ),
+    "a name that could be either of two": (
+        b"question,query,label\na,b,pool\n",
+        "no column 'text': there are 'question', 'query' and 'label': name one 'text'",
+    ),
+    "a bar between them": (b"text|label\na|pool\n", "there are 'text|label': name them"),
+    "two labels": (
+        b"text,label,label\na,pool,pool\n",
+        "two columns are called 'label': rename one",
+    ),
+    "two that could be the label": (
+        b"text,Label,LABEL\na,pool,pool\n",
+        "both 'Label' and 'LABEL' could be 'label': rename one",
+    ),
+    "two without a name": (b"text,,,label\na,,,pool\n", "two columns have no name: name them"),
+    "more fields": (
+        b"text,label\na, b,pool\n",
+        "q.csv:2: more fields than columns: quote a text with commas",
+    ),
+    "more fields of semicolons": (
+        b"text;label\na;b;pool\n",
+        ":2: more fields than columns: quote a text with semicolons",
+    ),
+    "more fields of tabs": (
+        b"text\tlabel\na\tb\tpool\n",
+        ":2: more fields than columns: quote a text with tabs",
+    ),
+    "fewer fields": (b"text,label\na,pool\nb\n", "q.csv:3: no text under 'label'"),
+    "a quote in quotes": (
+        b'text,label\n"is 3/4" pipe?",pool\n',
+        'q.csv:2: not CSV: a quote within a quoted text: write it twice, ""',
+    ),
+    "an open quote": (
+        b'text,label\na,pool\n"b,pool\nc,pool\n',
+        "q.csv:3: not CSV: the quote that is opened here is never closed",
+    ),
+    "Windows-1252": (
+        b"text,label\na,pool\ncaf\xe9,pool\n",
+        "q.csv:3: not UTF-8 (byte 0xE9, 'é' in Windows-1252): save it as UTF-8",
+    ),
+    "Windows-1252 in the header": (
+        b"text,label,gr\xf6\xdfe\na,pool,1\n",
+        "q.csv:1: not UTF-8 (byte 0xF6, 'ö' in Windows-1252)",
+    ),
+    "a byte that is nothing": (
+        b"text,label\na\x81,pool\n",
+        "q.csv:2: not UTF-8 (byte 0x81): save it as UTF-8",
+    ),
+    "UTF-16": (
+        "text,label\na,pool\n".encode("utf-16"),
+        "q.csv: not UTF-8 but UTF-16: save it as UTF-8",
+    ),
+    "UTF-16, big end first": (
+        "\ufefftext,label\n".encode("utf-16-be"),
+        "q.csv: not UTF-8 but UTF-16",
+    ),
+    "UTF-16 without a mark": ("text,label\n".encode("utf-16-le"), "q.csv: not UTF-8 but UTF-16"),
+    "UTF-16 without a mark, big end first": (
+        "text,label\n".encode("utf-16-be"),
+        "q.csv: not UTF-8 but UTF-16",
+    ),
+    "UTF-32": ("text,label\n".encode("utf-32"), "q.csv: not UTF-8 but UTF-32"),
+    "a workbook": (
+        b"PK\x03\x04\x14\0\x06\0\x08\0" + bytes(range(256)),
+        "q.csv: an Excel workbook or other ZIP file: save the table as CSV UTF-8",
+    ),
+    "an old workbook": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 100, "an old Excel workbook"),
+    "gzip": (gzip.compress(b"text,label\na,pool\n"), "q.csv: a gzip file: unpack it"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04\x58", "a zstd file: unpack it"),
+    "a Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a Git LFS pointer, not the file: fetch that with `git lfs pull`",
+    ),
+    "a web page": (
+        b"\n<!DOCTYPE html>\n<html><body>404</body></html>",
+        "a web page: download the file itself",
+    ),
+    "Parquet": (b"PAR1\x15\x04\x15\x10", "a Parquet file: name it .parquet"),
+    "a PDF": (b"%PDF-1.7\n%\xe2\xe3", "a PDF"),
+    "zero bytes": (b"\0" * 4096, "nothing but zero bytes: it is damaged"),
+    "JSONL": (
+        b'{"text": "a", "label": "pool"}\n',
+        "q.csv:1: looks like JSON: name the file .jsonl",
+    ),
+    "a label that is not in the task": (
+        b"text,label\na,pond\n",
+        "q.csv:2: label 'pond' is not in the task",
+    ),
+    "no label in a row": (b"text,label\na,\n", "q.csv:2: label '' is not in the task"),
+    "no text in a row": (b"text,label\n,pool\n", "q.csv:2: the question is empty"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_one_line_says_what_is_wrong(case, tmp_path):
+    data, words = REFUSED[case]
+    path = write(tmp_path, data)
+    with pytest.raises(DataError) as caught:
+        read_examples(path, TASK)
+    message = str(caught.value)
+    assert words in message
+    assert message.startswith(str(path))
+    assert message.isprintable()
+    assert "commas" not in message or b";" not in data
+    if whole := refusal(lambda: lint(TASK, path)):
+        assert whole == message
+        return
+    found = lint(TASK, path).findings  # it goes on after a bad row
+    said = {f"{path}:{f.lines[0]}: {f.message}" for f in found if f.code == "unreadable"}
+    others = {"unknown-label", "empty-text"} & {f.code for f in found}
+    assert message in said or (others and not said)
+
+
+# The same file is refused in the same words where it is no table at all, whatever the door
+NO_TABLE = [
+    "Windows-1252", "Windows-1252 in the header", "UTF-16", "UTF-16 without a mark", "UTF-32",
+    "a workbook", "gzip", "a Git LFS pointer", "a web page", "zero bytes", "two labels",
+    "two without a name", "more fields", "more fields of semicolons", "a quote in quotes",
+    "an open quote",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_TABLE)
+def test_all_doors_say_the_same(case, tmp_path):
+    path = write(tmp_path, REFUSED[case][0])
+    said = set()
+    for door in (
+        lambda: read_examples(path, TASK),
+        lambda: init_task(path),
+        lambda: read_texts(path),
+        lambda: open_table(path, ".csv"),
+    ):
+        with pytest.raises(DataError) as caught:
+            door()
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
+def test_a_nul_is_a_control_character_among_others(tmp_path):
+    path = write(tmp_path, b"text,label\nwhen was\0 it,pool\n")
+    assert read_texts(path) == ["when was it"]
+    assert "control-character" in {f.code for f in lint(TASK, path).findings}
+    assert list(open_table(path, ".csv").values("text")) == ["when was\0 it"]
+
+
+PIECES = st.sampled_from(
+    ["text", "label", "Text", "a", "pool", "é", ",", ";", "\t", '"', "\n", "\r", "\r\n", " ", "\0",
+     "sep=;", "sep=", "\ufeff", "{", "[", "'"]
+)  # fmt: skip
+FILES = st.lists(PIECES, max_size=40).map(lambda pieces: "".join(pieces).encode())
+HEADED = FILES.map(lambda data: b"text;label\n" + data)
+
+
+@given(FILES | HEADED | st.binary(max_size=80), st.sampled_from(["q.csv", "q.tsv"]))
+def test_any_file_gives_rows_or_one_line(tmp_path_factory, data, name):
+    path = write(tmp_path_factory.mktemp("any"), data, name)
+    for door in (
+        lambda: scan_rows(path),
+        lambda: read_examples(path, TASK),
+        lambda: read_texts(path),
+        lambda: open_table(path, ".csv"),
+        lambda: lint(TASK, path),
+    ):
+        if message := refusal(door):
+            assert message.isprintable()
+            assert message.startswith(str(path))
+
+
+CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+
+
+@given(st.lists(st.tuples(CELL, CELL), min_size=1), st.sampled_from([",", ";", "\t"]))
+def test_quoted_tables_are_read_whatever_separates_them(tmp_path_factory, rows, separator):
+    def quoted(text):
+        return '"' + text.replace('"', '""') + '"'
+
+    lines = [separator.join(map(quoted, row)) for row in [("text", "label"), *rows]]
+    path = write(tmp_path_factory.mktemp("quoted"), "\n".join(lines).encode())
+    found = scan_rows(path)
+    assert not [row for row in found if isinstance(row, BadRow)]
+    assert [row.text for row in found] == [text for text, _ in rows]
+    with suppress(DataError):
+        assert len(read_examples(path, TASK)) == len(rows)
