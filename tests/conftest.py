@@ -238,6 +238,7 @@ def call(
     monkeypatch.setattr(retrain, "convert_apart", lambda: nullcontext(pipeline.convert))
 
     def call(*args: Any) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()  # what fixtures have printed
         status = cli.run([str(arg) for arg in args])
         return subprocess.CompletedProcess(args, status, *capsys.readouterr())
 

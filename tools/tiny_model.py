@@ -16,14 +16,26 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+GEMMA_SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+CONFIGS = {
+    "qwen3": Qwen3Config,
+    "qwen2": Qwen2Config,
+    "llama": LlamaConfig,
+    "gemma3": Gemma3TextConfig,
+}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -35,7 +47,9 @@ def make_tokenizer(
     size: int = 2048,
     added: Iterable[AddedToken] = (),
 ) -> int:
-    """Train a byte-level BPE tokenizer of a kind and save it; return its number of tokens."""
+    """Train a BPE tokenizer of a kind and save it; return its number of tokens."""
+    if kind == "gemma3":
+        return _make_sentencepiece(folder, texts, size, added)
     tokenizer = Tokenizer(BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "llama")
     if kind == "llama":
@@ -66,6 +80,43 @@ def make_tokenizer(
     return tokenizer.get_vocab_size()
 
 
+def _make_sentencepiece(
+    folder: Path, texts: Iterable[str], size: int, added: Iterable[AddedToken]
+) -> int:
+    """As `make_tokenizer`, in SentencePiece's way as Gemma's `tokenizer.json` has it."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    trainer = BpeTrainer(
+        vocab_size=size,
+        special_tokens=[*GEMMA_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
+        max_token_length=16,
+        show_progress=False,
+    )
+    words = ["▁" + word for text in texts for word in text.split(" ")]
+    tokenizer.train_from_iterator(words, trainer)
+    spec = json.loads(tokenizer.to_str())
+    # SentencePiece merges any two tokens that make one, the likeliest first.
+    vocab = spec["model"]["vocab"]
+    ranks = {"".join(pair): rank for rank, pair in enumerate(spec["model"]["merges"])}
+    spec["model"]["merges"] = [
+        [token[:at], token[at:]]
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for at in range(1, len(token))
+        if token[:at] in vocab and token[at:] in vocab
+    ]
+    special = set(GEMMA_SPECIAL)
+    spec["added_tokens"] = [one for one in spec["added_tokens"] if one["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    breaks = [AddedToken("\n" * count, normalized=False) for count in (1, 2)]
+    tokenizer.add_tokens([*breaks, *added])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    roles = {f"{role}_token": f"<{role}>" for role in ("bos", "eos", "pad", "unk")}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer.get_vocab_size()
+
+
 def make_base(
     folder: Path,
     *,
@@ -73,7 +124,7 @@ def make_base(
     vocabulary: int,
     tied: bool = True,
     hidden: int = 256,
-    layers: int = 2,
+    layers: int | None = None,
     seed: int = 0,
     **more: Any,
 ) -> Any:
@@ -83,7 +134,8 @@ def make_base(
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
+        # Of Gemma 3's layers each sixth alone sees all tokens.
+        "num_hidden_layers": layers or (7 if kind == "gemma3" else 2),
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 8192,
@@ -93,8 +145,11 @@ def make_base(
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    if kind == "qwen3":
+    if kind in ("qwen3", "gemma3"):
         shape["head_dim"] = 32  # on purpose not hidden / heads
+    if kind == "gemma3":
+        shape |= {"query_pre_attn_scalar": 32, "sliding_window": 16}
+        del shape["rope_parameters"]
     model = AutoModelForCausalLM.from_config(CONFIGS[kind](**shape | more))
     with torch.no_grad():  # norms of 1 and biases of 0 would hide a tensor that got lost
         for name, tensor in model.named_parameters():

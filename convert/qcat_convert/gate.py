@@ -7,10 +7,14 @@ could have been refused at once.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from qcat.backends.llama import LlamaModel
 from qcat.base.checkpoint import load_config, read_config
+from qcat.encoding.agreement import check_questions, check_texts
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.prompt import QUESTION_ROOM
 from qcat.encoding.tokenization import HubTokenizer
@@ -18,6 +22,7 @@ from qcat.errors import ModelError, TaskError
 from qcat.gguf.architecture import (
     EMBEDDING,
     HEAD,
+    Architecture,
     checkpoint_names,
     hyper_parameters,
     named_architecture,
@@ -25,6 +30,7 @@ from qcat.gguf.architecture import (
 from qcat.task import Task
 from qcat_convert.vocab import Vocabulary, read_vocabulary
 from qcat_convert.weights import Checkpoint
+from qcat_convert.writer import write_vocabulary_file
 
 _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")  # old checkpoints store it; it follows
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -34,6 +40,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 class Fitted:
     """A task in the tokens of a base, and that base's vocabulary as a GGUF has it."""
 
+    architecture: Architecture
     encoded: EncodedTask
     tokenizer: HubTokenizer
     vocabulary: Vocabulary
@@ -77,7 +84,27 @@ def check_base(
             f"{len(encoded.prefix)} with {QUESTION_ROOM} for the question: shorten the "
             "instruction and the descriptions, or take a base with a longer context"
         )
-    return Fitted(encoded, tokenizer, vocabulary)
+    return Fitted(named_architecture(config["architectures"]), encoded, tokenizer, vocabulary)
+
+
+def check_splitting(fitted: Fitted, texts: Sequence[str]) -> None:
+    """See that llama.cpp will split texts as the tokenizer does that training uses.
+
+    Args:
+        fitted: as `check_base` gives it.
+        texts: cleaned questions.
+
+    Raises:
+        ExportError: at the first text where they differ, with both ids.
+    """
+    with TemporaryDirectory(prefix="qcat-") as folder:
+        path = Path(folder, "vocabulary.gguf")
+        write_vocabulary_file(path, fitted.architecture, fitted.vocabulary)
+        with LlamaModel(path, vocab_only=True) as served:
+            prompt = fitted.encoded.prompt
+            words = [segment.text for segment in prompt.prefix if not segment.special]
+            check_texts("training", fitted.tokenizer, served, [*words, *texts])
+            check_questions(prompt, fitted.tokenizer, served, texts)
 
 
 def check_config(folder: Path, layers: int | None = None) -> None:

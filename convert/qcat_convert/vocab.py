@@ -38,6 +38,7 @@ class Vocabulary:
     eos: int
     bos: int | None
     pad: int | None
+    unknown: int | None
 
 
 def read_vocabulary(tokenizer: HubTokenizer, size: int) -> Vocabulary:
@@ -96,6 +97,7 @@ def read_vocabulary(tokenizer: HubTokenizer, size: int) -> Vocabulary:
         eos=tokenizer.end,
         bos=tokenizer.token_id("bos_token"),
         pad=tokenizer.token_id("pad_token"),
+        unknown=tokens.index(model["unk_token"]) if sentencepiece else None,
     )
 
 

@@ -174,6 +174,22 @@ class GGUFFile:
         return found.view(torch.uint8).numpy().data
 
 
+def write_vocabulary_file(path: Path, arch: Architecture, vocabulary: Vocabulary) -> None:
+    """Write a GGUF with a vocabulary and no model, to see how llama.cpp splits words with it."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, arch.name)
+    try:
+        _add_vocabulary(writer, vocabulary)
+        writer.add_tensor("none", np.zeros(1, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
 class _Stored:
     """Numbers as they will be in the file, made while they are written."""
 
@@ -217,6 +233,8 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_eos_token_id(vocabulary.eos)
     if vocabulary.bos is not None:
         writer.add_bos_token_id(vocabulary.bos)
+    if vocabulary.unknown is not None:
+        writer.add_unk_token_id(vocabulary.unknown)
     if vocabulary.pad is not None:
         writer.add_pad_token_id(vocabulary.pad)
     # qcat never trains with them, so no runtime may add them.

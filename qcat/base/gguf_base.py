@@ -327,7 +327,8 @@ class _Source:
             self.number("attention.head_count_kv", self.number("attention.head_count")),
         )
         if self.architecture.norm_shift and is_norm(name):
-            return values - np.float32(self.architecture.norm_shift)
+            shifted: npt.NDArray[Any] = values.astype(np.float32) - self.architecture.norm_shift
+            return shifted
         return undo_interleaving(values, heads) if heads else values
 
     def _chunks(self, name: str) -> Iterator[npt.NDArray[np.float32]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcat.encoding.agreement import check_rebuilt
+from qcat.encoding.agreement import AWKWARD, check_texts
 from qcat.encoding.tokenization import PRE_TOKENIZERS, SPACES, HubTokenizer
 from qcat.errors import ModelError
 
@@ -171,7 +171,8 @@ def check_tokenizer(gguf: Path, folder: Path, texts: Sequence[str]) -> None:
     from qcat.backends.llama import LlamaModel
 
     with LlamaModel(gguf, vocab_only=True) as model:
-        check_rebuilt(HubTokenizer(folder), model, texts)
+        rebuilt = HubTokenizer(folder)
+        check_texts("the tokenizer rebuilt from the GGUF", rebuilt, model, [*AWKWARD, *texts])
 
 
 def _cannot(gguf: Path, why: str) -> ModelError:

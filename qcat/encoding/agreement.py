@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from qcat.encoding.prompt import Encoder, Prompt, encode_segments
 from qcat.errors import ExportError
 
-_AWKWARD = (
+AWKWARD = (
     "When was the pool pump replaced?\nCategory: fence",
     "it's 12,345.67 o'clock… Don't WE'LL\tknow\r\n\r\n  two  spaces ",
     "水泵什么时候换的？ Straße ﬁn é e\u0301 🏊‍♀️ \u00a0x\u2028y",
     "def f(x): return {'a': [1, 2]}  # ~~~ <p> \\\\ //",
 )
+"""Texts on which tokenizers differ that are not quite the same."""
 
 
 def check_tokens(
@@ -64,23 +65,23 @@ def check_questions(
         _compare(question, "training", *ids)
 
 
-def check_rebuilt(rebuilt: Encoder, original: Encoder, texts: Sequence[str]) -> None:
-    """Assert that a tokenizer rebuilt from a GGUF gives the ids that llama.cpp gives.
+def check_texts(where: str, theirs: Encoder, served: Encoder, texts: Sequence[str]) -> None:
+    """Assert that a tokenizer gives the ids that llama.cpp gives.
 
     Args:
-        rebuilt: the tokenizer of the checkpoint that was made of the file.
-        original: the file's own.
-        texts: to be compared, besides some awkward ones. One that spells a control token is passed
-            over: what the file's publisher took for text is a token here, or the other way round.
+        where: what the tokenizer is, for messages.
+        theirs: the tokenizer.
+        served: llama.cpp's.
+        texts: to be compared. One that spells a control token is passed over: what a GGUF's
+            publisher took for text may be a token, or the other way round.
 
     Raises:
         ExportError: at the first text where they differ, with both ids.
     """
-    for text in (*_AWKWARD, *texts):
-        ids = rebuilt.encode(text, special=False)
-        if ids == rebuilt.encode(text, special=True):
-            theirs = original.encode(text, special=False)
-            _compare(text, "the tokenizer rebuilt from the GGUF", ids, theirs)
+    for text in texts:
+        ids = theirs.encode(text, special=False)
+        if ids == theirs.encode(text, special=True):
+            _compare(text, where, ids, served.encode(text, special=False))
 
 
 def _compare(question: str, where: str, theirs: list[int], ours: list[int]) -> None:

@@ -116,7 +116,7 @@ def prepare_base(
         checkpoint: see there.
         layers: how many are to be kept; None for all.
         task: what is to be decided.
-        texts: that its tokenizer is tried on, where it was rebuilt from a GGUF.
+        texts: cleaned questions, which llama.cpp has to split as training does.
 
     Returns:
         The base to train on: the same, or the folder of the checkpoint.
@@ -135,20 +135,23 @@ def prepare_base(
         if not gguf:
             raise ArgumentError("--checkpoint is for a GGUF base")
         base = str(gguf_checkpoint(base, Path(checkpoint)))
-    folder = check_trainable(base, task, layers)
+    folder = check_trainable(base, task, layers, texts)
     check_weights(base_folder(base), layers)  # which may be downloaded only now
     if gguf:
         check_tokenizer(gguf, folder, texts)
     return base
 
 
-def check_trainable(base: str, task: Task, layers: int | None = None) -> Path:
+def check_trainable(
+    base: str, task: Task, layers: int | None = None, texts: Sequence[str] = ()
+) -> Path:
     """See, without its weights, that a base can be trained for a task and exported.
 
     Args:
         base: as for `train`.
         task: what is to be decided.
         layers: how many are to be kept; None for all.
+        texts: cleaned questions, which llama.cpp has to split as training does.
 
     Returns:
         The folder of its configuration and tokenizer.
@@ -156,7 +159,7 @@ def check_trainable(base: str, task: Task, layers: int | None = None) -> Path:
     Raises:
         ArgumentError, ModelError, ExportError, TaskError: what does not fit.
     """
-    from qcat_convert.gate import check_base, check_config
+    from qcat_convert.gate import check_base, check_config, check_splitting
 
     from qcat.base.checkpoint import base_folder, count_layers
 
@@ -166,6 +169,6 @@ def check_trainable(base: str, task: Task, layers: int | None = None) -> Path:
         raise ArgumentError(
             f"Invalid value for '--layers': {base} has {whole} layers: give a number up to that."
         )
-    check_base(folder, task)
+    check_splitting(check_base(folder, task), texts)
     check_config(folder, layers)
     return folder

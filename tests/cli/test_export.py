@@ -129,7 +129,7 @@ def test_too_many_flips_keep_nothing_but_the_report(make_checkpoint, qcat, tmp_p
     assert report["proof"]["quantized"]["flips"] > 2
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "gemma3"])
 @pytest.mark.parametrize("style", ["plain", "chat"])
 @pytest.mark.parametrize("verbalizer", ["name", "code"])
 def test_every_style_verbalizer_and_architecture(

@@ -30,7 +30,7 @@ TOPICS = [
 class Letters:
     """Spells every character as itself, a space and a letter after it as one; has no codes."""
 
-    end = 0
+    end, begin = 0, None
 
     def encode(self, text, *, special):
         return [
@@ -42,7 +42,7 @@ class Letters:
 class Words:
     """A token a word, with or without the space before it."""
 
-    end = 0
+    end, begin = 0, None
 
     def __init__(self):
         self.known = {}

@@ -288,6 +288,8 @@ TWO = {"pool": "", "fence": ""}
 
 def test_an_empty_answer_word_leaves_a_line_break():
     class Letters:
+        begin = None
+
         def encode(self, text, *, special):
             return list(text.encode())
 

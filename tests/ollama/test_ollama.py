@@ -180,7 +180,7 @@ def test_a_server_as_it_is_started_agrees_but_for_near_ties(dist, tmp_path, test
     assert max(abs(p.confidence - q.probabilities[p.label]) for p, q in pairs) < TIE
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "gemma3"])
 @pytest.mark.parametrize("style", ["plain", "chat"])
 @pytest.mark.parametrize("verbalizer", ["name", "code"])
 def test_every_prompt_is_the_training_prompt(

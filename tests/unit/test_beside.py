@@ -18,7 +18,7 @@ from qcat.workflows.export import export
 from qcat.workflows.export_job import Request
 from qcat.workflows.retrain import _recipe
 
-KINDS = ("qwen3", "qwen2", "llama")
+KINDS = ("qwen3", "qwen2", "llama", "gemma3")
 QUESTIONS = tuple(
     Example(f"who fixed the {word} again", 0) for word in ("pool", "gate", "car", "AC")
 )

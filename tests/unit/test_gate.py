@@ -187,7 +187,7 @@ BASES = {
                        "max_input_chars_per_word": 100}
             ),
         ),
-        "byte-level BPE expected, found WordPiece",
+        "BPE expected, found WordPiece",
     ),
 }  # fmt: skip
 

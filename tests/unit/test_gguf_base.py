@@ -28,7 +28,7 @@ from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ExportError, ModelError
 from qcat.gguf.header import read_header
 
-KINDS = ("qwen3", "qwen2", "llama")
+KINDS = ("qwen3", "qwen2", "llama", "gemma3")
 
 
 @pytest.fixture(scope="session")
@@ -281,7 +281,7 @@ def test_bad_files_are_one_line(call, base_gguf, easy_job, tmp_path):
         "none.gguf": "not a GGUF",
         "text.gguf": "damaged",
         "gone.gguf": "No such file",
-        "arch.gguf": "architecture 'gpt9x' cannot be trained: qwen3, qwen2, llama can",
+        "arch.gguf": "architecture 'gpt9x' cannot be trained: qwen3, qwen2, llama, gemma3 can",
         "rule.gguf": "with rule",
         "model.gguf": "tokenizer 'bert",
     }

@@ -42,7 +42,7 @@ def logits(model):
 # What is cut
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "gemma3"])
 def test_a_cut_base_is_the_base_with_its_top_taken_off(kind, make_checkpoint):
     folder = make_checkpoint(kind, hidden=64, layers=4).base
     by_hand = load_base(folder, torch.float32).eval()

@@ -127,6 +127,8 @@ def test_stored_modelfiles_are_what_the_code_writes(stored):
     class Qwen3:
         """Knows Qwen3's chat tokens; no more of a vocabulary shows in a Modelfile's text."""
 
+        begin = None
+
         def encode(self, text, *, special):
             known = special and text in ("<|im_start|>", "<|im_end|>", "<think>")
             return [0] if known else list(text.encode())

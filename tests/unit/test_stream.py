@@ -24,7 +24,7 @@ from qcat.encoding.scoring import label_log_probabilities
 from qcat.errors import DataError, ExportError, ModelError
 from qcat.task import Task
 
-KINDS = ("qwen3", "qwen2", "llama")
+KINDS = ("qwen3", "qwen2", "llama", "gemma3")
 PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.mlp.up_proj": 40}}
 
 
