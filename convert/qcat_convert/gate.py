@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +18,7 @@ from qcat.encoding.agreement import check_questions, check_texts
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.prompt import QUESTION_ROOM
 from qcat.encoding.tokenization import HubTokenizer
-from qcat.errors import ModelError, TaskError
+from qcat.errors import ExportError, ModelError, TaskError
 from qcat.gguf.architecture import (
     EMBEDDING,
     HEAD,
@@ -28,11 +28,14 @@ from qcat.gguf.architecture import (
     named_architecture,
 )
 from qcat.task import Task
+from qcat_convert.merge import Merger
+from qcat_convert.source import locate
 from qcat_convert.vocab import Vocabulary, read_vocabulary
 from qcat_convert.weights import Checkpoint
 from qcat_convert.writer import write_vocabulary_file
 
 _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")  # old checkpoints store it; it follows
+_QUANTIZED = (".scales", ".biases", ".qweight", ".qzeros", ".weight_scale", ".absmax")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -65,9 +68,23 @@ def check_base(
         ModelError, ExportError, TaskError: what does not fit, by name.
     """
     config = read_config(folder)
+    leftover = folder / "adapter_config.json"
+    if leftover.exists():
+        raise ModelError(
+            f"{leftover}: an adapter lies beside the model, and transformers would apply it in "
+            "training alone: remove it, or merge it into the model first"
+        )
     count = rows or config["vocab_size"]
     context = config["max_position_embeddings"]
     tokenizer = HubTokenizer(tokenizer_folder or folder)
+    if tokenizer_folder not in (None, folder) and (folder / "tokenizer.json").is_file():
+        lost = HubTokenizer(folder).tokens().items() - tokenizer.tokens().items()
+        if lost:
+            raise ExportError(
+                f"{tokenizer.folder}: brings the tokenizer of another model than the base "
+                f"{folder} ({len(lost)} tokens have other ids): remove it, or name the right base "
+                "with --base"
+            )
     vocabulary = read_vocabulary(tokenizer, count)
     encoded = EncodedTask.build(task, tokenizer)
     for text, known in (*encoded.prompt.prefix, *encoded.prompt.rest("?")):
@@ -142,6 +159,8 @@ def check_weights(folder: Path, layers: int | None = None) -> None:
     )
     if not odd and not absent:
         return
+    if any(name.endswith(_QUANTIZED) for name in odd):
+        raise ModelError(f"base {folder}: is quantized: start from the unquantized base")
     if absent and odd:
         what = f"stores {odd[0]} where {absent[0]} is expected"
     elif absent:
@@ -152,6 +171,16 @@ def check_weights(folder: Path, layers: int | None = None) -> None:
         f"base {folder}: {what}: save the causal language model, without "
         "wrappers, with save_pretrained"
     )
+
+
+def check_shapes(folder: Path, layers: int | None = None) -> None:
+    """See that a checkpoint's tensors have the shapes of its configuration. Imports torch.
+
+    Raises:
+        ModelError: one has not.
+    """
+    source = locate(None, str(folder))
+    Merger(replace(source, layers=layers or source.layers))
 
 
 def _is_above(name: str, layers: int) -> bool:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcat.base.checkpoint import first_line, load_config
-from qcat.errors import ExportError
+from qcat.errors import ExportError, ModelError
 from qcat.gguf.architecture import EMBEDDING, HEAD, architecture
 from qcat_convert.peft_adapter import known_fields, read_adapter_config, read_lora_tensors
 from qcat_convert.scales import Blocks, ScalesAdapter
-from qcat_convert.source import Source, absent
+from qcat_convert.source import Source
 from qcat_convert.weights import Checkpoint, Rows, Shape
 
 if TYPE_CHECKING:
@@ -152,20 +152,28 @@ class Merger:
             )
         model: Any = made.eval()
         parameters: dict[str, nn.Parameter] = {}
-        missing = set()
+        missing: dict[str, tuple[Shape | None, Shape]] = {}
         for prefix, module in model.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
                 origin = self._origins.setdefault(f"{prefix}.{key}", f"{prefix}.{key}")
                 shape = tuple(parameter.shape)
                 wanted = (stored_rows, shape[1]) if origin in (EMBEDDING, HEAD) else shape
-                if self._checkpoint.shapes.get(origin) != wanted:
-                    missing.add(origin)
+                stored = self._checkpoint.shapes.get(origin)
+                if stored != wanted:
+                    missing[origin] = stored, wanted
                 if origin not in parameters:
                     zeros = torch.zeros(()).expand(shape)
                     parameters[origin] = nn.Parameter(zeros, requires_grad=False)
                 setattr(module, key, parameters[origin])
         if missing:
-            raise absent(self._source.folder, sorted(missing))
+            name = min(missing)
+            stored, wanted = missing[name]
+            raise ModelError(
+                f"base {self._source.folder}: {name} "
+                + (f"has the shape {stored}, and" if stored else "is absent:")
+                + f" {wanted} is expected by config.json ({len(missing)} such tensors): download "
+                "it again, or save it with save_pretrained"
+            )
         self._unread = {parameter: origin for origin, parameter in parameters.items()}
         """Parameters whose numbers are in the checkpoint still, and where."""
         return model
@@ -275,7 +283,8 @@ class Merger:
             what += [f"{absent[0]} is expected"] if absent else []
             raise ExportError(
                 f"{where}: {len(stored_only) + len(absent)} tensors are in one of them alone: "
-                f"{', and '.join(what)}: name the base that it was trained on with --base"
+                f"{', and '.join(what)}: name the base that it was trained on with --base, or save "
+                "the adapter anew"
             )
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != wanted.get(name, tuple(tensor.shape)):

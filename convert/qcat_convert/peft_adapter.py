@@ -6,8 +6,9 @@ Names and fields are those of `PeftModel.save_pretrained` and `LoraConfig`
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,41 @@ from qcat.gguf.q4_0 import PEFT_TYPE
 if TYPE_CHECKING:
     import torch
 
+
+def _is_names(value: object) -> bool:
+    return value is None or (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    )
+
+
+def _is_modules(value: object) -> bool:
+    if not isinstance(value, str):
+        return _is_names(value)
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_numbers(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "target_modules": (_is_modules, "names of modules, or a regular expression,"),
+    "exclude_modules": (_is_modules, "names of modules, or a regular expression,"),
+    "modules_to_save": (_is_names, "names of modules"),
+    "lora_dropout": (_is_number, "a number"),
+    "rank_pattern": (_is_numbers, "numbers by module"),
+    "alpha_pattern": (_is_numbers, "numbers by module"),
+}
+_UNMERGEABLE = ("alora_invocation_tokens", "lora_bias")
 _SAVED_MODULES = frozenset({"lm_head", "embed_tokens"})
 _CLASSIFIER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # Initializations that take what they put into the adapter out of the base's weights
@@ -46,6 +81,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if kind == PEFT_TYPE:
         _check_layers(path, config)
         return config
+    if kind is None and (folder / "adapters.safetensors").is_file():
+        raise ExportError(
+            f"{folder}: holds an adapter of MLX: fuse it with mlx_lm.fuse and export the model"
+        )
     if kind != "LORA":
         raise ExportError(
             f"{path}: peft_type is {kind!r}: only LoRA (rsLoRA, DoRA too) can be merged"
@@ -55,10 +94,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{path}: task_type is {config['task_type']}: its answer is a number of a "
             "classification head, and a GGUF answers in words: train with task_type CAUSAL_LM"
         )
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list):
-        raise ExportError(f"{path}: modules_to_save is {saved!r}: a list expected")
-    for module in saved:
+    for key, (fits, what) in _FIELDS.items():
+        if not fits(config.get(key)):
+            raise ExportError(f"{path}: {key} is {config[key]!r}: {what} expected")
+    for key in _UNMERGEABLE:
+        if config.get(key):
+            raise ExportError(f"{path}: sets {key}, which cannot be merged: train without it")
+    for module in config.get("modules_to_save") or ():
         if str(module).rsplit(".", 1)[-1] not in _SAVED_MODULES:
             raise ExportError(
                 f"{path}: modules_to_save holds {module!r}: only lm_head and embed_tokens "
@@ -66,7 +108,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             )
     for key, kinds in (("r", int), ("lora_alpha", (int, float))):
         value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
             raise ExportError(f"{path}: {key} is {value!r}: a number above 0 expected")
     initialized = config.get("init_lora_weights")
     if isinstance(initialized, str) and _CHANGES_BASE.fullmatch(initialized):
@@ -102,7 +144,9 @@ def known_fields(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
     match config.get("layer_replication"):
-        case None | [] | [[0, int()]]:
+        case None | []:
+            return
+        case [[0, int(count)]] if count > 0:
             return
         case stack:
             raise ExportError(
@@ -188,6 +232,8 @@ def plain_name(name: str) -> str:
 
 
 def _rank(name: str, tensor: torch.Tensor) -> int | None:
+    if tensor.ndim < 2:
+        return None
     if name.endswith("lora_A.weight"):
         return int(tensor.shape[0])
     if name.endswith("lora_B.weight"):

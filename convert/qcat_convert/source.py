@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def locate(adapter: Path | None, base: str | None) -> Source:
     shapes = Checkpoint(folder).shapes
     stored = shapes.get(EMBEDDING) or shapes.get(HEAD)
     if not stored:
-        raise absent(folder, [EMBEDDING])
+        raise ModelError(f"base {folder}: has no {EMBEDDING}: save it with save_pretrained")
     rows = stored[0]
     tokenizer_folder = folder
     if adapter:
@@ -70,13 +69,6 @@ def locate(adapter: Path | None, base: str | None) -> Source:
 def is_scales(adapter: Path) -> bool:
     """Whether an adapter is one of scales. Raises ExportError: it cannot be used at all."""
     return bool(read_adapter_config(adapter).get("peft_type") == PEFT_TYPE)
-
-
-def absent(folder: Path, names: Sequence[str]) -> ModelError:
-    return ModelError(
-        f"base {folder}: has no weights that fit {names[0]} ({len(names)} such tensors): "
-        "download it again, or save it with save_pretrained"
-    )
 
 
 def fingerprint(base: Path, adapter: Path | None) -> str:

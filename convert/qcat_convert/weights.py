@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
+_NUMBERS = ("F64", "F32", "F16", "BF16")
 _CHUNK = 1 << 22  # numbers converted at once: 16 MB in float32
 
 
@@ -38,7 +39,13 @@ class Checkpoint:
         for path in self._paths():
             with self._opened(path, "np") as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in _NUMBERS:
+                        raise self._cannot(
+                            f"{name} is stored as {part.get_dtype()}: it is quantized: start from "
+                            "the unquantized base"
+                        )
+                    self.shapes[name] = tuple(part.get_shape())
                     self._files[name] = path
 
     def _paths(self) -> list[Path]:
@@ -48,6 +55,10 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         try:
             names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except FileNotFoundError:
+            raise self._cannot(
+                f"has neither {whole.name} nor {index.name}: save it with save_pretrained"
+            ) from None
         except OSError as error:
             raise self._cannot(f"{index.name}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError):

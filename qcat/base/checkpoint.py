@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = ["tokenizer*.json", "config.json"]
 _FILES = ["*.safetensors", "*.json", "*.txt"]
-_NUMBERS = ("num_hidden_layers", "vocab_size", "max_position_embeddings")
+_NUMBERS = (
+    "num_hidden_layers", "vocab_size", "max_position_embeddings", "hidden_size",
+    "intermediate_size", "num_attention_heads",
+)  # fmt: skip
 _PER_LAYER = ("layer_types", "mlp_layer_types")
 """Lists in a configuration with an entry for each layer, as transformers' validator has them."""
 
@@ -71,10 +74,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = read_json(path, error=ModelError, advice="save the model with save_pretrained")
-    named_architecture(config.get("architectures"))
+    arch = named_architecture(config.get("architectures"))
+    if config.get("model_type") != arch.model_type:
+        raise ModelError(
+            f"{path}: model_type is {config.get('model_type')!r}, and {arch.model_type!r} belongs "
+            "to its architecture: download it again"
+        )
     for key in _NUMBERS:
-        if type(config.get(key)) is not int:
-            raise ModelError(f"{path}: has no whole number under {key!r}: download it again")
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"{path}: {key} is {value!r}: a whole number above 0 expected")
     return config
 
 
@@ -100,9 +109,11 @@ def load_config(folder: Path, layers: int | None = None) -> Any:
 
     read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Code that lies in the folder is never run, nor is anybody asked whether it may be.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:  # a value that it does not take
-        raise ModelError(f"{folder / 'config.json'}: {first_line(error)}") from None
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder / 'config.json'}: {reason}: download it again") from None
     if getattr(config, "quantization_config", None):
         raise ModelError(f"base {folder}: is quantized: start from the unquantized base")
     if layers is not None:
@@ -140,7 +151,11 @@ def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> An
     config = load_config(folder, layers)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, SafetensorError) as error:
         raise ModelError(f"base {folder}: cannot be loaded: {first_line(error)}") from None
@@ -152,6 +167,11 @@ def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> An
             f"base {folder}: has no weights that fit {absent[0]} ({len(absent)} such tensors): "
             "download it again, or save it with save_pretrained"
         )
+    for name, parameter in model.named_parameters():
+        if not all(bool(extreme.isfinite()) for extreme in parameter.detach().aminmax()):
+            raise ModelError(
+                f"base {folder}: {name} holds numbers that are not finite: download it again"
+            )
     return model
 
 

@@ -114,6 +114,10 @@ class HubTokenizer:
         name = self.config.get(role)
         return name.get("content") if isinstance(name, dict) else name
 
+    def tokens(self) -> dict[str, int]:
+        """All tokens, added ones too, with their ids."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids, without a begin or end token; control tokens only where `special`."""
         # the library's name for "as plain text"

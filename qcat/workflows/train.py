@@ -124,7 +124,7 @@ def prepare_base(
     Raises:
         ArgumentError, ModelError, ExportError, TaskError: what does not fit.
     """
-    from qcat_convert.gate import check_weights
+    from qcat_convert.gate import check_shapes, check_weights
 
     from qcat.base.checkpoint import base_folder
     from qcat.base.gguf_base import gguf_checkpoint, gguf_file, is_gguf
@@ -136,7 +136,9 @@ def prepare_base(
             raise ArgumentError("--checkpoint is for a GGUF base")
         base = str(gguf_checkpoint(base, Path(checkpoint)))
     folder = check_trainable(base, task, layers, texts)
-    check_weights(base_folder(base), layers)  # which may be downloaded only now
+    weights = base_folder(base)  # which may be downloaded only now
+    check_weights(weights, layers)
+    check_shapes(weights, layers)
     if gguf:
         check_tokenizer(gguf, folder, texts)
     return base
@@ -159,7 +161,7 @@ def check_trainable(
     Raises:
         ArgumentError, ModelError, ExportError, TaskError: what does not fit.
     """
-    from qcat_convert.gate import check_base, check_config, check_splitting
+    from qcat_convert.gate import check_base, check_config, check_splitting, check_weights
 
     from qcat.base.checkpoint import base_folder, count_layers
 
@@ -170,5 +172,7 @@ def check_trainable(
             f"Invalid value for '--layers': {base} has {whole} layers: give a number up to that."
         )
     check_splitting(check_base(folder, task), texts)
+    if any(folder.glob("*.safetensors")):
+        check_weights(folder, layers)
     check_config(folder, layers)
     return folder

@@ -10,6 +10,7 @@ from conftest import EXAMPLE
 from qcat_convert.gate import check_weights
 from safetensors.numpy import load_file, save_file
 
+from qcat.base.checkpoint import load_base
 from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ExportError, ModelError, QcatError, TaskError
 from qcat.task import Task
@@ -162,8 +163,16 @@ BASES = {
         "architecture Qwen2_5_VLForConditionalGeneration cannot be converted",
     ),
     "no architecture": (without("architectures"), "architecture (none) cannot be converted"),
-    "no layers": (without("num_hidden_layers"), "no whole number under 'num_hidden_layers'"),
-    "layers in words": (config_of(num_hidden_layers="two"), "under 'num_hidden_layers'"),
+    "no layers": (without("num_hidden_layers"), "num_hidden_layers is None"),
+    "layers in words": (config_of(num_hidden_layers="two"), "num_hidden_layers is 'two'"),
+    "more layers than there are": (config_of(num_hidden_layers=3), "lacks model.layers.2."),
+    "no heads": (config_of(num_attention_heads=0), "num_attention_heads is 0: a whole number"),
+    "of another kind": (config_of(model_type="llama"), "model_type is 'llama', and 'qwen3'"),
+    "code of its own": (
+        config_of(model_type="qwen3_custom", auto_map={"AutoConfig": "configuration_x.X"}),
+        "model_type is 'qwen3_custom'",
+    ),
+    "a leftover adapter": (text("adapter_config.json", b"{}"), "an adapter lies beside the model"),
     "a value of another type": (config_of(rms_norm_eps="small"), "config.json: "),
     "activation": (config_of(hidden_act="gelu"), "activation 'gelu'"),
     "byte order mark": (
@@ -230,6 +239,15 @@ def test_lint_and_train_say_the_same_line(qcat, base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_code_in_the_folder_is_never_run(base, household, tmp_path):
+    marker = tmp_path / "ran"
+    config_of(auto_map={"AutoConfig": "configuration_x.X"})(base)
+    code = f"open({str(marker)!r}, 'w')\nclass X: pass\n"
+    (base / "configuration_x.py").write_text(code)
+    assert check_trainable(str(base), household) == base
+    assert not marker.exists()
+
+
 # The weights
 
 
@@ -263,6 +281,31 @@ WEIGHTS = {
 }
 
 
+def stored_as(edit):
+    """One tensor in another type."""
+    return lambda tensors: tensors.update({f"{Q}.weight": edit(tensors[f"{Q}.weight"])})
+
+
+WEIGHTS |= {
+    "another shape": (
+        stored_as(lambda tensor: tensor[:8].copy()),
+        f"{Q}.weight has the shape (8, 64), and (128, 64) is expected",
+    ),
+    "no numbers": (
+        stored_as(lambda tensor: tensor[:0].copy()),
+        f"{Q}.weight has the shape (0, 64)",
+    ),
+    "whole numbers": (
+        stored_as(lambda tensor: tensor.astype("int8")),
+        f"{Q}.weight is stored as I8: it is quantized",
+    ),
+    "quantized by MLX": (
+        lambda tensors: tensors.update({f"{Q}.scales": tensors["model.norm.weight"]}),
+        "is quantized: start from the unquantized base",
+    ),
+}
+
+
 @pytest.mark.parametrize(("edit", "message"), WEIGHTS.values(), ids=WEIGHTS)
 def test_weights_of_other_names_are_refused(base, household, edit, message):
     rename(base, edit)
@@ -278,6 +321,31 @@ def test_frequencies_and_layers_above_have_no_place_and_need_none(base):
     rename(base, lambda tensors: tensors.update({name: np.ones(4, np.float32)}))
     check_weights(base)
     check_weights(base, layers=1)
+
+
+def test_numbers_that_are_not_finite_are_refused_when_they_are_read(base):
+    import torch
+
+    def spoil(tensors):
+        tensors[f"{Q}.weight"][0, 0] = float("nan")
+
+    rename(base, spoil)
+    with pytest.raises(ModelError, match=r"q_proj\.weight holds numbers that are not finite"):
+        load_base(base, torch.float32)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "num_key_value_heads"])
+def test_a_configuration_of_other_sizes_is_refused(base, household, key):
+    change(base / "config.json", lambda config: config.update({key: config[key] // 2}))
+    with pytest.raises(QcatError) as caught:
+        prepare_base(str(base), None, None, household, [])
+    assert "expected by config.json" in str(caught.value) or "embedding has" in str(caught.value)
+
+
+def test_no_weights_at_all(base, household):
+    (base / "model.safetensors").rename(base / "consolidated.safetensors")
+    with pytest.raises(ModelError, match=r"has neither model\.safetensors nor"):
+        prepare_base(str(base), None, None, household, [])
 
 
 def test_a_pointer_in_place_of_the_weights(base, household):

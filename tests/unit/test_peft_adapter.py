@@ -16,7 +16,8 @@ from qcat_convert.source import locate
 from safetensors.torch import load_file, save_file
 
 from qcat.errors import ExportError, QcatError
-from qcat.workflows.export_job import read_request
+from qcat.workflows.export import export
+from qcat.workflows.export_job import Request, read_request
 
 NAME = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -111,6 +112,7 @@ NUMBERS = {
     "NaN": (lambda tensor: tensor.fill_(float("nan")), "not finite: the training diverged"),
     "infinite": (lambda tensor: tensor.fill_(float("inf")), "not finite: the training diverged"),
     "huge": (lambda tensor: tensor.fill_(1e38), "too large to compute with"),
+    "a number": (lambda tensor: tensor[0, 0], r"has the shape \(\), not"),
     "rank": (lambda tensor: tensor[:2], r"has rank 2, and adapter_config.json says r = "),
     "another width": (lambda tensor: tensor[:, :32], r"has the shape \(\d+, 32\), not \(\d+, 64\)"),
 }
@@ -138,6 +140,15 @@ CONFIGS = {
     "another method": ({"peft_type": "IA3"}, "peft_type is 'IA3': only LoRA"),
     "a head in modules": ({"modules_to_save": ["score"]}, "modules_to_save holds 'score'"),
     "unknown and set": ({"use_mylora": True}, "sets 'use_mylora', which PEFT"),
+    "activated LoRA": ({"alora_invocation_tokens": [5]}, "sets alora_invocation_tokens, which"),
+    "biases of its own": ({"lora_bias": True}, "sets lora_bias, which cannot be merged"),
+    "no expression": ({"target_modules": "(q_proj"}, "target_modules is '(q_proj'"),
+    "no names": ({"target_modules": [1]}, "target_modules is [1]: names of modules"),
+    "dropout in words": ({"lora_dropout": "0.05"}, "lora_dropout is '0.05': a number"),
+    "ranks as a list": ({"rank_pattern": ["q_proj"]}, "rank_pattern is ['q_proj']: numbers by"),
+    "alphas in words": ({"alpha_pattern": {"q_proj": "32"}}, "alpha_pattern is {'q_proj': '32'}"),
+    "no finite alpha": ({"lora_alpha": float("nan")}, "lora_alpha is nan: a number above 0"),
+    "no layers": ({"layer_replication": [[0, 0]]}, "layer_replication is [[0, 0]]"),
     "no module of the base": ({"target_modules": ["c_attn"]}, "does not fit the base"),
 }
 
@@ -172,6 +183,21 @@ def test_any_configuration_is_read_or_refused(tmp_path_factory, fields):
 
 
 # The files
+
+
+def test_the_tokenizer_of_another_model_is_refused(adapter, make_checkpoint, household, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(make_checkpoint("llama", hidden=64).base / name, adapter)
+    with pytest.raises(ExportError, match="brings the tokenizer of another model"):
+        export(Request(household, tmp_path / "out", adapter=adapter))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_mlx_is_named(adapter):
+    say(adapter, peft_type=None)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapters.safetensors")
+    with pytest.raises(ExportError, match=r"fuse it with mlx_lm\.fuse"):
+        merged(adapter)
 
 
 def test_an_adapter_in_a_folder_below_is_named(adapter, tmp_path, household):
