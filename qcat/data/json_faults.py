@@ -32,6 +32,8 @@ def _slip(text: str, error: json.JSONDecodeError) -> str | None:
         if rest[:1] in "{[":
             return "several objects on one line: write one a line"
         return None
+    if rest.startswith("\ufeff"):
+        return "a byte order mark within the file, as joined files have: remove it"
     if error.msg.startswith("Unterminated string"):
         return f"the text that begins in column {error.colno} does not end: the line is cut off"
     if not rest:

@@ -20,8 +20,11 @@ from qcat.data.dataset import (
     read_texts,
     scan_rows,
 )
+from qcat.data.lint import lint
+from qcat.data.tables import open_table
 from qcat.errors import DataError
 from qcat.task import Task
+from qcat.workflows.init import init_task
 
 TASK = Task("house", {"pool": "", "water heater": "", "café": ""})
 ROWS = [
@@ -209,6 +212,27 @@ def test_parquet_without_the_columns_and_with_wide_others(tmp_path):
     write_parquet(path, [{"text": "a", "label": 1}])  # as sets on the hub have it
     with pytest.raises(DataError, match=r"q\.parquet:1: no text under 'label' but int 1: write"):
         read_rows(path)
+
+
+def test_parquet_with_two_columns_of_one_name(tmp_path):
+    import pyarrow.parquet
+
+    path = tmp_path / "q.parquet"
+    table = pyarrow.Table.from_arrays(
+        [["why"], ["pool"], ["water heater"]], names=["text", "label", "label"]
+    )
+    pyarrow.parquet.write_table(table, path)
+    for door in (
+        read_rows,
+        read_texts,
+        init_task,
+        lambda path: lint(TASK, path),
+        lambda path: open_table(path, ".csv"),
+        lambda path: open_table(path, ".parquet"),
+    ):
+        with pytest.raises(DataError) as caught:
+            door(path)
+        assert str(caught.value) == f"{path}: two columns are called 'label': rename one"
 
 
 def classes(rows, feature):
