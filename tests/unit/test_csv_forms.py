@@ -44,7 +44,12 @@ READ = {
     "capitals in the header": b"TEXT,Label\n" + BODY,
     "spaces in the header": b"text , label\n" + BODY,
     "Excel's empty columns": b"text,label,,\n" + BODY.replace(b"\n", b",,\n"),
-    "fields that are empty beyond the header": b"text,label\n" + BODY.replace(b"\n", b",\n"),
+    "a field that is empty beyond the header": b"text,label\n" + BODY.strip() + b",\n",
+    "spaces after the separators": b"text, label\n" + BODY.replace(b",g", b", g"),
+    "spaces before quotes": b'"text", "label"\n' + QUOTED.replace(b'","', b'",  "'),
+    "spaces before quotes, semicolons": b"text; label\n" + QUOTED.replace(b'","', b'"; "'),
+    "Ctrl-Z at the end": b"text,label\n" + BODY + b"\x1a",
+    "Ctrl-Z to the end of a block": b"text,label\r\n" + BODY + b"\x1a" * 100,
     "labels spelled otherwise": b"text,label\n" + BODY.replace(b"n g", b"n   G"),
     "an index without a name": b",text,label\n0," + BODY.replace(b'\n"', b'\n1,"'),
     "more columns": b"id,text,label,note\n7," + BODY.replace(b'\n"', b',\n8,"').strip() + b",x",
@@ -113,6 +118,9 @@ NOTED = {
         "read as columns separated by semicolons",
     ],
     "text,label\na,pool\n": [],
+    'text, label\n"a", "pool"\n': [
+        "read as columns separated by commas, spaces after the separators passed over"
+    ],
 }
 
 
@@ -165,6 +173,38 @@ REFUSED = {
     "more fields of tabs": (
         b"text\tlabel\na\tb\tpool\n",
         ":2: more fields than columns: quote a text with tabs",
+    ),
+    "more fields in every row": (
+        b"text,label\na, b,pool\nc, d,pool\n",
+        "q.csv:1: each row has one field more than the header line: leave out row names "
+        "(R: row.names=FALSE), or quote each text with commas",
+    ),
+    "R's row names": (
+        b'"text","label"\n"1","who, and when","pool"\n"12","why","pool"\n',
+        "q.csv:1: each row has one field more than the header line: row names: leave them out, "
+        "in R write.table(",
+    ),
+    "R's row names, one row": (b'"text","label"\n"1","who","pool"\n', "line: row names: leave"),
+    "R's row names, an empty last column": (
+        b'"text","label","note"\n"1","who fixed","pool",""\n"2","why","pool",""\n',
+        "row names: leave them out",
+    ),
+    "R's row names that are words": (
+        b'"text","label","note"\n"q1","who fixed","pool",""\n"q2","why","pool",""\n',
+        "each row has one field more than the header line: leave out row names (R: row.names=FALSE)"
+        ", or the empty last field",
+    ),
+    "a space before a quote": (
+        b'text,label\na,pool\n"why", "pool"\n',
+        "q.csv:3: a space between a separator and a quote: remove it",
+    ),
+    "a space before a quote, a comma within": (
+        b'label,text\npool,a\ngarden gate, "the gate, again"\n',
+        "q.csv:3: a space between a separator and a quote: remove it",
+    ),
+    "a space after a quote": (
+        b'text,label\n"why" ,pool\n',
+        "q.csv:2: not CSV: a space between a quote and a separator: remove it",
     ),
     "fewer fields": (b"text,label\na,pool\nb\n", "q.csv:3: no text under 'label'"),
     "a quote in quotes": (
@@ -257,7 +297,9 @@ NO_TABLE = [
     "Windows-1252", "Windows-1252 in the header", "UTF-16", "UTF-16 without a mark", "UTF-32",
     "a workbook", "gzip", "a Git LFS pointer", "a web page", "zero bytes", "two labels",
     "two without a name", "more fields", "more fields of semicolons", "a quote in quotes",
-    "an open quote",
+    "an open quote", "more fields in every row", "R's row names", "R's row names, one row",
+    "R's row names, an empty last column", "R's row names that are words",
+    "a space before a quote", "a space before a quote, a comma within", "a space after a quote",
 ]  # fmt: skip
 
 
