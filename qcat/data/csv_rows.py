@@ -59,6 +59,11 @@ def csv_columns(path: Path) -> list[str]:
         return _header(path, reader, layout, kept)
 
 
+def csv_separator(path: Path) -> str:
+    """What separates the columns. Raises as `csv_columns`."""
+    return _layout(path).separator
+
+
 def csv_note(path: Path) -> str | None:
     """What was guessed to read the file. Raises as `csv_columns`."""
     layout = _layout(path)

@@ -132,6 +132,30 @@ def test_lint_notes_what_was_guessed(text, tmp_path):
     assert all((note.severity, note.lines) == ("info", (1,)) for note in notes)
 
 
+# Whether a line within a text is like a row
+JOINED = {
+    b'text,label\n"Hi there,pool\nwho said hi",garden gate\nx,pool\n': True,
+    b'label,text\npool,"Hi there\rGarden  gate,who said hi"\nx,pool\n': True,
+    b'text,label\n"Hi there,pond\nwho said hi",garden gate\n': True,
+    b'text;label\n"Hi there; pool\nwho said hi";garden gate\n': True,
+    b'text,label\n"Hi there\npool\nwho said hi",garden gate\n': True,
+    b'text,label\n"Hi,\n1,000 thanks, all","garden gate"\n': False,
+    b'text,label\n"Hi,pool",garden gate\n': False,
+}
+
+
+@pytest.mark.parametrize("data", list(JOINED))
+def test_rows_that_a_stray_quote_joins_are_found(data, tmp_path):
+    tabs = data.replace(b",", b"\t")
+    for path in (write(tmp_path, data), write(tmp_path, tabs, "q.tsv")):
+        if path.suffix == ".tsv" and b";" in data:
+            continue
+        found = [f for f in lint(TASK, path).findings if f.code == "joined-rows"]
+        assert [(f.severity, f.lines) for f in found] == [("warning", (2,))] * JOINED[data]
+    lines = write(tmp_path, b'{"text": "Hi,pool\\nthere", "label": "pool"}', "q.jsonl")
+    assert "joined-rows" not in {f.code for f in lint(TASK, lines).findings}
+
+
 # What every door refuses, with the line and the words that help
 REFUSED = {
     "nothing": (b"", "is empty: write a header line with text and label"),
