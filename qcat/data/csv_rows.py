@@ -1,8 +1,8 @@
 """Rows of CSV files, one at a time; bad ones are reported, not raised.
 
-Columns are separated by commas, in a `.tsv` file by tabs. Where the header line has none of these,
-by the semicolons or tabs that it has; and by what Excel's first line `sep=;` says. Spaces after the
-separators are passed over where each name in the header line has one.
+Columns are separated by commas, in a `.tsv` or `.tab` file by tabs. Where the header line has none
+of these, by the semicolons or tabs that it has; and by what Excel's first line `sep=;` says. Spaces
+after the separators are passed over where each name in the header line has one.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qcat.data.columns import check_names
+from qcat.data.first_lines import LOOKED_AT, header_fault
 from qcat.data.opened import FoundRow, badly_encoded, opened_text
 from qcat.errors import DataError
 
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
-_SEP_LINE = re.compile(r'"?sep=([;,|:\t])"?[;,\t]*\s*', re.IGNORECASE)
+_SEP_LINE = re.compile(r'"?sep *= *([;,|:\t])"?[;,\t]*\s*', re.IGNORECASE)
 _LONGEST = 1 << 26  # characters of a field
 
 
@@ -112,6 +114,9 @@ def _row_problem(
 ) -> str | None:
     if problem := next(filter(None, map(badly_encoded, cells)), None):
         return problem
+    again = len(columns) > 1 and cells[1 : len(columns)] == columns[1:]
+    if again and cells[0].strip('\ufeff"') == columns[0]:
+        return "the header line again, as joined files have it: remove it"
     separator = layout.separator
     for cell in cells[1:]:
         spaces = len(cell) - len(cell.lstrip(" "))
@@ -142,7 +147,7 @@ def _csv_reader(path: Path) -> Iterator[tuple[Any, _Layout, _Kept]]:
 
 
 def _layout(path: Path) -> _Layout:
-    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    usual = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
     said, skipped, first = None, 0, ""
     with opened_text(path, newline="") as text:
         for number, line in enumerate(text, 1):
@@ -201,15 +206,18 @@ def _fault(error: csv.Error, layout: _Layout, kept: _Kept) -> str:
 def _header(path: Path, reader: Any, layout: _Layout, kept: _Kept) -> list[str]:
     names: list[str] = []
     line = layout.skipped + 1
+    fault = None
     try:
         for names in reader:
             if names:
                 break
             line = layout.skipped + reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: {_fault(error, layout, kept)}") from None
-    if problem := next(filter(None, map(badly_encoded, names)), None):
-        raise DataError(f"{path}:{line}: {problem}")
+        names, fault = [], _fault(error, layout, kept)
+    fault = next(filter(None, map(badly_encoded, names)), None) or fault
+    fault = header_fault(names, _first_lines(path, layout.skipped)) or fault
+    if fault:
+        raise DataError(f"{path}:{line}: {fault}")
     width = len(names)
     while len(names) > 1 and not names[-1]:
         names.pop()
@@ -217,6 +225,12 @@ def _header(path: Path, reader: Any, layout: _Layout, kept: _Kept) -> list[str]:
     if problem := _unnamed_first(path, width):
         raise DataError(f"{path}:{line}: {problem}")
     return names
+
+
+def _first_lines(path: Path, skipped: int) -> list[tuple[int, str]]:
+    with opened_text(path, newline="") as text:
+        lines = ((number, line) for number, line in enumerate(text, 1) if line.strip("\r\n"))
+        return list(islice((found for found in lines if found[0] > skipped), LOOKED_AT))
 
 
 def _unnamed_first(path: Path, width: int) -> str | None:

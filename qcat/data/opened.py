@@ -15,7 +15,8 @@ FoundRow = tuple[int, dict[str, Any] | str]
 """The line where a row begins, from 1, and its fields by column; or, of a row that cannot be read,
 what is wrong with it."""
 FORMATS = {
-    ".csv": ".csv", ".tsv": ".csv", ".jsonl": ".jsonl", ".json": ".jsonl", ".parquet": ".parquet",
+    ".csv": ".csv", ".tsv": ".csv", ".tab": ".csv", ".jsonl": ".jsonl", ".json": ".jsonl",
+    ".parquet": ".parquet",
 }  # fmt: skip
 """Suffixes of files that are read, with the usual one of their format."""
 

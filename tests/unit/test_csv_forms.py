@@ -7,6 +7,7 @@ alone as for off-topic questions, and the tables of `batch`.
 from __future__ import annotations
 
 import gzip
+import pickle
 from contextlib import suppress
 
 import pytest
@@ -39,6 +40,7 @@ READ = {
     "semicolons, all quoted": b'"text";"label"\n' + QUOTED.replace(b'","', b'";"'),
     "tabs": b"text\tlabel\n" + BARE.replace(b";", b"\t"),
     "Excel's line of the separator": b"sep=;\r\ntext;label\r\n" + BARE,
+    "that line with spaces": b"sep = ;\ntext;label\n" + BARE,
     "that line, in quotes, of a comma": b'"sep=,"\r\ntext,label\r\n' + BODY,
     "that line, of a bar": b"sep=|\ntext|label\n" + BARE.replace(b";", b"|"),
     "capitals in the header": b"TEXT,Label\n" + BODY,
@@ -98,6 +100,8 @@ def test_tabs_in_a_tsv_file(tmp_path):
     assert read_texts(path) == ["who, what;"]
     assert open_table(path, ".csv").columns == ("text", "label")
     assert lint(TASK, path).count("info") == 0  # the suffix said so
+    assert read_texts(write(tmp_path, data, "q.TAB")) == ["who, what;"]
+    assert open_table(tmp_path / "q.TAB", ".csv").count == 1
     write(tmp_path, b'text,label\n"a, b",pool\n', "q.tsv")
     assert read_texts(path) == ["a, b"]
 
@@ -176,7 +180,48 @@ REFUSED = {
         b"question,query,label\na,b,pool\n",
         "no column 'text': there are 'question', 'query' and 'label': name one 'text'",
     ),
-    "a bar between them": (b"text|label\na|pool\n", "there are 'text|label': name them"),
+    "a bar between them": (b"text|label\na|pool\n", "q.csv:1: what separates the columns cannot"),
+    "colons between them": (b"text:label\na:pool\n", "separates the columns cannot be told"),
+    "spaces between them": (
+        b'"text" "label"\n"1" "a" "pool"\n',
+        "q.csv:1: what separates the columns cannot be told: separate them by commas",
+    ),
+    "semicolons or tabs": (
+        b"text;label\tnote\na;pool\tx\n",
+        "separates the columns cannot be told",
+    ),
+    "semicolons and commas": (
+        b"text;label,note\na;pool,x\n",
+        "q.csv:1: the columns are separated in two ways: separate them by commas alone",
+    ),
+    "brackets": (b"[text],[label]\na,pool\n", "there are '[text]' and '[label]': name them 'text'"),
+    "a title": (
+        b"Questions of 2024\n\ntext,label\na,pool\n",
+        "q.csv:1: the header line is not the first: remove the lines above line 3",
+    ),
+    "a title of a spreadsheet": (b"Questions,,\n,,\ntext,label,note\na,pool,x\n", "above line 3"),
+    "a title, other names": (b"Questions\nid;question;category\n1;a;pool\n", "above line 2"),
+    "a comment": (b"# mine, and so\ntext,label\na,pool\n", "the header line is not the first"),
+    "an empty line of a spreadsheet": (b",,\nText,Label,\na,pool,\n", "above line 2"),
+    "an empty header line": (b",,\na,pool,\n", "q.csv:1: the header line is empty: remove it, or"),
+    "the header line twice": (
+        b"text,label\na,pool\n\xef\xbb\xbftext,label\nb,pool\n",
+        "q.csv:3: the header line again, as joined files have it: remove it",
+    ),
+    "YAML": (b"- text: a\n  label: pool\n", "q.csv:1: looks like YAML: write CSV, or JSON"),
+    "RTF": (b"{\\rtf1\\ansi text,label\\par}", "q.csv: an RTF document: save it as plain text"),
+    "Arrow": (b"ARROW1\0\0" + b"\xff" * 60, "q.csv: an Arrow file: write the table as Parquet"),
+    "a stream of Arrow": (b"\xff\xff\xff\xff\x78\0\0\0", "q.csv: an Arrow file"),
+    "a pickle": (pickle.dumps({"text": ["a"]}), "q.csv: a pickle of Python: write the table"),
+    "a workbook of XML": (
+        MARK + b'<?xml version="1.0"?>\n<?mso-application progid="Excel.Sheet"?>',
+        "q.csv: XML, as old Excel workbooks are: save the table as CSV UTF-8",
+    ),
+    "a table of HTML": (b"<table><tr><td>text", "q.csv: a table of HTML: save the table as CSV"),
+    "numbers beside names": (
+        b"text,label,label_text\na,0,pool\n",
+        "q.csv:2: the label is the number 0, its name stands under 'label_text': rename that to",
+    ),
     "two labels": (
         b"text,label,label\na,pool,pool\n",
         "two columns are called 'label': rename one",
@@ -306,7 +351,7 @@ def test_one_line_says_what_is_wrong(case, tmp_path):
     assert words in message
     assert message.startswith(str(path))
     assert message.isprintable()
-    assert "commas" not in message or b";" not in data
+    assert "with commas" not in message or b";" not in data
     if whole := refusal(lambda: lint(TASK, path)):
         assert whole == message
         return
@@ -323,6 +368,10 @@ NO_TABLE = [
     "two without a name", "more fields", "more fields of semicolons", "a quote in quotes",
     "an open quote", "more fields in every row", "R's row names", "R's row names, one row",
     "R's row names, an empty last column", "R's row names that are words",
+    "spaces between them", "semicolons and commas", "a title", "a comment",
+    "a title of a spreadsheet",
+    "an empty line of a spreadsheet", "the header line twice", "YAML", "JSONL", "RTF", "Arrow",
+    "a pickle", "a workbook of XML", "a table of HTML",
     "a space before a quote", "a space before a quote, a comma within", "a space after a quote",
 ]  # fmt: skip
 

@@ -210,9 +210,45 @@ REFUSED = {
     "a list under another key": (
         json.dumps({"foo": ROWS}),
         1,
-        "no keys 'text' and 'label': there are 'foo'",
+        "no keys 'text' and 'label' but nested values under 'foo': write one object a line",
     ),
-    "two lists": (json.dumps({"data": ROWS, "rows": ROWS}), 1, "there are 'data' and 'rows'"),
+    "two lists": (json.dumps({"data": ROWS, "rows": ROWS}), 1, "values under 'data' and 'rows'"),
+    "splits": (json.dumps({"train": ROWS, "test": ROWS}), 1, "values under 'train' and 'test'"),
+    "rows by number": (json.dumps({"0": ROWS[0], "1": ROWS[1]}), 1, "values under '0' and '1'"),
+    "an export of an annotation tool": (
+        json.dumps({"id": 1, "data": {"text": "a"}, "annotations": []}),
+        1,
+        "no keys 'text' and 'label' but nested values under 'data' and 'annotations'",
+    ),
+    "other keys beside nested ones": (
+        json.dumps({"question": "a", "category": "pool", "meta": {"a": 1}}),
+        1,
+        "rename 'question' to 'text' and 'category' to 'label'",
+    ),
+    "columns of lists": (
+        json.dumps({"text": ["a", "b"], "label": ["pool", "pool"]}, indent=1),
+        1,
+        'columns, not rows: write one object a line, {"text": …, "label": …} (pandas: to_json(',
+    ),
+    "columns of pandas": (
+        json.dumps({"Text": {"0": "a"}, "Label": {"0": "pool"}}),
+        1,
+        "columns, not rows",
+    ),
+    "columns of other names": (
+        json.dumps({"question": ["a"], "category": ["pool"]}),
+        1,
+        "columns, not rows",
+    ),
+    "numbers beside names": (
+        '{"text": "a", "label": 3, "label_text": "pool"}',
+        1,
+        "the label is the number 3, its name stands under 'label_text': rename that to 'label'",
+    ),
+    "YAML": ("- text: a\n  label: pool\n", 1, "it looks like YAML: write JSON, one object a line"),
+    "YAML with a mark": ("---\n- text: a\n", 1, "it looks like YAML"),
+    "RTF": ("{\\rtf1 a}", None, "an RTF document: save it as plain text"),
+    "a pickle": (b"\x80\x05\x95a", None, "a pickle of Python"),
     "Windows-1252": (
         A.encode() + b'\n{"text": "caf\xe9"}',
         2,

@@ -152,6 +152,7 @@ REFUSED = {
     ),
     "UTF-16": ((HEAD + LABELS).encode("utf-16"), "not UTF-8 but UTF-16: save it as UTF-8"),
     "UTF-16 without a mark": ((HEAD + LABELS).encode("utf-16-le"), "not UTF-8 but UTF-16"),
+    "RTF": ("{\\rtf1 name}", "task.toml: an RTF document: save it as plain text"),
     "gzip": (gzip.compress(b"name"), "a gzip file: unpack it"),
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
 }
