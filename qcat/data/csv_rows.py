@@ -236,10 +236,11 @@ def _first_lines(path: Path, skipped: int) -> list[tuple[int, str]]:
 def _unnamed_first(path: Path, width: int) -> str | None:
     """What is wrong where each row has one field more than the header line, as R writes tables."""
     count, numbered, ends = 0, True, ""
-    with _csv_reader(path) as (reader, layout, _):
+    with _csv_reader(path) as (reader, layout, kept):
         header = True
         with suppress(csv.Error):  # a row that is not CSV is told of by itself
             for cells in reader:
+                kept.row.clear()
                 if header:
                     header = not cells
                 elif any(cells):

@@ -121,6 +121,14 @@ REFUSED = {
         HEAD + '[labels]\n"pool" = ""\n"po\u00adol" = ""\n',
         "differ in the invisible U+00AD",
     ),
+    "an emoji in another form": (
+        HEAD + '[labels]\n"\u2764" = ""\n"\u2764\ufe0f" = ""\n',
+        "differ in the invisible U+FE0F: keep one",
+    ),
+    "a mark of direction": (
+        HEAD + '[labels]\n"pool\u200f" = ""\n"pool" = ""\n',
+        "differ in the invisible U+200F",
+    ),
     "Cyrillic letters": (
         HEAD + '[labels]\n"p\u043eol" = ""\n"pool" = ""\n',
         "look the same, but one has a CYRILLIC SMALL LETTER O: keep one",
