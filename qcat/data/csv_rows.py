@@ -194,6 +194,8 @@ def _fault(error: csv.Error, layout: _Layout, kept: _Kept) -> str:
     spaced = re.compile(f'" +{re.escape(layout.separator)}')
     if "expected after" in said and any(map(spaced.search, kept.row)):
         said = "a space between a quote and a separator: remove it"
+    elif "expected after" in said and any('\\"' in line for line in kept.row):
+        said = 'a backslash before a quote: write the quote twice, "" (R: qmethod="double")'
     elif "expected after" in said:
         said = 'a quote within a quoted text: write it twice, ""'
     elif "end of data" in said:

@@ -32,11 +32,11 @@ def header_fault(names: Sequence[str], lines: Sequence[tuple[int, str]]) -> str 
     plain = {plain_name(name) for name in names}
     if plain & {"text", "label"}:
         return None
-    if not names or len(names) == 1:
+    if len(names) == 1 or not (names or re.search("[,;\t]", first)):
         words = {_bare(word) for word in re.split(r"[,;|:\s]+", first)}
         if {"text", "label"} <= words:
             return "what separates the columns cannot be told: separate them by commas"
-    elif {"text", "label"} <= {_bare(word) for word in _SEPARATORS.split(first)}:
+    elif names and {"text", "label"} <= {_bare(word) for word in _SEPARATORS.split(first)}:
         return "the columns are separated in two ways: separate them by commas alone"
     for number, line in lines[1:]:
         if _is_header({_bare(word) for word in _SEPARATORS.split(line)}, first, names):

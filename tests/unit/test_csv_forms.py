@@ -271,6 +271,14 @@ REFUSED = {
         b'label,text\npool,a\ngarden gate, "the gate, again"\n',
         "q.csv:3: a space between a separator and a quote: remove it",
     ),
+    "spaces around the separator": (
+        b'"text" , "label"\n"why" , "pool"\n',
+        "q.csv:1: not CSV: a space between a quote and a separator: remove it",
+    ),
+    "R's backslashes": (
+        b'"text","label"\n"a \\"3/4\\" pipe","pool"\n',
+        'q.csv:2: not CSV: a backslash before a quote: write the quote twice, "" (R: qmethod=',
+    ),
     "a space after a quote": (
         b'text,label\n"why" ,pool\n',
         "q.csv:2: not CSV: a space between a quote and a separator: remove it",
