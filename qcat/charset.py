@@ -9,6 +9,8 @@ HEAD = 64
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How what Git LFS leaves in the place of a file begins."""
 IS_POINTER = "a Git LFS pointer, not the file: fetch that with `git lfs pull`"
+_ARROW = "an Arrow file: write the table as Parquet"
+_PICKLE = "a pickle of Python: write the table as CSV or Parquet"
 _SIGNATURES = (
     (b"PK\x03\x04", "an Excel workbook or other ZIP file: save the table as CSV UTF-8"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook: save the table as CSV UTF-8"),
@@ -18,11 +20,19 @@ _SIGNATURES = (
     (b"\x28\xb5\x2f\xfd", "a zstd file: unpack it"),
     (b"%PDF-", "a PDF: save the table as CSV UTF-8"),
     (b"SQLite format 3\0", "an SQLite database: export the table as CSV"),
+    (b"{\\rtf", "an RTF document: save it as plain text"),
+    (b"ARROW1", _ARROW),
+    (b"\xff\xff\xff\xff", _ARROW),
+    (b"\x80\x03", _PICKLE),
+    (b"\x80\x04", _PICKLE),
+    (b"\x80\x05", _PICKLE),
     (b"PAR1", "a Parquet file: name it .parquet"),
     (b"GGUF", "a GGUF model: name a file of text"),
     (POINTER, IS_POINTER),
     (b"<!doctype html", "a web page: download the file itself"),
     (b"<html", "a web page: download the file itself"),
+    (b"<table", "a table of HTML: save the table as CSV UTF-8"),
+    (b"<?xml", "XML, as old Excel workbooks are: save the table as CSV UTF-8"),
 )
 _PAIRS = re.compile(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]")
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte
@@ -32,7 +42,7 @@ def foreign(head: bytes) -> str | None:
     """What a file is by its first `HEAD` bytes, and what to do; None if it may be UTF-8 text."""
     if wide := wider(head):
         return wide
-    lowered = head.lstrip().lower()
+    lowered = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for signature, what in _SIGNATURES:
         if head.startswith(signature) or (signature[:1] == b"<" and lowered.startswith(signature)):
             return what

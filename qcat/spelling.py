@@ -7,6 +7,11 @@ import unicodedata
 
 INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")
 """Characters that nobody sees, and that no script needs."""
+# Those, and what chooses the form of an emoji or the direction of writing
+_UNSEEN = re.compile(
+    "[\u00ad\u200b\u2060\ufeff\u180b-\u180d\ufe00-\ufe0f\U000e0100-\U000e01ef"
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 # Cyrillic and Greek letters that look like a Latin one in most fonts, after folding
 _LOOKALIKES = dict(zip("аеорсухіјѕһԁԛԝοανικρυ", "aeopcyxijshdqwoavikpu", strict=True))
 _TO_LATIN = str.maketrans(_LOOKALIKES)
@@ -20,7 +25,7 @@ def fold(text: str) -> str:
 
 def looks(text: str) -> str:
     """What is seen of a folded text: no invisible characters, lookalikes as Latin letters."""
-    return fold(INVISIBLE.sub("", text)).translate(_TO_LATIN)
+    return fold(_UNSEEN.sub("", text)).translate(_TO_LATIN)
 
 
 def difference(one: str, two: str) -> str:
@@ -28,7 +33,7 @@ def difference(one: str, two: str) -> str:
     if fold(one) == fold(two):
         return "differ only in case or spacing"
     for text in (one, two):
-        if hidden := INVISIBLE.search(text):
+        if hidden := _UNSEEN.search(text):
             return f"differ in the invisible U+{ord(hidden[0]):04X}"
     foreign = next(char for char in fold(one) + fold(two) if char in _LOOKALIKES)
     return f"look the same, but one has a {unicodedata.name(foreign)}"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qcat.charset import HEAD, not_utf8, wider
+from qcat.charset import HEAD, foreign, not_utf8
 from qcat.errors import DataError, QuestionError
+
+_END = re.compile(rb"\r\n|\r|\n")
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a]")
 
 
 class Line(NamedTuple):
@@ -22,30 +26,44 @@ class Line(NamedTuple):
 def available_lines(descriptor: int) -> Iterator[list[Line]]:
     """Lines of stdin in groups: as many as are there, so that a slow writer is answered at once.
 
-    A byte order mark is passed over.
+    A byte order mark is passed over. A line ends as in files: with a line feed, a carriage return,
+    or both.
 
     Raises:
-        DataError: stdin is UTF-16 or UTF-32, by how it begins.
+        DataError: stdin is no text, or UTF-16 or UTF-32, by how it begins.
     """
-    rest, first = b"", True
+    rest, head, first, returned = b"", b"", True, False
     while True:
         chunk = os.read(descriptor, 1 << 16)
-        *lines, rest = (rest + chunk).split(b"\n")
+        if first:
+            head = (head + chunk)[:HEAD]
+        data = rest + (chunk.removeprefix(b"\n") if returned else chunk)
+        returned = chunk.endswith(b"\r")  # a line feed that comes next belongs to it
+        *lines, rest = _END.split(data)
         if not chunk and rest:
             lines, rest = [rest], b""
         if lines:
             if first:
-                _check_beginning(b"\n".join([*lines[:HEAD], rest]))
+                _check_beginning(head)
                 lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
                 first = False
-            yield [_decoded(line.removesuffix(b"\r")) for line in lines]
+            yield [_decoded(line) for line in lines]
         if not chunk:
             return
 
 
-def _check_beginning(data: bytes) -> None:
-    if what := wider(data[:HEAD]):
+def _check_beginning(head: bytes) -> None:
+    if _is_binary(head) and (what := foreign(head)):
         raise DataError(f"stdin: {what}")
+
+
+def _is_binary(head: bytes) -> bool:
+    """Whether something is no text: a question may begin with the letters that a format does."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # its end may be cut
+    except UnicodeDecodeError:
+        return True
+    return _CONTROL.search(head) is not None
 
 
 def _decoded(line: bytes) -> Line:

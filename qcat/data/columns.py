@@ -20,7 +20,7 @@ _LIKELY = {
         "tag", "answer", "output", "kategorie",
     ),
 }  # fmt: skip
-_CHATS = ("messages", "conversations", "conversation")
+CHATS = ("messages", "conversations", "conversation")
 
 
 def check_names(place: str, names: Sequence[str]) -> None:
@@ -51,8 +51,8 @@ def find_column(columns: Collection[str], wanted: str) -> str | None:
     """
     if wanted in columns:
         return wanted
-    plain = _plain(wanted)
-    found = [name for name in columns if _plain(name) == plain]
+    plain = plain_name(wanted)
+    found = [name for name in columns if plain_name(name) == plain]
     if len(found) > 1:
         raise DataError(f"both {listed(found)} could be {wanted!r}: rename one")
     return found[0] if found else None
@@ -70,10 +70,11 @@ def missing(wanted: Sequence[str], found: Sequence[str], kind: str = "column") -
     said = f"no {kind}{'s' if len(wanted) > 1 else ''} {named}"
     if not found:
         return f"{said}: there is none"
-    if chat := next((name for name in found if name in _CHATS), None):
+    if chat := next((name for name in found if name in CHATS), None):
         return f'{said} but a chat under {chat!r}: write {{"text": question, "label": category}}'
     likely = {
-        want: [name for name in found if _plain(name) in _LIKELY.get(want, ())] for want in wanted
+        want: [name for name in found if plain_name(name) in _LIKELY.get(want, ())]
+        for want in wanted
     }
     renamed = [f"{names[0]!r} to {want!r}" for want, names in likely.items() if len(names) == 1]
     advice = f"rename {' and '.join(renamed)}" if renamed else f"name them {named}"
@@ -82,8 +83,14 @@ def missing(wanted: Sequence[str], found: Sequence[str], kind: str = "column") -
     return f"{said}: there are {listed(found)}: {advice}"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name of a column without what case and outer spaces make of it."""
     return name.strip().casefold()
+
+
+def likely(name: str, wanted: str) -> bool:
+    """Whether a plain name is one of `text` or `label`, or one that others give such a column."""
+    return name == wanted or name in _LIKELY[wanted]
 
 
 def listed(names: Sequence[str]) -> str:

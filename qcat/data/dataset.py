@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from qcat.data.columns import find_column, missing
 from qcat.data.csv_rows import csv_columns, csv_note, csv_rows
+from qcat.data.json_faults import shape_fault
 from qcat.data.json_rows import json_note, json_rows
 from qcat.data.opened import FORMATS, FoundRow
 from qcat.data.parquet import class_names, parquet_file
@@ -25,7 +26,7 @@ from qcat.encoding.prompt import clean_question
 from qcat.errors import DataError, QuestionError
 from qcat.task import Task
 
-_COLUMNS = ("text", "label", "group", "instruction", "input", "output")
+_COLUMNS = ("text", "label", "group", "instruction", "input", "output", "label_text")
 _LABELLED = ("text", "label")
 
 
@@ -180,6 +181,11 @@ def _row(fields: Mapping[str, Any], line: int) -> Row | BadRow:
     if "output" in fields and "label" not in fields:  # Alpaca's names
         given = fields.get("input") or fields.get("instruction")
         fields = {**fields, "text": given, "label": fields["output"]}
+    label, words = fields.get("label"), fields.get("label_text")
+    numbered = type(label) is int or (isinstance(label, str) and label.strip().isdecimal())
+    if numbered and isinstance(words, str) and words.strip():
+        said = f"the label is the number {label}, its name stands under 'label_text': rename"
+        return BadRow(line, f"{said} that to 'label', and leave the numbers out")
     for key in _LABELLED:
         if problem := _no_text(fields, key):
             return BadRow(line, problem)
@@ -198,15 +204,19 @@ def _no_text(fields: Mapping[str, Any], key: str) -> str | None:
     if key not in fields:
         return f"no text under {key!r}"
     value = fields[key]
+    kind = type(value).__name__
     if isinstance(value, str):
         return None
     if value is None or value != value:
         return f"no text under {key!r} but {'null' if value is None else 'NaN'}: write words"
-    shown = json.dumps(value, default=str)
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    plain = isinstance(value, bool | int | float | list | dict)
+    shown = json.dumps(value, default=str) if plain else json.dumps(str(value))[1:-1]
     shown = shown if len(shown) <= 40 else f"{shown[:39]}…"
     if isinstance(value, list | dict):
         return f"no text under {key!r} but {shown}: write one text"
-    return f'no text under {key!r} but {type(value).__name__} {shown}: write it as text, "{shown}"'
+    return f'no text under {key!r} but {kind} {shown}: write it as text, "{shown}"'
 
 
 def _name(text: str) -> str:
@@ -240,20 +250,19 @@ def _json(path: Path, wanted: tuple[str, ...]) -> Iterator[FoundRow]:
             yield line, str(error)
             continue
         absent = _absent(meant, wanted)
-        yield (
-            line,
-            missing(absent, tuple(fields), "key")
-            if absent
-            else {name: fields[key] for name, key in meant.items()},
-        )
+        named = [key for name, key in meant.items() if name in wanted]
+        if fault := shape_fault(fields, named, absent, shape):
+            yield line, fault
+        elif absent:
+            yield line, missing(absent, tuple(fields), "key")
+        else:
+            yield line, {name: fields[key] for name, key in meant.items()}
 
 
 def _csv(path: Path, wanted: tuple[str, ...]) -> Iterator[FoundRow]:
     columns = csv_columns(path)
     if not columns:
         raise DataError(f"{path}:1: is empty: write a header line with {' and '.join(wanted)}")
-    if columns[0].lstrip()[:1] in ("{", "["):
-        raise DataError(f"{path}:1: looks like JSON: name the file .jsonl")
     meant = _columns(f"{path}:1", columns, wanted, "the header line has ")
     for line, fields in csv_rows(path):
         if isinstance(fields, str):
@@ -271,7 +280,10 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[FoundRow]:
     for line, row in enumerate(rows, 1):
         fields = {name: row[key] for name, key in meant.items()}
         number = fields.get("label")
-        if type(number) is int and 0 <= number < len(classes):
+        if classes and "label" in wanted and type(number) is int:
+            if not 0 <= number < len(classes):
+                yield line, f"a row without a label ({number} in a ClassLabel column): leave it out"
+                continue
             fields["label"] = classes[number]
         yield line, fields
 

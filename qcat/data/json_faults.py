@@ -1,13 +1,57 @@
-"""Why a text is not JSON, in words that name the usual slips."""
+"""Why a text is not JSON, or an object no row, in words that name the usual slips."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from qcat.data.columns import CHATS, likely, listed, plain_name
+from qcat.data.first_lines import YAML
 
 _TYPOGRAPHIC = "‘’‚‛“”„‟«»"
 _TRAILING = re.compile(r",\s*[}\]]")
 _PYTHON = re.compile(r"(?:None|True|False|undefined)\b")
+
+
+def shape_fault(
+    fields: Mapping[str, Any], named: Collection[str], absent: Sequence[str], shape: str
+) -> str | None:
+    """What is wrong with an object that has the values of many rows in it, or rows further down.
+
+    Args:
+        fields: the object.
+        named: those of its keys that a row has.
+        absent: the names of keys that it lacks.
+        shape: what an object should look like.
+    """
+    advice = f"write one object a line, {shape}"
+    alike = fields if absent else named
+    enough = len(named) > 1 or (absent and any(map(_known, fields)))
+    if enough and all(_is_column(fields[key]) for key in alike):
+        return f'columns, not rows: {advice} (pandas: to_json(orient="records", lines=True))'
+    spare = [key for key, value in fields.items() if isinstance(value, str) and key not in named]
+    deeper = [key for key, value in fields.items() if isinstance(value, list | dict)]
+    if deeper and len(spare) < len(absent) and not any(key in CHATS for key in fields):
+        keys = f"key{'s' if len(absent) > 1 else ''} {' and '.join(map(repr, absent))}"
+        return f"no {keys} but nested values under {listed(deeper)}: {advice}"
+    return None
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a value has those of many rows, in a list or by their numbers."""
+    if isinstance(value, dict):
+        return bool(value) and all(key.isdecimal() for key in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and not any(isinstance(one, list | dict) for one in value)
+    )
+
+
+def _known(key: str) -> bool:
+    return any(likely(plain_name(key), wanted) for wanted in ("text", "label"))
 
 
 def json_fault(text: str, error: Exception) -> str:
@@ -32,6 +76,8 @@ def _slip(text: str, error: json.JSONDecodeError) -> str | None:
         if rest[:1] in "{[":
             return "several objects on one line: write one a line"
         return None
+    if rest.startswith("\ufeff"):
+        return "a byte order mark within the file, as joined files have: remove it"
     if error.msg.startswith("Unterminated string"):
         return f"the text that begins in column {error.colno} does not end: the line is cut off"
     if not rest:
@@ -55,6 +101,8 @@ def _slip(text: str, error: json.JSONDecodeError) -> str | None:
 
 def _plain(text: str, error: json.JSONDecodeError) -> str:
     shown = text[error.pos :].strip().partition("\n")[0][:20]
+    if YAML.match(text):
+        return "it looks like YAML: write JSON, one object a line"
     if not text[: error.pos].strip() and error.msg == "Expecting value":
         return f"found {shown!r}: write {{…}}, or name a CSV file .csv"
     return f"{error.msg} in column {error.colno}, found {shown!r}"

@@ -34,6 +34,8 @@ class _Document(NamedTuple):
     """Where the first object is looked for."""
     in_list: bool
     note: str
+    whole: bool = False
+    """Whether the list is to be all of the file."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,7 +90,10 @@ def _line_rows(path: Path, shape: str) -> Iterator[FoundRow]:
 def _fields(value: Any, shape: str) -> dict[str, Any] | str:
     if isinstance(value, _Repeated):
         return f"two values under the key {value.key[:60]!r}: keep one"
-    return value if isinstance(value, dict) else f"{shape} expected"
+    if isinstance(value, dict):
+        return value
+    found = ", found a list: write one object a line" if isinstance(value, list) else ""
+    return f"{shape} expected{found}"
 
 
 # Files that are no JSONL
@@ -115,7 +120,7 @@ def _document(path: Path) -> _Document | None:
     with opened_text(path, newline=None) as file:
         text = file.read()
     if first[0] == "[":
-        return _Document(text, text.index("[") + 1, True, "read as one list of objects")
+        return _Document(text, text.index("[") + 1, True, "read as one list of objects", True)
     return _of_objects(text)
 
 
@@ -157,6 +162,10 @@ def _document_rows(document: _Document, shape: str) -> Iterator[FoundRow]:
         if document.in_list and text[at] == "]":
             if wants_object:
                 yield line, "a comma after the last object: remove it"
+            at = _after_space(text, at + 1)
+            if document.whole and at < len(text):
+                line += text.count("\n", counted, at)
+                yield line, "more after the list, which has ended: make one list of all objects"
             return
         try:
             value, end = _DECODER.raw_decode(text, at)

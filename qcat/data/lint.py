@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import get_args
 
 from qcat.data.characters import unmangle
+from qcat.data.csv_rows import csv_separator
 from qcat.data.dataset import BadRow, Row, jsonl_line, reading_notes, scan_rows
 from qcat.data.findings import Finding, Question, Report, Severity, same_questions
 from qcat.data.lint_names import name_findings, token_findings
 from qcat.data.lint_questions import (
     character_findings,
+    joined_findings,
     label_findings,
     length_findings,
     repeat_findings,
@@ -69,6 +71,8 @@ def lint(task: Task, path: Path | None = None, tokenizer: Tokenizer | None = Non
         findings += label_findings(task, questions)
         findings += repeat_findings(questions)
         findings += character_findings(questions)
+        if FORMATS.get(path.suffix.lower()) == ".csv":
+            findings += joined_findings(task, questions, csv_separator(path))
         if encoded or not tokenizer:  # else what is wrong with the tokens is a finding already
             findings += length_findings(questions, encoded)
     order = get_args(Severity)

@@ -16,16 +16,22 @@ from qcat.errors import TaskError
 from qcat.task import Task
 
 _NO_BREAK = re.compile("[\u00a0\u2007\u202f]")
+# What programs write for no value; "none" is what people may call a label
+_MISSING = ("NA", "<NA>", "N/A", "NaN", "nan", "None", "NULL", "null", "\\N")
 _OVERLAP = 0.6  # words of two names that both have, over the words that either has
 _LIKE = 0.88  # difflib's ratio of two names, about one letter in eight
 
 
 def name_findings(task: Task) -> Iterator[Finding]:
-    """Labels whose names could mean the same, begin one another, or have odd characters."""
+    """Labels whose names could mean the same, begin one another, have odd characters, or may stand
+    for none."""
     for label in task.labels:
         for code, what, advice in oddities(label):
             message = f"label {shown(label)} has {what}: {advice}"
             yield Finding("warning", code, message, labels=(label,))
+        if label in _MISSING:
+            message = f"label {shown(label)} may stand for none: leave out its rows, or rename it"
+            yield Finding("warning", "label-missing", message, labels=(label,))
         if space := _NO_BREAK.search(label):
             message = f"label {shown(label)} has the no-break space U+{ord(space[0]):04X}"
             message += ": write a plain one"

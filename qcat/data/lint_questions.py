@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -188,6 +189,24 @@ def character_findings(questions: Iterable[Question]) -> Iterator[Finding]:
         for code, found, advice in oddities(raw):
             message = f"{shown(question.text)} has {found}: {advice}"
             yield Finding("warning", code, message, (line,), (question.label,))
+
+
+def joined_findings(task: Task, questions: Iterable[Question], separator: str) -> Iterator[Finding]:
+    """Texts of CSV over several lines of which one looks like a row: a stray quote joins rows.
+
+    A comma before a space, or between digits, is one of a sentence.
+    """
+    parted = re.compile(re.escape(separator) + r"[^\s\d]")
+    for question in questions:
+        lines = question.row.text.splitlines()
+        if len(lines) > 1 and any(
+            parted.search(line) or any(task.spelled(part.strip()) for part in line.split(separator))
+            for line in lines
+        ):
+            message = f"{shown(question.text)} has a line that looks like a row: is a quote astray?"
+            message += " Remove or close it"
+            line, label = (question.row.line,), (question.label,)
+            yield Finding("warning", "joined-rows", message, line, label)
 
 
 def length_findings(

@@ -15,7 +15,8 @@ FoundRow = tuple[int, dict[str, Any] | str]
 """The line where a row begins, from 1, and its fields by column; or, of a row that cannot be read,
 what is wrong with it."""
 FORMATS = {
-    ".csv": ".csv", ".tsv": ".csv", ".jsonl": ".jsonl", ".json": ".jsonl", ".parquet": ".parquet",
+    ".csv": ".csv", ".tsv": ".csv", ".tab": ".csv", ".jsonl": ".jsonl", ".json": ".jsonl",
+    ".parquet": ".parquet",
 }  # fmt: skip
 """Suffixes of files that are read, with the usual one of their format."""
 
@@ -43,7 +44,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def opened_text(path: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
-    """A file of UTF-8 text to read, with or without a byte order mark.
+    """A file of UTF-8 text to read, with or without a byte order mark, and Ctrl-Z at its end.
 
     Bytes that are no UTF-8 are left as surrogates, for `badly_encoded` to find in their row.
 
@@ -57,9 +58,36 @@ def opened_text(path: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
     with opened(path) as file:
         if what := foreign(file.read(HEAD)):
             raise DataError(f"{path}: {what}")
+        padding = _padding(file)
         file.seek(0)
-        with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline) as text:
+        source = io.BufferedReader(_Shorter(file, padding)) if padding is not None else file
+        with io.TextIOWrapper(source, "utf-8-sig", "surrogateescape", newline) as text:
             yield text
+
+
+class _Shorter(io.RawIOBase):
+    """A file up to one of its bytes."""
+
+    def __init__(self, file: IO[bytes], end: int) -> None:
+        self._file, self._left = file, end
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(min(len(buffer), self._left))
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        return len(data)
+
+
+def _padding(file: IO[bytes]) -> int | None:
+    """Where the Ctrl-Z begin with which old programs end a text; None if there is none."""
+    end = file.seek(0, io.SEEK_END)
+    file.seek(max(0, end - 128))
+    tail = file.read()
+    kept = len(tail.rstrip(b"\x1a"))
+    return None if kept == len(tail) else end - len(tail) + kept
 
 
 def badly_encoded(text: str) -> str | None:

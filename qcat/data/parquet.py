@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcat.charset import HEAD, foreign
+from qcat.data.columns import check_names
 from qcat.data.opened import opened
 from qcat.errors import DataError
 
@@ -18,7 +19,8 @@ def parquet_file(path: Path) -> Iterator[Any]:
     """A `pyarrow.parquet.ParquetFile` that reads a little at a time.
 
     Raises:
-        DataError: the file cannot be read, or is no Parquet; also for what is raised within.
+        DataError: the file cannot be read, is no Parquet, or has a name twice; also for what is
+            raised within.
     """
     import pyarrow
     import pyarrow.parquet
@@ -30,7 +32,9 @@ def parquet_file(path: Path) -> Iterator[Any]:
         file.seek(0)
         try:
             # Without a buffer a whole column of a row group would be read at once.
-            yield pyarrow.parquet.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False)
+            table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False)
+            check_names(str(path), table.schema_arrow.names)
+            yield table
         except (pyarrow.ArrowException, ValueError) as error:
             reason = (str(error).splitlines() or ["it is damaged"])[0]
             raise DataError(f"{path}: not a Parquet file: {reason}") from None

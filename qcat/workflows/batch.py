@@ -135,7 +135,7 @@ def batch(
         table = open_table(source, kind)
         names = {f"{prefix}{name}": values for name, values in COLUMNS.items()}
         column = _columns(table, column, tuple(names))
-        about = _about(classifier, fingerprint, format_read(source), column)
+        about = _about(classifier, fingerprint, source.suffix.lower(), column)
         summary = Summary(table.count, journal.begin(about))
         if summary.before > table.count:  # the input had more while it was worked on
             raise DataError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import accumulate, pairwise
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcat.charset import wider
+from qcat.charset import HEAD, foreign
 from qcat.cli import COMMANDS
 from qcat.cli.stdin_lines import available_lines
 
@@ -86,13 +88,38 @@ def test_utf16_on_stdin_is_named(house, encoding, more):
     assert done.stderr.decode() == f"qcat: error: stdin: not UTF-8 but {name}: save it as UTF-8\n"
 
 
+BINARY = {
+    b"PK\x03\x04\x14\0\x06\0\n": "an Excel workbook or other ZIP file: save the table as CSV UTF-8",
+    gzip.compress(b"who?\nwhen?\n"): "a gzip file: unpack it",
+    b"%PDF-1.7\n%\xe2\xe3\n": "a PDF: save the table as CSV UTF-8",
+    b"GGUF\x03\0\0\0": "a GGUF model: name a file of text",
+}
+
+
+@pytest.mark.parametrize("data", list(BINARY))
+def test_what_is_no_text_on_stdin_is_named(house, data):
+    program = Path(sys.executable).with_name("qcat")
+    done = subprocess.run([program, "ask", "-m", house], input=data, capture_output=True)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode() == f"qcat: error: stdin: {BINARY[data]}\n"
+
+
+def test_lines_end_on_stdin_as_in_files(house):
+    program = Path(sys.executable).with_name("qcat")
+    text = b"GGUF models: which?\rBZh?\r\n%PDF-what?\nlast"
+    done = subprocess.run([program, "ask", "-m", house, "--json"], input=text, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    asked = [json.loads(line)["question"] for line in done.stdout.splitlines()]
+    assert asked == ["GGUF models: which?", "BZh?", "%PDF-what?", "last"]
+
+
 @given(
-    st.lists(st.binary(max_size=6), max_size=8).map(b"\n".join),
+    st.lists(st.binary(max_size=6) | st.sampled_from([b"\r", b"\n"]), max_size=12).map(b"".join),
     st.lists(st.integers(1, 4), min_size=1, max_size=8),
 )
 def test_lines_of_any_bytes_keep_their_number(data, sizes):
     """However they come: whole lines, and one for each in the input."""
-    if wider(data):
+    if foreign(data[:HEAD]):
         return
     ends = list(accumulate(sizes))
     pieces = [data[a:b] for a, b in pairwise([0, *ends])] + [data[ends[-1] :]]
@@ -105,13 +132,13 @@ def test_lines_of_any_bytes_keep_their_number(data, sizes):
         sink.close()
         for group in lines:
             found += group
-    wanted = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if data.endswith(b"\n") or not data:
+    wanted = re.split(rb"\r\n|\r|\n", data.removeprefix(b"\xef\xbb\xbf"))
+    if data.endswith((b"\n", b"\r")) or not data:
         wanted.pop()
     assert len(found) == len(wanted)
     for line, given_bytes in zip(found, wanted, strict=True):
-        assert line.text == given_bytes.removesuffix(b"\r").decode(errors="replace")
-        assert (line.error is None) == (line.text.encode() == given_bytes.removesuffix(b"\r"))
+        assert line.text == given_bytes.decode(errors="replace")
+        assert (line.error is None) == (line.text.encode() == given_bytes)
 
 
 def test_a_closed_pipe_is_no_traceback(house):

@@ -390,12 +390,12 @@ def test_stopped_and_given_again_is_not_stopped_to_the_last_digit(rows, folder, 
 
 
 def test_the_same_bytes_under_another_suffix_are_another_input(folder, house):
-    # As CSV each line has four fields, the second of them `text`.
-    rows = [{"a,text,b": number, "text": "who fixed the gate latch"} for number in range(5)]
-    source, target = write(folder / "in.jsonl", rows), folder / "out.jsonl"
+    source, target = folder / "in.csv", folder / "out.jsonl"
+    # Separated by commas or by tabs, there are two columns, one of them `text`.
+    source.write_text("text,x\ttext\n" + "who fixed the latch,a\twhy\n" * 5)
     part = stop(house, source, target, 2)
-    (folder / "in.csv").write_bytes(source.read_bytes())
-    refuse(house, folder / "in.csv", target, f"{part}: is half-done work with another input: give")
+    (folder / "in.tsv").write_bytes(source.read_bytes())
+    refuse(house, folder / "in.tsv", target, f"{part}: is half-done work with another input: give")
     assert batch(house, source, target).before == 2
 
 

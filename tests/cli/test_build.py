@@ -65,6 +65,15 @@ def test_init_through_the_command(qcat, tmp_path):
     assert Task.read(tmp_path / "b.toml").name == "x"
 
 
+def test_init_warns_of_labels_that_may_be_none(qcat, tmp_path):
+    labels = ["pool", "NA", "\\N", "nan", "None", "nano"]
+    done = qcat("init", write(tmp_path / "q.jsonl", labels))
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "[label-missing]" in line]
+    assert len(said) == 4
+    assert "warning: label 'NA' may stand for none: leave out its rows, or rename it" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -44,9 +45,30 @@ REFUSED = {
     "a workbook": ("q.csv", b"PK\x03\x04....", "an Excel workbook or other ZIP file"),
     "a pointer": ("q.parquet", b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
     "a key twice": ("q.jsonl", b'{"text": "a", "text": "b", "label": "pool"}', "two values under"),
+    "two lists": ("q.json", b'[\n{"text": "a", "label": "pool"}\n]\n[\n]', "more after the list"),
+    "row names": ("q.csv", b'"text","label"\n"1","a","pool"\n', "row names: leave them out"),
+    "a space before a quote": ("q.csv", b'text,label\n"a", "pool"\n', "a space between a sep"),
     "cut": ("q.jsonl", b'{"text": "a", "label"', "the line is cut off"),
     "other columns": ("q.csv", b"question\na\n", "there are 'question': rename 'question' to"),
 }
+
+
+def parquet(columns, rows):
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    table = pyarrow.Table.from_arrays(
+        [list(column) for column in zip(*rows, strict=True)], names=columns
+    )
+    pyarrow.parquet.write_table(table, file)
+    return file.getvalue()
+
+
+REFUSED["two columns of Parquet"] = (
+    "q.parquet",
+    parquet(["text", "label", "label"], [("a", "pool", "fence")]),
+    "two columns are called 'label'",
+)
 
 
 @pytest.mark.parametrize("case", list(REFUSED))

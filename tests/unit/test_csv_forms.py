@@ -7,6 +7,7 @@ alone as for off-topic questions, and the tables of `batch`.
 from __future__ import annotations
 
 import gzip
+import pickle
 from contextlib import suppress
 
 import pytest
@@ -39,12 +40,18 @@ READ = {
     "semicolons, all quoted": b'"text";"label"\n' + QUOTED.replace(b'","', b'";"'),
     "tabs": b"text\tlabel\n" + BARE.replace(b";", b"\t"),
     "Excel's line of the separator": b"sep=;\r\ntext;label\r\n" + BARE,
+    "that line with spaces": b"sep = ;\ntext;label\n" + BARE,
     "that line, in quotes, of a comma": b'"sep=,"\r\ntext,label\r\n' + BODY,
     "that line, of a bar": b"sep=|\ntext|label\n" + BARE.replace(b";", b"|"),
     "capitals in the header": b"TEXT,Label\n" + BODY,
     "spaces in the header": b"text , label\n" + BODY,
     "Excel's empty columns": b"text,label,,\n" + BODY.replace(b"\n", b",,\n"),
-    "fields that are empty beyond the header": b"text,label\n" + BODY.replace(b"\n", b",\n"),
+    "a field that is empty beyond the header": b"text,label\n" + BODY.strip() + b",\n",
+    "spaces after the separators": b"text, label\n" + BODY.replace(b",g", b", g"),
+    "spaces before quotes": b'"text", "label"\n' + QUOTED.replace(b'","', b'",  "'),
+    "spaces before quotes, semicolons": b"text; label\n" + QUOTED.replace(b'","', b'"; "'),
+    "Ctrl-Z at the end": b"text,label\n" + BODY + b"\x1a",
+    "Ctrl-Z to the end of a block": b"text,label\r\n" + BODY + b"\x1a" * 100,
     "labels spelled otherwise": b"text,label\n" + BODY.replace(b"n g", b"n   G"),
     "an index without a name": b",text,label\n0," + BODY.replace(b'\n"', b'\n1,"'),
     "more columns": b"id,text,label,note\n7," + BODY.replace(b'\n"', b',\n8,"').strip() + b",x",
@@ -93,6 +100,8 @@ def test_tabs_in_a_tsv_file(tmp_path):
     assert read_texts(path) == ["who, what;"]
     assert open_table(path, ".csv").columns == ("text", "label")
     assert lint(TASK, path).count("info") == 0  # the suffix said so
+    assert read_texts(write(tmp_path, data, "q.TAB")) == ["who, what;"]
+    assert open_table(tmp_path / "q.TAB", ".csv").count == 1
     write(tmp_path, b'text,label\n"a, b",pool\n', "q.tsv")
     assert read_texts(path) == ["a, b"]
 
@@ -113,6 +122,9 @@ NOTED = {
         "read as columns separated by semicolons",
     ],
     "text,label\na,pool\n": [],
+    'text, label\n"a", "pool"\n': [
+        "read as columns separated by commas, spaces after the separators passed over"
+    ],
 }
 
 
@@ -122,6 +134,30 @@ def test_lint_notes_what_was_guessed(text, tmp_path):
     notes = [f for f in found if f.code == "format"]
     assert sorted(note.message for note in notes) == NOTED[text]
     assert all((note.severity, note.lines) == ("info", (1,)) for note in notes)
+
+
+# Whether a line within a text is like a row
+JOINED = {
+    b'text,label\n"Hi there,pool\nwho said hi",garden gate\nx,pool\n': True,
+    b'label,text\npool,"Hi there\rGarden  gate,who said hi"\nx,pool\n': True,
+    b'text,label\n"Hi there,pond\nwho said hi",garden gate\n': True,
+    b'text;label\n"Hi there; pool\nwho said hi";garden gate\n': True,
+    b'text,label\n"Hi there\npool\nwho said hi",garden gate\n': True,
+    b'text,label\n"Hi,\n1,000 thanks, all","garden gate"\n': False,
+    b'text,label\n"Hi,pool",garden gate\n': False,
+}
+
+
+@pytest.mark.parametrize("data", list(JOINED))
+def test_rows_that_a_stray_quote_joins_are_found(data, tmp_path):
+    tabs = data.replace(b",", b"\t")
+    for path in (write(tmp_path, data), write(tmp_path, tabs, "q.tsv")):
+        if path.suffix == ".tsv" and b";" in data:
+            continue
+        found = [f for f in lint(TASK, path).findings if f.code == "joined-rows"]
+        assert [(f.severity, f.lines) for f in found] == [("warning", (2,))] * JOINED[data]
+    lines = write(tmp_path, b'{"text": "Hi,pool\\nthere", "label": "pool"}', "q.jsonl")
+    assert "joined-rows" not in {f.code for f in lint(TASK, lines).findings}
 
 
 # What every door refuses, with the line and the words that help
@@ -144,7 +180,48 @@ REFUSED = {
         b"question,query,label\na,b,pool\n",
         "no column 'text': there are 'question', 'query' and 'label': name one 'text'",
     ),
-    "a bar between them": (b"text|label\na|pool\n", "there are 'text|label': name them"),
+    "a bar between them": (b"text|label\na|pool\n", "q.csv:1: what separates the columns cannot"),
+    "colons between them": (b"text:label\na:pool\n", "separates the columns cannot be told"),
+    "spaces between them": (
+        b'"text" "label"\n"1" "a" "pool"\n',
+        "q.csv:1: what separates the columns cannot be told: separate them by commas",
+    ),
+    "semicolons or tabs": (
+        b"text;label\tnote\na;pool\tx\n",
+        "separates the columns cannot be told",
+    ),
+    "semicolons and commas": (
+        b"text;label,note\na;pool,x\n",
+        "q.csv:1: the columns are separated in two ways: separate them by commas alone",
+    ),
+    "brackets": (b"[text],[label]\na,pool\n", "there are '[text]' and '[label]': name them 'text'"),
+    "a title": (
+        b"Questions of 2024\n\ntext,label\na,pool\n",
+        "q.csv:1: the header line is not the first: remove the lines above line 3",
+    ),
+    "a title of a spreadsheet": (b"Questions,,\n,,\ntext,label,note\na,pool,x\n", "above line 3"),
+    "a title, other names": (b"Questions\nid;question;category\n1;a;pool\n", "above line 2"),
+    "a comment": (b"# mine, and so\ntext,label\na,pool\n", "the header line is not the first"),
+    "an empty line of a spreadsheet": (b",,\nText,Label,\na,pool,\n", "above line 2"),
+    "an empty header line": (b",,\na,pool,\n", "q.csv:1: the header line is empty: remove it, or"),
+    "the header line twice": (
+        b"text,label\na,pool\n\xef\xbb\xbftext,label\nb,pool\n",
+        "q.csv:3: the header line again, as joined files have it: remove it",
+    ),
+    "YAML": (b"- text: a\n  label: pool\n", "q.csv:1: looks like YAML: write CSV, or JSON"),
+    "RTF": (b"{\\rtf1\\ansi text,label\\par}", "q.csv: an RTF document: save it as plain text"),
+    "Arrow": (b"ARROW1\0\0" + b"\xff" * 60, "q.csv: an Arrow file: write the table as Parquet"),
+    "a stream of Arrow": (b"\xff\xff\xff\xff\x78\0\0\0", "q.csv: an Arrow file"),
+    "a pickle": (pickle.dumps({"text": ["a"]}), "q.csv: a pickle of Python: write the table"),
+    "a workbook of XML": (
+        MARK + b'<?xml version="1.0"?>\n<?mso-application progid="Excel.Sheet"?>',
+        "q.csv: XML, as old Excel workbooks are: save the table as CSV UTF-8",
+    ),
+    "a table of HTML": (b"<table><tr><td>text", "q.csv: a table of HTML: save the table as CSV"),
+    "numbers beside names": (
+        b"text,label,label_text\na,0,pool\n",
+        "q.csv:2: the label is the number 0, its name stands under 'label_text': rename that to",
+    ),
     "two labels": (
         b"text,label,label\na,pool,pool\n",
         "two columns are called 'label': rename one",
@@ -165,6 +242,46 @@ REFUSED = {
     "more fields of tabs": (
         b"text\tlabel\na\tb\tpool\n",
         ":2: more fields than columns: quote a text with tabs",
+    ),
+    "more fields in every row": (
+        b"text,label\na, b,pool\nc, d,pool\n",
+        "q.csv:1: each row has one field more than the header line: leave out row names "
+        "(R: row.names=FALSE), or quote each text with commas",
+    ),
+    "R's row names": (
+        b'"text","label"\n"1","who, and when","pool"\n"12","why","pool"\n',
+        "q.csv:1: each row has one field more than the header line: row names: leave them out, "
+        "in R write.table(",
+    ),
+    "R's row names, one row": (b'"text","label"\n"1","who","pool"\n', "line: row names: leave"),
+    "R's row names, an empty last column": (
+        b'"text","label","note"\n"1","who fixed","pool",""\n"2","why","pool",""\n',
+        "row names: leave them out",
+    ),
+    "R's row names that are words": (
+        b'"text","label","note"\n"q1","who fixed","pool",""\n"q2","why","pool",""\n',
+        "each row has one field more than the header line: leave out row names (R: row.names=FALSE)"
+        ", or the empty last field",
+    ),
+    "a space before a quote": (
+        b'text,label\na,pool\n"why", "pool"\n',
+        "q.csv:3: a space between a separator and a quote: remove it",
+    ),
+    "a space before a quote, a comma within": (
+        b'label,text\npool,a\ngarden gate, "the gate, again"\n',
+        "q.csv:3: a space between a separator and a quote: remove it",
+    ),
+    "spaces around the separator": (
+        b'"text" , "label"\n"why" , "pool"\n',
+        "q.csv:1: not CSV: a space between a quote and a separator: remove it",
+    ),
+    "R's backslashes": (
+        b'"text","label"\n"a \\"3/4\\" pipe","pool"\n',
+        'q.csv:2: not CSV: a backslash before a quote: write the quote twice, "" (R: qmethod=',
+    ),
+    "a space after a quote": (
+        b'text,label\n"why" ,pool\n',
+        "q.csv:2: not CSV: a space between a quote and a separator: remove it",
     ),
     "fewer fields": (b"text,label\na,pool\nb\n", "q.csv:3: no text under 'label'"),
     "a quote in quotes": (
@@ -242,7 +359,7 @@ def test_one_line_says_what_is_wrong(case, tmp_path):
     assert words in message
     assert message.startswith(str(path))
     assert message.isprintable()
-    assert "commas" not in message or b";" not in data
+    assert "with commas" not in message or b";" not in data
     if whole := refusal(lambda: lint(TASK, path)):
         assert whole == message
         return
@@ -257,7 +374,13 @@ NO_TABLE = [
     "Windows-1252", "Windows-1252 in the header", "UTF-16", "UTF-16 without a mark", "UTF-32",
     "a workbook", "gzip", "a Git LFS pointer", "a web page", "zero bytes", "two labels",
     "two without a name", "more fields", "more fields of semicolons", "a quote in quotes",
-    "an open quote",
+    "an open quote", "more fields in every row", "R's row names", "R's row names, one row",
+    "R's row names, an empty last column", "R's row names that are words",
+    "spaces between them", "semicolons and commas", "a title", "a comment",
+    "a title of a spreadsheet",
+    "an empty line of a spreadsheet", "the header line twice", "YAML", "JSONL", "RTF", "Arrow",
+    "a pickle", "a workbook of XML", "a table of HTML",
+    "a space before a quote", "a space before a quote, a comma within", "a space after a quote",
 ]  # fmt: skip
 
 

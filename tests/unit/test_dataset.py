@@ -6,6 +6,7 @@ import csv
 import json
 import unicodedata
 from contextlib import nullcontext, suppress
+from datetime import date
 
 import pytest
 from hypothesis import given
@@ -20,8 +21,11 @@ from qcat.data.dataset import (
     read_texts,
     scan_rows,
 )
+from qcat.data.lint import lint
+from qcat.data.tables import open_table
 from qcat.errors import DataError
 from qcat.task import Task
+from qcat.workflows.init import init_task
 
 TASK = Task("house", {"pool": "", "water heater": "", "café": ""})
 ROWS = [
@@ -209,6 +213,34 @@ def test_parquet_without_the_columns_and_with_wide_others(tmp_path):
     write_parquet(path, [{"text": "a", "label": 1}])  # as sets on the hub have it
     with pytest.raises(DataError, match=r"q\.parquet:1: no text under 'label' but int 1: write"):
         read_rows(path)
+    for value, said in (
+        (date(2026, 1, 2), 'date 2026-01-02: write it as text, "2026-01-02"'),
+        (b"pool", 'bytes pool: write it as text, "pool"'),
+    ):
+        write_parquet(path, [{"text": "a", "label": value}])
+        with pytest.raises(DataError, match=f"no text under 'label' but {said}"):
+            read_rows(path)
+
+
+def test_parquet_with_two_columns_of_one_name(tmp_path):
+    import pyarrow.parquet
+
+    path = tmp_path / "q.parquet"
+    table = pyarrow.Table.from_arrays(
+        [["why"], ["pool"], ["water heater"]], names=["text", "label", "label"]
+    )
+    pyarrow.parquet.write_table(table, path)
+    for door in (
+        read_rows,
+        read_texts,
+        init_task,
+        lambda path: lint(TASK, path),
+        lambda path: open_table(path, ".csv"),
+        lambda path: open_table(path, ".parquet"),
+    ):
+        with pytest.raises(DataError) as caught:
+            door(path)
+        assert str(caught.value) == f"{path}: two columns are called 'label': rename one"
 
 
 def classes(rows, feature):
@@ -229,9 +261,12 @@ def test_parquet_with_class_labels(tmp_path):
     pyarrow.parquet.write_table(classes(rows, names), path)
     assert [row.label for row in read_rows(path)] == ["Water Heater", "pool"]
     assert [example.label for example in read_examples(path, TASK)] == [1, 0]
-    pyarrow.parquet.write_table(classes([{"text": "a", "label": -1}], names), path)
-    with pytest.raises(DataError, match=r"q\.parquet:1: no text under 'label' but int -1"):
-        read_rows(path)
+    for number in (-1, 2):
+        pyarrow.parquet.write_table(classes([{"text": "a", "label": number}], names), path)
+        said = rf"q\.parquet:1: a row without a label \({number} in a ClassLabel column\): leave it"
+        with pytest.raises(DataError, match=said):
+            read_rows(path)
+        assert read_texts(path) == ["a"]
     for feature in ({"_type": "Value"}, {"_type": "ClassLabel"}, {"names": 3}, None, []):
         pyarrow.parquet.write_table(classes(rows, feature), path)
         with pytest.raises(DataError, match="but int 1: write it as text"):

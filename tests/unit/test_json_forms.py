@@ -53,6 +53,8 @@ READ = {
     "labels spelled otherwise": (
         "\n".join(LINES).replace("garden gate", " Garden  GATE"), [1, 2], None,
     ),
+    "Ctrl-Z at the end": ("\n".join(LINES) + "\n\x1a", [1, 2], None),
+    "Ctrl-Z after a list": (json.dumps(ROWS) + "\x1a", [1, 1], "one list of objects"),
     "more keys": (
         "\n".join(json.dumps({"id": 1, **row, "meta": {"a": [1, None]}}) for row in ROWS), [1, 2],
         None,
@@ -126,6 +128,20 @@ REFUSED = {
     ),
     "a comma before the bracket": (f"[\n{A},\n{A},\n]", 4, "a comma after the last object"),
     "no comma in a list": (f"[\n{A}\n{A}\n]", 3, "a comma or ] expected after the object"),
+    "a list after a list": (
+        f"[\n{A}\n]\n[\n{A}\n]\n",
+        4,
+        "more after the list, which has ended: make one list of all",
+    ),
+    "a line after a list": (f"[\n{A}\n]\n\n{A}\n", 5, "more after the list, which has ended"),
+    "a comma after a list": (f"[{A}],", 1, "more after the list"),
+    "a list a line": (f"[{A}]\n[{A}]\n", 1, "expected, found a list: write one object a line"),
+    "a list after objects": (
+        json.dumps(ROWS[0], indent=1) + f"\n[{A}]",
+        5,
+        "expected, found a list",
+    ),
+    "a byte order mark within": (f"{A}\n\ufeff{A}\n", 2, "a byte order mark within the file"),
     "a list that does not end": (f"[\n{A},\n{A}", 3, "the list does not end: ] expected"),
     "a list cut in an object": (f"[\n{A},\n{A[:-9]}", 3, "does not end"),
     "a cut text": (f'{A}\n{{"text": "a", "la', 2, "does not end: the line is cut off"),
@@ -194,9 +210,45 @@ REFUSED = {
     "a list under another key": (
         json.dumps({"foo": ROWS}),
         1,
-        "no keys 'text' and 'label': there are 'foo'",
+        "no keys 'text' and 'label' but nested values under 'foo': write one object a line",
     ),
-    "two lists": (json.dumps({"data": ROWS, "rows": ROWS}), 1, "there are 'data' and 'rows'"),
+    "two lists": (json.dumps({"data": ROWS, "rows": ROWS}), 1, "values under 'data' and 'rows'"),
+    "splits": (json.dumps({"train": ROWS, "test": ROWS}), 1, "values under 'train' and 'test'"),
+    "rows by number": (json.dumps({"0": ROWS[0], "1": ROWS[1]}), 1, "values under '0' and '1'"),
+    "an export of an annotation tool": (
+        json.dumps({"id": 1, "data": {"text": "a"}, "annotations": []}),
+        1,
+        "no keys 'text' and 'label' but nested values under 'data' and 'annotations'",
+    ),
+    "other keys beside nested ones": (
+        json.dumps({"question": "a", "category": "pool", "meta": {"a": 1}}),
+        1,
+        "rename 'question' to 'text' and 'category' to 'label'",
+    ),
+    "columns of lists": (
+        json.dumps({"text": ["a", "b"], "label": ["pool", "pool"]}, indent=1),
+        1,
+        'columns, not rows: write one object a line, {"text": …, "label": …} (pandas: to_json(',
+    ),
+    "columns of pandas": (
+        json.dumps({"Text": {"0": "a"}, "Label": {"0": "pool"}}),
+        1,
+        "columns, not rows",
+    ),
+    "columns of other names": (
+        json.dumps({"question": ["a"], "category": ["pool"]}),
+        1,
+        "columns, not rows",
+    ),
+    "numbers beside names": (
+        '{"text": "a", "label": 3, "label_text": "pool"}',
+        1,
+        "the label is the number 3, its name stands under 'label_text': rename that to 'label'",
+    ),
+    "YAML": ("- text: a\n  label: pool\n", 1, "it looks like YAML: write JSON, one object a line"),
+    "YAML with a mark": ("---\n- text: a\n", 1, "it looks like YAML"),
+    "RTF": ("{\\rtf1 a}", None, "an RTF document: save it as plain text"),
+    "a pickle": (b"\x80\x05\x95a", None, "a pickle of Python"),
     "Windows-1252": (
         A.encode() + b'\n{"text": "caf\xe9"}',
         2,
@@ -241,6 +293,7 @@ def test_one_line_says_what_is_wrong(case, tmp_path):
 @pytest.mark.parametrize(
     "case",
     ["single quotes", "a comma after each object", "a key twice", "Windows-1252", "UTF-16", "gzip",
+     "a list after a list", "a line after a list",
      "objects on one line", "a list that does not end", "CSV"],
 )  # fmt: skip
 def test_all_doors_say_the_same(case, tmp_path):

@@ -121,6 +121,14 @@ REFUSED = {
         HEAD + '[labels]\n"pool" = ""\n"po\u00adol" = ""\n',
         "differ in the invisible U+00AD",
     ),
+    "an emoji in another form": (
+        HEAD + '[labels]\n"\u2764" = ""\n"\u2764\ufe0f" = ""\n',
+        "differ in the invisible U+FE0F: keep one",
+    ),
+    "a mark of direction": (
+        HEAD + '[labels]\n"pool\u200f" = ""\n"pool" = ""\n',
+        "differ in the invisible U+200F",
+    ),
     "Cyrillic letters": (
         HEAD + '[labels]\n"p\u043eol" = ""\n"pool" = ""\n',
         "look the same, but one has a CYRILLIC SMALL LETTER O: keep one",
@@ -152,6 +160,7 @@ REFUSED = {
     ),
     "UTF-16": ((HEAD + LABELS).encode("utf-16"), "not UTF-8 but UTF-16: save it as UTF-8"),
     "UTF-16 without a mark": ((HEAD + LABELS).encode("utf-16-le"), "not UTF-8 but UTF-16"),
+    "RTF": ("{\\rtf1 name}", "task.toml: an RTF document: save it as plain text"),
     "gzip": (gzip.compress(b"name"), "a gzip file: unpack it"),
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
 }
