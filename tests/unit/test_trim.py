@@ -403,7 +403,7 @@ def test_other_tokenizers_are_refused(call, make_checkpoint, tmp_path):
     args = ["export", tmp_path, "-t", EXAMPLE / "task.toml", "--vocab", "trim"]
     done = call(*args, "-o", tmp_path / "out")
     assert done.returncode == 1
-    assert "byte-level BPE expected, found Unigram" in done.stderr
+    assert "BPE expected, found Unigram" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
