@@ -345,7 +345,7 @@ class ReviewQueue:
 
     @property
     def _db(self) -> sqlite3.Connection:
-        if self._process != os.getpid():  # SQLite's locks do not survive a fork: the file could be damaged
+        if self._process != os.getpid():  # SQLite's locks do not work there: the file could be lost
             raise ReviewError(f"{self.path}: was opened before a fork: open it in the child")
         return self._connection
 

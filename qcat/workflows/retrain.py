@@ -162,8 +162,8 @@ def retrain(
         if new.is_in(new_run):
             report(Kept(new_run, "trained"))
         else:
-            # From the base, not from the old adapter: one recipe for the first model and the
-            # tenth, which anyone can repeat from the questions, and no drift from tuning on tuning.
+            # From the base, not from the old adapter: every model is made by the same recipe, can
+            # be reproduced from the questions, and does not drift by repeated fine-tuning.
             report(Trained(train(new.task, new.split, new.settings, new_run, progress)))
         weights = fingerprint(base_folder(new.settings.base), new_run)
         if _source(serving) == weights:
