@@ -41,7 +41,7 @@ def load(key: bytes) -> memoryview | None:
         mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
         if not (mine and S_ISREG(status.st_mode) and status.st_size - _START <= MAX_CONTENT):
             return None
-        data = bytearray(status.st_size)  # the only copy: for a large prompt it is as large as a model
+        data = bytearray(status.st_size)  # the only copy: a large prompt's is as large as a model
         with path.open("rb", buffering=0) as file:
             whole = file.readinto(data) == len(data)
         content = memoryview(data)[_START:]
@@ -79,7 +79,7 @@ def _path(key: bytes) -> Path:
 
 
 def _trim(place: Path) -> None:
-    """Remove leftovers of killed processes, and the least recently used files until the rest fits."""
+    """Remove leftovers of killed processes, then the least recently used until the rest fits."""
     found = []
     for path in place.glob(f"*{_SUFFIX}"):
         with suppress(OSError):  # another process may have removed it

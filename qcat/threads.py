@@ -39,7 +39,8 @@ def wait_briefly() -> None:
     Spinning threads take cores from other processes, but threads that sleep at once are slow on an
     otherwise idle machine. A training step of SmolLM2-135M on two cores took, on an idle machine
     and next to one busy process: 1.5 and 6.8 s with OpenMP's defaults, 1.8 and 3.1 s with this
-    setting, 2.9 and 2.6 s with OMP_WAIT_POLICY=passive. OpenMP reads this when it is loaded: call it before torch is imported.
+    setting, 2.9 and 2.6 s with OMP_WAIT_POLICY=passive. OpenMP reads the setting when it is
+    loaded: call this before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

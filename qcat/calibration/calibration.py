@@ -62,11 +62,11 @@ class Conformal:
     Vovk et al. 2005, Algorithmic Learning in a Random World; Sadinle et al. 2019, Least Ambiguous
     Set-Valued Classifiers, whose sets are the smallest on average. A set holds every label that
     is at least as probable as the k-th least probable right label of the held-out questions, and
-    none if the question's on-topic score is below the k'-th lowest. Each leaves out the truth of
-    a new question with a probability of at most k / (n + 1), so that the chances add up to
-    1 − coverage at most, whatever the model is worth. That is exact for scores of questions that
-    served for nothing else; here the temperature and the signals' places, five numbers, come from
-    the same ones, and bench/trust.py shows that it hardly matters.
+    none if the question's on-topic score is below the k'-th lowest. Each of the two
+    misses the right label of a new question with a probability of at most k / (n + 1), so that the
+    probabilities add up to at most 1 − coverage, however good or bad the model is. This is exact if
+    the questions were used for nothing else. Here the temperature and the signals' positions, five
+    numbers, come from the same questions; bench/trust.py shows that this hardly matters.
     """
 
     truth: tuple[float, ...]
