@@ -90,7 +90,7 @@ class LlamaModel:
     ) -> None:
         log = capture_log(verbose=verbose)
         self.path, self.repacked = path, repack and repacks()
-        self.lock = new_lock(Guards.MODEL)  # guards everything that a `close` in another thread would break
+        self.lock = new_lock(Guards.MODEL)  # of everything that a `close` elsewhere would break
         self._stack = ExitStack()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()

@@ -69,7 +69,7 @@ class LlamaScorer:
         self._model, self._trie, self._room = model, trie, room
         self._prefix, self._threads, self._fingerprint = list(prefix), threads, fingerprint
         self._n_prefix = len(prefix)
-        self._lock = new_lock(Guards.CONTEXT)  # not the model's, which others may use at the same time
+        self._lock = new_lock(Guards.CONTEXT)  # not the model's, which others may use too
         self._stack, self._context_stack = ExitStack(), ExitStack()
         deep = trie.deep_branches
         paths = [len(branch.path) for branch in deep]
@@ -104,7 +104,7 @@ class LlamaScorer:
         self._begin(min(PASS_TOKENS, self._most_tokens))
 
     def _cells(self, tokens: int) -> int:
-        """KV cells for the prefix, the given number of question tokens, and the branches after them."""
+        """KV cells for the prefix, this many question tokens, and the branches after them."""
         return self._n_prefix + tokens + self._deep_cells
 
     def _begin(self, tokens: int) -> None:
@@ -197,7 +197,7 @@ class LlamaScorer:
             yield from self._score_group(group)
 
     def _make_room(self, tokens: int) -> None:
-        """Ensure that this many tokens fit; there is room for usual questions until a long one comes."""
+        """Make room for this many tokens; the initial context suits usual questions."""
         if tokens > self._n_tokens:
             self._begin(self._most_tokens)
 

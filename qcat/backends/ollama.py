@@ -78,7 +78,7 @@ class Server:
 
     @property
     def _client(self) -> _Client:
-        """The connections. A fork makes its own, because it could get its parent's answers on these."""
+        """The connections. A fork makes its own: on these it could get its parent's answers."""
         if self._process != os.getpid():
             self._connected, self._process = self._connect(), os.getpid()
         return self._connected

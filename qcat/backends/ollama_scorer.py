@@ -1,7 +1,7 @@
 """Scores from an Ollama server: bounds of label probabilities from its best twenty tokens.
 
-Prompts are sent raw, as qcat builds them; the model's TEMPLATE, which `ollama run` uses, is not used
-here. The form of the server's answers was taken from its sources (llm/llama_server.go, and
+Prompts are sent raw, as qcat builds them; the model's TEMPLATE, which `ollama run` uses, is not
+used here. The form of the server's answers was taken from its sources (llm/llama_server.go, and
 llama.cpp's tools/server/server-context.cpp) and checked on 0.32.15.
 """
 
@@ -95,7 +95,7 @@ class OllamaScorer:
     """Scores questions against a label trie, using a server's next-token probabilities.
 
     The server returns the twenty best log-probabilities of the whole vocabulary, so a label beyond
-    them has only an upper bound. If the bounds do not decide, the model is asked to write the label.
+    them has only an upper bound. If the bounds do not decide, the model is asked to write one.
 
     Args:
         server: the server.
@@ -193,7 +193,7 @@ class OllamaScorer:
             everyone = range(len(self._answers))
             return BoundedScores(nothing, nothing, None, self._settle(prompt, everyone))
         children = []
-        reach = np.ones(len(self._trie.branches))  # the largest share of answers that can pass through each
+        reach = np.ones(len(self._trie.branches))  # the largest share that can pass through each
         for number, branch in enumerate(self._trie.branches):
             seen: _Seen | None = None
             if not branch.path:
@@ -209,15 +209,15 @@ class OllamaScorer:
         return BoundedScores(*label_bounds(self._trie, children), self._mass(root), best)
 
     def _look(self, prompt: str) -> _Seen | None:
-        """The next token's probabilities; None from an Ollama that gives none."""
+        """The next token's probabilities; None if this version of Ollama returns none."""
         if self._silent:
             return None
         fields: dict[str, Any] = {"num_predict": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         answer = self._call(prompt, **fields)
         found, ended = answer.get("logprobs"), False
         if not found:
-            # Ollama drops them where the best token has no text: the end token, or a part of a
-            # character. Under a schema it must write a quote, and gives what was there before.
+            # Ollama drops them if the best token has no text: the end token, or part of a
+            # character. Under a schema it must write a quote, and returns them.
             ended = answer.get("done_reason") == "stop"
             found = self._call(prompt, format=self._schema([0]), **fields).get("logprobs")
         if not found:
