@@ -56,7 +56,7 @@ def served_base(source: Source, folder: Path) -> ServedBase:
     """The base of a run as it is served: the same file that was trained on.
 
     If the base's own chat template mentions tools or thinking, Ollama uses it instead of the
-    Modelfile's. In that case a copy without the template is put into the bundle's folder for Ollama.
+    Modelfile's. Then a copy without the template is put into the bundle's folder for Ollama.
 
     Raises:
         ExportError: it is not a GGUF.

@@ -250,7 +250,7 @@ def _confidence(
     after = label_matrix(predictions, tuple(task.labels))
     before = temper(
         log_shares(after), 1 / calibration.temperature
-    )  # with the temperature undone
+    )  # with the effect of the temperature undone
     return Confidence(
         calibration.temperature,
         calibration.questions > 0,
