@@ -261,8 +261,7 @@ class Classifier:
 
         Args:
             question: as in `ask`.
-            limit: the largest number of tokens to generate. A GGUF opened from a file generates 64
-                at most.
+            limit: the most tokens to generate; a GGUF opened from a file generates 64 at most.
         """
         return self._scorer.generate(self._encode(question)[0], limit)
 
