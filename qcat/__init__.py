@@ -1,7 +1,7 @@
 """qcat: short questions into a fixed list of categories, on the CPU.
 
-`Classifier` answers; `train`, `export` and `evaluate` make a model and measure it. Importing this
-package loads no native library and no torch: what a name needs is loaded when it is used.
+`Classifier` answers questions; `train`, `export` and `evaluate` make a model and measure it.
+Importing this package loads neither native libraries nor torch: they are loaded on first use.
 """
 
 from importlib import import_module

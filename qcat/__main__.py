@@ -1,4 +1,4 @@
-"""`python -m qcat`: the command `qcat`, also where the folder of programs is not on the path."""
+"""`python -m qcat`: the command `qcat`, also if the scripts folder is not on the path."""
 
 from qcat.cli import main
 

@@ -1,7 +1,7 @@
-"""Files in the user's cache folder that save work the next time. Losing one costs that work only.
+"""Files in the user's cache folder that save work later. If one is lost, the work is repeated.
 
-Nothing here is an error: what is absent, damaged or another user's is as if it were not there, and
-what cannot be written is not kept. Several processes may use the folder at once.
+Nothing here raises an error: a file that is missing, damaged or owned by another user is treated as
+absent, and a file that cannot be written is not kept. Several processes may use the folder at once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from qcat.version import __version__
 
 MAX_ENTRIES = 32
 MAX_BYTES = 256 << 20
-"""Of all entries together: those used longest ago go first."""
+"""Limit for all entries together: the least recently used are removed first."""
 _MAGIC = b"qcat cache 1\n"
 _START = len(_MAGIC) + hashlib.sha256().digest_size  # bytes of a file before its content
 MAX_CONTENT = MAX_BYTES - _START
-"""Of one entry: more is not kept."""
+"""Limit for one entry: a larger one is not kept."""
 _SUFFIX = ".qcat"
 
 
@@ -34,26 +34,26 @@ def folder() -> Path:
 
 
 def load(key: bytes) -> memoryview | None:
-    """What was saved under a key, if it is there, whole, and this user's. May be written to."""
+    """The content saved under a key, if it exists, is intact and is this user's. Writable."""
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
         path = _path(key)
         status = os.lstat(path)
         mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
         if not (mine and S_ISREG(status.st_mode) and status.st_size - _START <= MAX_CONTENT):
             return None
-        data = bytearray(status.st_size)  # the one copy: a large prompt's is as large as a model's
+        data = bytearray(status.st_size)  # the only copy: a large prompt's is as large as a model
         with path.open("rb", buffering=0) as file:
             whole = file.readinto(data) == len(data)
         content = memoryview(data)[_START:]
         if whole and data[:_START] == _MAGIC + hashlib.sha256(content).digest():
             with suppress(OSError):
-                os.utime(path)  # it was used now
+                os.utime(path)  # mark it as just used
             return content
     return None
 
 
 def save(key: bytes, content: bytes | memoryview) -> None:
-    """Keep bytes under a key, in one step, if that can be done."""
+    """Save bytes under a key atomically, if possible."""
     import tempfile
 
     if len(content) > MAX_CONTENT:
@@ -73,13 +73,13 @@ def save(key: bytes, content: bytes | memoryview) -> None:
 
 
 def _path(key: bytes) -> Path:
-    # Another version of qcat may keep something else under the same key.
+    # Another version of qcat may store something else under the same key.
     name = hashlib.sha256(__version__.encode() + b"\n" + key).hexdigest()
     return folder() / f"{name}{_SUFFIX}"
 
 
 def _trim(place: Path) -> None:
-    """Remove what was used longest ago, and what killed processes left, until the rest fits."""
+    """Remove leftovers of killed processes, then the least recently used until the rest fits."""
     found = []
     for path in place.glob(f"*{_SUFFIX}"):
         with suppress(OSError):  # another process may have removed it

@@ -1,13 +1,13 @@
-"""What a file is that should be UTF-8 text and is none, in words for a message."""
+"""Identifies files that should be UTF-8 text but are not, for messages."""
 
 from __future__ import annotations
 
 import re
 
 HEAD = 64
-"""Bytes that `foreign` needs of a file's beginning."""
+"""Number of bytes at a file's start that `foreign` needs."""
 POINTER = b"version https://git-lfs.github.com/spec/"
-"""How what Git LFS leaves in the place of a file begins."""
+"""The start of a Git LFS pointer file."""
 IS_POINTER = "a Git LFS pointer, not the file: fetch that with `git lfs pull`"
 _ARROW = "an Arrow file: write the table as Parquet"
 _PICKLE = "a pickle of Python: write the table as CSV or Parquet"
@@ -39,7 +39,7 @@ _ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a by
 
 
 def foreign(head: bytes) -> str | None:
-    """What a file is by its first `HEAD` bytes, and what to do; None if it may be UTF-8 text."""
+    """The kind of file by its first `HEAD` bytes, with advice; None if it may be UTF-8 text."""
     if wide := wider(head):
         return wide
     lowered = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
@@ -52,10 +52,10 @@ def foreign(head: bytes) -> str | None:
 
 
 def wider(head: bytes) -> str | None:
-    """Whether text is UTF-16 or UTF-32, as `foreign` says it.
+    """Whether text is UTF-16 or UTF-32, in the words of `foreign`.
 
-    UTF-16 without a byte order mark is known by the NUL in every other byte, if it begins with two
-    characters of Latin-1.
+    UTF-16 without a byte order mark is recognized by a NUL in every other byte, if it begins with
+    two characters of Latin-1.
     """
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "not UTF-8 but UTF-32: save it as UTF-8"
@@ -65,13 +65,13 @@ def wider(head: bytes) -> str | None:
 
 
 def not_utf8(byte: int) -> str:
-    """What to say of a byte that is no UTF-8, and what it would be in Windows-1252."""
+    """The message for a byte that is not UTF-8, with its character in Windows-1252."""
     char = bytes([byte]).decode("cp1252", "ignore")
     likely = f", {char!r} in Windows-1252" if char.isprintable() and char else ""
     return f"not UTF-8 (byte 0x{byte:02X}{likely}): save it as UTF-8"
 
 
 def escaped_byte(text: str) -> int | None:
-    """The first byte of a text, decoded with `surrogateescape`, that is no UTF-8."""
+    """The first byte that is not UTF-8, of a text decoded with `surrogateescape`."""
     found = _ESCAPED.search(text)
     return ord(found[0]) - 0xDC00 if found else None

@@ -1,6 +1,6 @@
-"""`Classifier`: questions in, `Prediction`s out. The public face of qcat.
+"""`Classifier`: questions in, `Prediction`s out. The public interface of qcat.
 
-Knows nothing of the command line. llama.cpp is loaded when a model is opened, not on import.
+Independent of the command line. llama.cpp is loaded when a model is opened, not on import.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
 """The model that comes with qcat."""
 _MAX_CHARS = 20_000  # of a question, before it is tokenized to see how much of it fits
 OLLAMA = PREFIX
-"""How the name of a model on an Ollama server begins."""
+"""Prefix of the name of a model on an Ollama server."""
 WINDOW = 64
-"""Questions that `ask_many` and `ask_each` take at once: they share forward passes with each other,
-and with no others."""
+"""Number of questions that `ask_many` and `ask_each` process at once. They share forward passes
+only with each other."""
 
 
 class Classifier:
@@ -65,11 +65,11 @@ class Classifier:
         self.coverage = coverage
         self.strict = strict
         self.identity = opened.identity
-        """Which model this is, as the log names it."""
+        """Identifies the model in the log."""
         self.rule = rule
-        """What decides whether it abstains, likewise: its own thresholds, or which other."""
+        """Identifies in the log what decides whether it abstains: its own thresholds, or others."""
         self.name = name
-        """What it was opened as: a path, or `ollama:NAME`."""
+        """The name it was opened by: a path, or `ollama:NAME`."""
         self._resources = resources
         self.labels = tuple(self.task.labels)
         """In the order of the task."""
@@ -94,34 +94,34 @@ class Classifier:
         """Load a GGUF made by `qcat export` and evaluate its prompt once, or find it on a server.
 
         Args:
-            model: path of the GGUF file; it needs no other file. None is the model that comes
+            model: path of the GGUF file; no other file is needed. None opens the model that comes
                 with qcat, for questions about a house (`DEFAULT_MODEL`). `ollama:NAME` is a model
-                on the Ollama server that OLLAMA_HOST names, made by `qcat deploy`. An adapter's
-                file (`qcat export --beside`) brings its base from where it lay at export.
-            adapter: an adapter's file, with `model` as its base: the GGUF, or the model on an
-                Ollama server that has both. Without `model` it stands for that. A file that
-                several classifiers of a process have open is in memory once.
-            threshold: confidence under which a prediction is marked `abstained`, from 0 to 1, for
-                all labels; 0 for none, nor as off-topic. By default what `qcat calibrate` put
-                into the model.
-            coverage: give each prediction a `prediction_set` that holds the right label with this
-                probability, and mark it `abstained` unless the set has one label. Not with a
-                threshold.
-            calibrated: use what the model says of its calibration; else its own probabilities.
-            strict: refuse a question that is too long instead of cutting its end.
-            threads: of computation, 512 at most; by default $QCAT_THREADS, or the physical cores
+                made by `qcat deploy` on the Ollama server at OLLAMA_HOST. For an adapter file
+                (`qcat export --beside`), the base is loaded from its location at export.
+            adapter: an adapter file, with `model` as its base: a GGUF, or a model on an Ollama
+                server that combines both. Without `model`, the same as passing the adapter file as
+                `model`. A file that several classifiers of a process have open is in memory once.
+            threshold: confidence from 0 to 1 below which a prediction is marked `abstained`, for
+                all labels; with 0 the model never abstains, not even on off-topic questions. By
+                default the threshold that `qcat calibrate` stored in the model.
+            coverage: give each prediction a `prediction_set` that contains the right label with
+                this probability, and mark it `abstained` unless the set has exactly one label.
+                Cannot be combined with a threshold.
+            calibrated: use the calibration stored in the model; otherwise raw probabilities.
+            strict: reject a question that is too long instead of cutting its end.
+            threads: number of threads, 512 at most; by default $QCAT_THREADS, or the physical cores
                 that this process may use (`qcat.threads`). Not for a server, which has its own.
-            quick_start: leave the weights as they lie in the file: the model is there sooner, and
-                each question takes somewhat longer. For a handful of questions.
-            timeout: seconds that a server may keep silent, 60 by default. Not for a file.
+            quick_start: use the weights as they are stored in the file: the model loads faster, but
+                each question takes somewhat longer. Useful for a handful of questions.
+            timeout: seconds to wait for a server's response, 60 by default. Not for a file.
             verbose: let llama.cpp write its log to stderr.
 
         Raises:
-            BundleError: the file is absent, damaged, or no qcat GGUF; or its calibration does not
-                allow the coverage.
+            BundleError: the file is absent, damaged, or not a qcat GGUF; or its calibration does
+                not allow the coverage.
             ModelError: llama.cpp cannot load it, or its vocabulary cannot spell the labels.
             ServerError: the server does not answer, or has no such model made by qcat.
-            ArgumentError: an argument that makes no sense.
+            ArgumentError: an argument is invalid.
         """
         served = isinstance(model, str) and model.startswith(OLLAMA)
         _check_arguments(served, threshold, coverage, threads, timeout)
@@ -173,8 +173,8 @@ class Classifier:
         """Classify one question.
 
         Raises:
-            QuestionError: the question is empty or no text, or too long under `strict`; or it holds
-                the text of a special token, which a server would obey.
+            QuestionError: the question is empty or not text, or too long under `strict`; or it
+                contains the text of a special token, which a server would interpret.
             ServerError: the server does not answer.
         """
         rest, truncated = self._encode(question)
@@ -183,16 +183,16 @@ class Classifier:
     def ask_many(self, questions: Iterable[str]) -> Iterator[Prediction]:
         """Classify many questions, in order, several in one forward pass.
 
-        Reads the questions as it goes, a few dozen ahead. Another batch shape gives slightly
-        other logits, so a probability may differ from `ask`'s: by 0.01 at most on 5,431 questions
-        (docs/speed.md), with no other label.
+        Questions are read lazily, a few dozen ahead. A different batch shape gives slightly
+        different logits, so a probability may differ from that of `ask`: by 0.01 at most on 5,431
+        questions (docs/speed.md), and no label changed.
 
         Raises:
-            QuestionError: for the first question that cannot be asked, naming its number, when
-                its turn comes; the answers before it have been given by then.
+            QuestionError: for the first question that cannot be asked, with its number. It is
+                raised when that question is reached, after all earlier answers.
             ServerError: likewise for the first question that the server does not answer, so
-                that the caller can go on from there.
-            ArgumentError: one text in place of several, at once.
+                that the caller can continue from there.
+            ArgumentError: immediately, if given one text instead of several.
         """
         return self._ask_many(self.ask_each(questions))
 
@@ -208,7 +208,7 @@ class Classifier:
             raise ServerError(f"question {number}: {error}") from None
 
     def ask_each(self, questions: Iterable[str]) -> Iterator[Prediction | QuestionError]:
-        """As `ask_many`, but a question that cannot be asked gives its error in its place."""
+        """Like `ask_many`, but yields the error of a question that cannot be asked in its place."""
         if isinstance(questions, str | bytes):
             raise ArgumentError("a list of questions expected, not one: give [question]")
         return self._ask_each(iter(questions))
@@ -224,9 +224,9 @@ class Classifier:
                     yield self._predict(next(scores), entry[1])
 
     def predict(self, texts: Iterable[str]) -> list[str]:
-        """The most probable label of each text, as scikit-learn's classifiers give it.
+        """The most probable label of each text, as scikit-learn's classifiers return it.
 
-        For answers that may abstain see `ask_many`.
+        This never abstains; use `ask_many` for answers that may.
 
         Raises:
             QuestionError, ServerError, ArgumentError: as `ask_many`.
@@ -238,7 +238,7 @@ class Classifier:
 
         Raises:
             QuestionError, ArgumentError: as `ask_many`.
-            ServerError: likewise; or a server does not show them all.
+            ServerError: likewise; or the server does not return all probabilities.
         """
         rows = []
         for number, prediction in enumerate(self.ask_many(texts), 1):
@@ -257,16 +257,16 @@ class Classifier:
             return error
 
     def say(self, question: str, limit: int = 16) -> str:
-        """What the model would answer without any constraint, for comparison.
+        """The model's answer without any constraint, for comparison.
 
         Args:
             question: as in `ask`.
-            limit: the most tokens to generate. A GGUF opened from a file generates 64 at most.
+            limit: the most tokens to generate; a GGUF opened from a file generates 64 at most.
         """
         return self._scorer.generate(self._encode(question)[0], limit)
 
     def count_tokens(self, question: str) -> int:
-        """Tokens that are evaluated for a question: its own and those of the words after it.
+        """Number of tokens evaluated for a question: its own and those of the words after it.
 
         Raises:
             QuestionError: as `ask`.
@@ -274,7 +274,7 @@ class Classifier:
         return len(self._encode(question)[0])
 
     def close(self) -> None:
-        """Free the model, or leave the server. Harmless a second time."""
+        """Free the model, or disconnect from the server. May be called more than once."""
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -284,8 +284,8 @@ class Classifier:
         self.close()
 
     def _encode(self, question: str) -> tuple[list[int], bool]:
-        """Token ids after the prefix, and whether the question's end was cut to make them fit."""
-        if not isinstance(question, str):  # such as the NaN of a gap in a column of pandas
+        """Token ids after the prefix, and whether the question was cut at the end to fit."""
+        if not isinstance(question, str):  # such as the NaN of a missing value in pandas
             if question is None:
                 raise QuestionError("the question is empty: write one")
             raise QuestionError(f"no text but {type(question).__name__}: write words")
@@ -309,7 +309,7 @@ class Classifier:
     def _cut(self, ids: list[int]) -> list[int]:
         pieces = [self._vocabulary.piece(token) for token in ids[:QUESTION_ROOM]]
         while len(ids) > QUESTION_ROOM and pieces:
-            # What is left is spelled anew, which may take another number of tokens.
+            # The rest is tokenized again, which may give a different number of tokens.
             pieces.pop()
             kept = (
                 b"".join(pieces).decode("utf-8", "ignore").removeprefix(self._encoded.prompt.before)
@@ -322,7 +322,7 @@ class Classifier:
             return self._predict_bounded(scores, truncated)
         logs = label_log_probabilities(self._encoded.trie, scores.logits)
         probabilities = temper(logs, self.calibration.temperature)
-        # The grammar is the authority: a label that it would not accept cannot come out.
+        # The grammar has the last word: a label that it rejects is never returned.
         order = np.argsort(-probabilities, kind="stable")
         best = next((int(i) for i in order if self._scorer.accepts(int(i))), None)
         if best is None:

@@ -1,4 +1,4 @@
-"""The one error family. Each message is one line: what is wrong, where, and what to do next."""
+"""All errors of qcat. Each message is one line: what is wrong, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 class QcatError(Exception):
-    """Anything that a user of qcat can mend; the command line prints it in one line."""
+    """Any error that a user of qcat can fix; the command line prints it in one line."""
 
     exit_status = 1
-    """Of the command that it ends."""
+    """Exit status of a command that fails with this error."""
 
 
 class ArgumentError(QcatError, ValueError):
-    """Arguments or options that make no sense, or do not go together."""
+    """Invalid arguments or options, or ones that contradict each other."""
 
     exit_status = 2
 
@@ -23,7 +23,7 @@ class TaskError(QcatError):
 
 
 class BundleError(QcatError):
-    """A GGUF file that is damaged, or that says nothing of a qcat task."""
+    """A GGUF file that is damaged or contains no qcat task."""
 
 
 class ModelError(QcatError):
@@ -39,7 +39,7 @@ class DataError(QcatError):
 
 
 class ExportError(QcatError):
-    """An export that cannot be made, or whose proof failed."""
+    """An export that is not possible, or whose verification failed."""
 
 
 class NotPromotedError(ExportError):
@@ -49,11 +49,11 @@ class NotPromotedError(ExportError):
 
 
 class TrainError(QcatError):
-    """A training that cannot be begun, or gone on with."""
+    """A training that cannot be started or resumed."""
 
 
 class ServerError(QcatError):
-    """An Ollama server that does not answer, refuses, or has no such model."""
+    """An Ollama server that does not answer, rejects a request, or lacks the model."""
 
 
 class ReviewError(QcatError):
@@ -61,9 +61,9 @@ class ReviewError(QcatError):
 
 
 class RecordError(QcatError):
-    """An answer that was given, but not kept in the log, the review queue or both."""
+    """An answer that could not be stored in the log, the review queue or both."""
 
     def __init__(self, errors: Sequence[QcatError]) -> None:
         super().__init__("; ".join(map(str, errors)))
         self.errors = tuple(errors)
-        """Why, one for each place that did not take it."""
+        """The causes, one for each place where it could not be stored."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and locks between processes."""
+"""Files and folders that appear complete or not at all, and locks between processes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from qcat.charset import HEAD, IS_POINTER, POINTER, foreign
 from qcat.errors import DataError, QcatError
 
 PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-"""Flags of `os.open`: other programs do not inherit the file (where there is no such flag Python
-sees to that), and bytes go in and out as they are, which Windows does not do unasked."""
+"""Flags of `os.open`: other programs do not inherit the file (without such a flag, Python ensures
+this), and bytes are not translated, which Windows would do by default."""
 _LOCKED_BYTE = 0x7FFF_FFF0
-"""Which byte of a file stands for all, where a lock has to be of one: nobody can read it meanwhile,
-so it lies far behind the end of any journal."""
+"""The byte to lock in place of the whole file, where locks apply to bytes: nobody can read a locked
+byte, so it is far beyond the end of any journal."""
 
 
 def lock_open_file(descriptor: int) -> bool:
     """Lock an open file until it is closed; False if another process has the lock.
 
     Raises:
-        OSError: its disk knows no locks.
+        OSError: its disk does not support locks.
     """
     try:
         if sys.platform == "win32":
@@ -46,24 +46,24 @@ def lock_open_file(descriptor: int) -> bool:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the second is what Windows says
+    except (BlockingIOError, PermissionError):  # the second is Windows' error
         return False
     return True
 
 
 @contextmanager
 def whole_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
-    """A file to write, under another name beside `path`, which it takes when the block has ended.
+    """A file to write under a temporary name beside `path`; renamed when the block ends.
 
-    A reader sees the old file or the new one, never half of it, also after a crash of the machine.
+    A reader sees the old file or the new one, never a partial one, even after a machine crash.
 
     Args:
-        path: of the file.
-        mode: its permissions; None for what the system gives a new file.
+        path: path of the file.
+        mode: its permissions; None for the system's default.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: no file can have that name.
+        ValueError: the name is not valid for a file.
     """
     part = path.with_name(f".qcat-{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
@@ -83,7 +83,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a file as `whole_file` does.
 
     Raises:
-        DataError: the file cannot be written, or no file can have that name.
+        DataError: the file cannot be written, or the name is not valid for a file.
     """
     try:
         with whole_file(path) as file:
@@ -96,13 +96,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def locked(lock: Path, *, target: Path, busy: str, error: type[QcatError]) -> Iterator[None]:
-    """Keep other processes away from a target; the system frees the lock when the process dies.
+    """Lock out other processes from a target; the system frees the lock if the process dies.
 
     Args:
-        lock: file of the lock; removed in the end.
+        lock: the lock file; removed at the end.
         target: what is locked, for messages.
-        busy: what another process is doing that has it.
-        error: what to raise.
+        busy: what another process that has the lock is doing, for messages.
+        error: error to raise.
     """
     from filelock import FileLock, Timeout
 
@@ -119,7 +119,7 @@ def locked(lock: Path, *, target: Path, busy: str, error: type[QcatError]) -> It
         try:
             lock.unlink(missing_ok=True)
             held.release()
-        except OSError:  # Windows deletes no file that is open, here or meanwhile elsewhere
+        except OSError:  # Windows does not delete a file that is open here or elsewhere
             held.release()
             with suppress(OSError):
                 lock.unlink(missing_ok=True)
@@ -127,14 +127,14 @@ def locked(lock: Path, *, target: Path, busy: str, error: type[QcatError]) -> It
 
 @contextmanager
 def whole_folder(target: Path, purpose: str, error: type[QcatError]) -> Iterator[Path]:
-    """A temporary folder beside the target, which it becomes when the block has ended.
+    """A temporary folder beside the target, renamed to it when the block ends.
 
-    What killed processes left behind is removed first. A lock keeps two of them apart.
+    Leftovers of killed processes are removed first. A lock excludes concurrent writers.
 
     Args:
         target: the folder to make.
         purpose: one word, for the names of the temporary folder and the lock.
-        error: what to raise where the target cannot be written, or the disk is full.
+        error: error to raise if the target cannot be written, or the disk is full.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def _rename(folder: Path, target: Path, error: type[QcatError]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """See before long work that a file can be written after it. Raises QcatError if not."""
+    """Check before long work that a file can be written after it. Raises QcatError if not."""
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -184,8 +184,8 @@ def read_json(path: Path, *, error: type[QcatError], advice: str) -> dict[str, A
 
     Args:
         path: of the file.
-        error: what to raise: the file cannot be read, or holds something else.
-        advice: what to do where it cannot be read.
+        error: error to raise if the file cannot be read or holds something else.
+        advice: what to do if it cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -205,11 +205,11 @@ def read_json(path: Path, *, error: type[QcatError], advice: str) -> dict[str, A
 
 
 def check_pulled(path: Path, *, error: type[QcatError]) -> None:
-    """See that a file is not what Git LFS leaves in its place.
+    """Check that a file is not a Git LFS pointer.
 
     Args:
         path: of the file.
-        error: what to raise if it is a pointer. A file that cannot be read is none.
+        error: error to raise if it is one. An unreadable file does not count as a pointer.
     """
     with suppress(OSError), path.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:

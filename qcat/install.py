@@ -1,4 +1,4 @@
-"""Which distribution and extras bring what, and which versions are here."""
+"""Which extras install which libraries, and which versions are installed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _EXTRAS = {
 
 
 def extra_with(library: str) -> str:
-    """The extra that brings a library, by its import name; `train` brings all others."""
+    """The extra that installs a library, by its import name; `train` installs all others."""
     return _EXTRAS.get(library, "train")
 
 
 def how_to_install(extra: str) -> str:
-    """The command that brings an extra, from the registry and in a clone."""
+    """The command that installs an extra, from the registry and in a clone."""
     return f'pip install "{DISTRIBUTION}[{extra}]", or in a clone pip install -e ".[{extra}]"'
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Versions of qcat and of other distributions; None for what is not installed."""
+    """Versions of qcat and of other distributions; None if not installed."""
     found: dict[str, str | None] = {"qcat": __version__}
     for package in packages:
         try:

@@ -1,7 +1,7 @@
-"""Opening a model: from its GGUF in llama.cpp here, or on an Ollama server.
+"""Opens a model: from its GGUF with llama.cpp in this process, or on an Ollama server.
 
-Either way it is checked, its task is encoded in its own vocabulary, and a scorer is made. Knows
-nothing of predictions.
+In both cases the model is checked, its task is encoded in its own vocabulary, and a scorer is made.
+Independent of predictions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qcat.threads import default_threads
 
 
 class Scorer(Protocol):
-    """A backend: questions as token ids after the prompt's prefix to what the model thinks."""
+    """A backend: scores questions, given as token ids after the prompt's prefix."""
 
     def score(self, rests: Sequence[Sequence[int]]) -> Iterator[Scores | BoundedScores]: ...
     def accepts(self, label: int) -> bool: ...
@@ -38,14 +38,14 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that is ready to be asked, wherever it runs."""
+    """A model that is ready to be asked, whichever backend runs it."""
 
     encoded: EncodedTask
     vocabulary: Vocabulary
     scorer: Scorer
     calibration: Calibration
     identity: str
-    """Which model this is, as a log names it."""
+    """Identifies the model in a log."""
 
 
 def open_file(
@@ -58,16 +58,16 @@ def open_file(
     verbose: bool,
     stack: ExitStack,
 ) -> Opened:
-    """Open a model's file, or an adapter's with its base.
+    """Open a model file, or an adapter file with its base.
 
     Args:
-        path: of the GGUF.
-        base: of an adapter; None looks for it where it lay at export.
-        calibrated: use what the file says of its calibration.
-        threads: of computation; None for the physical cores.
-        quick_start: leave the weights as they lie in the file.
+        path: path of the GGUF.
+        base: base of an adapter; None looks for it at its location at export.
+        calibrated: use the calibration stored in the file.
+        threads: number of threads; None for the physical cores.
+        quick_start: use the weights as they are stored in the file.
         verbose: let llama.cpp write its log to stderr.
-        stack: closes what was opened.
+        stack: closes everything that was opened.
 
     Raises:
         BundleError, ModelError: the file, or its base, cannot be used.
@@ -112,13 +112,13 @@ def open_served(
     """Find a model on the Ollama server that OLLAMA_HOST names.
 
     Args:
-        name: of the model there.
-        adapter: the file of an adapter that the model was made with, since the server tells of the
-            base alone.
-        calibrated: use what the model says of its calibration.
-        timeout: seconds that the server may keep silent.
+        name: name of the model there.
+        adapter: the adapter file that the model was made with, because the server only gives
+            information about the base.
+        calibrated: use the calibration stored in the model.
+        timeout: seconds to wait for the server's response.
         verbose: let llama.cpp, which tokenizes here, write its log to stderr.
-        stack: closes what was opened.
+        stack: closes everything that was opened.
 
     Raises:
         ServerError: the server does not answer, or has no such model made by qcat.
@@ -147,20 +147,20 @@ def open_served(
         spellings=metadata["tokenizer.ggml.tokens"],
     )
     stack.callback(scorer.close)
-    # Of its own: probabilities that are bounds are not to be compared with exact ones.
+    # A separate identity: bounds of probabilities must not be compared with exact ones.
     return Opened(encoded, vocabulary, scorer, calibration, f"{identity(metadata)}-ollama")
 
 
 def read_model(model: str | os.PathLike[str]) -> Bundle:
-    """What a model says of itself, wherever it is.
+    """The metadata of a model, wherever it is stored.
 
     Args:
         model: a GGUF, the folder of a bundle, or `ollama:NAME` for a model on the Ollama server
-            that OLLAMA_HOST names. Of the last there are the metadata and no tensors, and the name
-            stands for the path.
+            that OLLAMA_HOST names. The latter has metadata but no tensors, and its name is used as
+            the path.
 
     Raises:
-        BundleError: the file is absent, damaged, or no qcat GGUF.
+        BundleError: the file is absent, damaged, or not a qcat GGUF.
         ServerError: the server does not answer, or has no such model made by qcat.
     """
     name = os.fspath(model)
@@ -181,10 +181,10 @@ def read_model(model: str | os.PathLike[str]) -> Bundle:
 
 @contextmanager
 def _vocabulary_file(metadata: Mapping[str, Any], name: str) -> Iterator[Path]:
-    """A server's metadata of a model as a GGUF, for as long as it is needed.
+    """A model's metadata from a server as a temporary GGUF.
 
     Raises:
-        ServerError: naming the model, for what is wrong with the metadata.
+        ServerError: something is wrong with the metadata; names the model.
         ModelError: the file cannot be written.
     """
     try:
@@ -199,7 +199,7 @@ def _vocabulary_file(metadata: Mapping[str, Any], name: str) -> Iterator[Path]:
 
 
 def _metadata(server: Any, name: str, adapter: Path | None) -> dict[str, Any]:
-    """What a server says of a model that qcat made, with an adapter's own in its place."""
+    """A server's metadata of a model made by qcat, or those of the given adapter."""
     response = server.show(name, verbose=True)
     if response is None:
         server.check()
@@ -216,10 +216,10 @@ def _metadata(server: Any, name: str, adapter: Path | None) -> dict[str, Any]:
 
 
 def read_calibration(bundle: Bundle) -> Calibration:
-    """What a bundle says of its calibration.
+    """The calibration stored in a bundle.
 
     Raises:
-        BundleError: something that qcat does not write.
+        BundleError: it is not in a form that qcat writes.
     """
     data = section(bundle.header, CALIBRATION_KEY, bundle.path)
     try:

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: the callbacks that all of them take."""
+"""Progress of long work: the callback types used everywhere."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called as work goes on, with the name of a step and how much of it is done of how much."""
+    """Called during the work with a step's name, how much of it is done, and the total."""
 
     def __call__(self, step: str, done: int, total: int, note: str = "") -> None: ...
 
 
 Count = Callable[[int, int], None]
-"""The same for one step: called with how much is done, and of how much."""
+"""The same for one step: called with how much is done, and the total."""
 
 
 def silent(step: str, done: int, total: int, note: str = "") -> None:
-    """A `Progress` that nobody looks at."""
+    """A `Progress` that does nothing."""
 
 
 def uncounted(done: int, total: int) -> None:
-    """A `Count` that nobody looks at."""
+    """A `Count` that does nothing."""

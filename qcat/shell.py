@@ -1,4 +1,4 @@
-"""Words in the commands that messages tell the user to run."""
+"""Quoting for commands that messages suggest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import sys
 
 
 def quoted(word: str | os.PathLike[str]) -> str:
-    """A path or a name as it has to be typed for the system's shell to take it as one word."""
+    """A path or name, quoted so that the system's shell reads it as one word."""
     text = os.fspath(word)
     return subprocess.list2cmdline([text]) if sys.platform == "win32" else shlex.quote(text)

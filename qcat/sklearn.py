@@ -4,8 +4,9 @@
     model = QcatClassifier(base="Qwen/Qwen3-0.6B", epochs=1).fit(texts, labels)
     model.predict(["When was the pool pump replaced?"])
 
-Usable in `cross_val_score` and `GridSearchCV`, and picklable: a fitted one carries its GGUF. Each
-`fit` trains and exports, which takes minutes for a base of real size. Needs the extra `train`.
+It works in `cross_val_score` and `GridSearchCV` and can be pickled: a fitted estimator contains its
+GGUF. `fit` trains and exports, which takes minutes for a base of realistic size. Needs the extra
+`train`.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ if TYPE_CHECKING:
 
 
 class QcatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """Short texts into classes, by a fine-tuned language model in a 4-bit GGUF.
+    """Classifies short texts with a fine-tuned language model in a 4-bit GGUF.
 
     Args:
         base: a folder, a hub name, a GGUF file, or `ollama:NAME`.
         method: `scales` or `lora`.
-        epochs: passes over the training texts; without early stopping, since all of them train.
-        learning_rate: the highest, after the warm-up; None for the default of the method.
-        batch_size: texts a step.
+        epochs: passes over the training texts; no early stopping, since all texts are trained on.
+        learning_rate: the peak rate, after the warm-up; None for the method's default.
+        batch_size: texts per step.
         instruction: the first lines of the prompt.
         descriptions: class to description, for the prompt.
-        layers: how many of the base's to keep; None for all.
-        threads: of prediction; None for the physical cores.
-        random_state: seed of the training.
+        layers: how many layers of the base to keep; None for all.
+        threads: number of threads for prediction; None for the physical cores.
+        random_state: seed for training.
 
     Attributes:
         classes_: the classes in ascending order, shape (classes,).
@@ -81,8 +82,8 @@ class QcatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Train on texts and their classes, and export.
 
         Raises:
-            ArgumentError: not as many classes as texts, or something else than texts.
-            QuestionError, TaskError: a text is empty, or the classes make no task.
+            ArgumentError: the numbers of classes and texts differ, or an item is not text.
+            QuestionError, TaskError: a text is empty, or the classes do not form a valid task.
             ModelError, TrainError, ExportError: the base cannot be used.
         """
         from qcat.data.split import Split
@@ -113,8 +114,8 @@ class QcatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             seed=self.random_state,
             layers=self.layers,
         )
-        # The texts that choose the epoch and are counted in the record are those of the training:
-        # scikit-learn holds out others, and asks about them itself.
+        # The training texts also serve as validation and test texts here: scikit-learn holds out
+        # other texts and evaluates on them itself.
         few = examples[:: max(1, len(examples) // 50)]
         with tempfile.TemporaryDirectory(prefix="qcat-") as folder:
             run, bundle = Path(folder, "run"), Path(folder, "bundle")
@@ -144,7 +145,7 @@ class QcatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return Task("classes", labels, instruction=self.instruction)
 
     def _opened(self) -> Classifier:
-        """The model, opened at the first use in a process, and freed with the estimator."""
+        """The model, opened on first use in a process and freed together with the estimator."""
         if self.__dict__.get("_classifier") is None:
             folder = Path(tempfile.mkdtemp(prefix="qcat-"))
             path = folder / "model.gguf"

@@ -1,4 +1,4 @@
-"""Texts that are the same but for how they are spelled, and labels that look the same."""
+"""Texts that differ only in spelling, and labels that look the same."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 import unicodedata
 
 INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")
-"""Characters that nobody sees, and that no script needs."""
-# Those, and what chooses the form of an emoji or the direction of writing
+"""Characters that are invisible and that no script needs."""
+# Those, and characters that select an emoji's form or the writing direction
 _UNSEEN = re.compile(
     "[\u00ad\u200b\u2060\ufeff\u180b-\u180d\ufe00-\ufe0f\U000e0100-\U000e01ef"
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
@@ -18,18 +18,18 @@ _TO_LATIN = str.maketrans(_LOOKALIKES)
 
 
 def fold(text: str) -> str:
-    """A text without what case and runs of white space make of it."""
-    # Folding can undo NFC, so it is normalised again: "ǰ" and its twins must meet.
+    """A text with case folded and runs of white space collapsed."""
+    # Folding can undo NFC, so normalise again: "ǰ" and its equivalents must match.
     return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
 
 
 def looks(text: str) -> str:
-    """What is seen of a folded text: no invisible characters, lookalikes as Latin letters."""
+    """How a folded text looks: without invisible characters, lookalikes as Latin letters."""
     return fold(_UNSEEN.sub("", text)).translate(_TO_LATIN)
 
 
 def difference(one: str, two: str) -> str:
-    """Why two texts of the same `looks` are not the same text."""
+    """How two texts with the same `looks` differ."""
     if fold(one) == fold(two):
         return "differ only in case or spacing"
     for text in (one, two):

@@ -1,6 +1,6 @@
-"""What is to be decided: the labels, their descriptions, the instruction and the words around.
+"""The classification task: labels, their descriptions, the instruction and the prompt's wording.
 
-Knows nothing of models. Reads and writes `task.toml`; the prompt is built in
+Independent of models. Reads and writes `task.toml`; the prompt is built in
 `qcat.encoding.prompt`.
 """
 
@@ -36,19 +36,19 @@ class Task:
     """One classification task. Building one checks it and normalises its text (NFC, stripped).
 
     Raises:
-        TaskError: naming the label or key that cannot be used.
+        TaskError: names the label or key that cannot be used.
     """
 
     name: str
     """File and model name: lower-case letters, digits, `.`, `_`, `-`."""
     labels: Mapping[str, str]
-    """Label to description (possibly empty). The order matters and is kept."""
+    """Label to description (possibly empty). The order matters and is preserved."""
     instruction: str = DEFAULT_INSTRUCTION
     """The first lines of the prompt."""
     question: str = "Question"
     """The word before the question."""
     answer: str = "Category"
-    """The word before the answer; empty for a line break alone, which saves two tokens."""
+    """The word before the answer; if empty, only a line break, which saves two tokens."""
     style: Style = "plain"
     """`plain`, or `chat` for ChatML with an empty think block where the model has one."""
     verbalizer: Verbalizer = "name"
@@ -56,8 +56,8 @@ class Task:
     codes: Mapping[str, str] = field(default_factory=dict)
     """Label to code; empty until chosen for a tokenizer (`qcat.encoding.prompt.with_codes`)."""
     review: Review | None = None
-    """What a review queue is to keep of a question: its `text`, or its `hash` only. A suggestion:
-    nothing is queued unless the caller asks for it, and a task cannot say where."""
+    """What a review queue should store of a question: its `text`, or only its `hash`. This is a
+    suggestion: nothing is queued unless the caller asks for it, and a task cannot say where."""
 
     def __post_init__(self) -> None:
         checked = {
@@ -89,8 +89,8 @@ class Task:
         return tuple(self.codes[label] for label in self.labels)
 
     def spelled(self, label: str) -> str | None:
-        """The label that a spelling of it stands for, which may differ in case or runs of white
-        space; None if there is none."""
+        """The label that this text spells, ignoring case and runs of white space; None if there
+        is none."""
         return label if label in self.labels else self._folded.get(fold(label))
 
     @cached_property
@@ -98,7 +98,7 @@ class Task:
         return {fold(label): label for label in self.labels}
 
     def replace(self, **changes: Any) -> Task:
-        """A copy with some fields changed, checked anew."""
+        """A copy with some fields changed, checked again."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Task:
         return cls.from_dict(parse_task(text))
 
     def to_toml(self) -> str:
-        """The text of a `task.toml` that reads back as an equal task."""
+        """The text of a `task.toml` that parses to an equal task."""
         return task_text(self.to_dict())
 
     @classmethod
@@ -145,7 +145,7 @@ class Task:
         try:
             return cls.from_toml(data.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            # The byte order mark, where there is one, is not counted.
+            # A byte order mark, if any, is not counted.
             line = data.removeprefix(b"\xef\xbb\xbf").count(b"\n", 0, error.start) + 1
             raise TaskError(f"{path}:{line}: {not_utf8(error.object[error.start])}") from None
         except TaskError as error:
@@ -153,7 +153,7 @@ class Task:
 
 
 def _shown(value: object) -> str:
-    """What was given, fit for one line of a message."""
+    """A given value, formatted for one line of a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 

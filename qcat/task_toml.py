@@ -1,4 +1,4 @@
-"""The text of a `task.toml` to its keys and values; of a text that is none, what it is instead."""
+"""Parses and writes the text of a `task.toml`, and explains what is wrong with an invalid one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def parse_task(text: str) -> dict[str, Any]:
     """The keys and values of a `task.toml`.
 
     Raises:
-        TaskError: it is not TOML, with the line; a key of the task stands among the labels, where
-            it would be one more label; or a label has a table in place of its description.
+        TaskError: it is not TOML (names the line); a key of the task is among the labels, where it
+            would be one more label; or a label has a table instead of a description.
     """
     if not text.strip():
         raise TaskError(
@@ -45,7 +45,7 @@ def parse_task(text: str) -> dict[str, Any]:
 
 
 def task_text(data: Mapping[str, Any]) -> str:
-    """The text that `parse_task` reads back; all labels stand in quotes."""
+    """The text that `parse_task` reads back; all labels are quoted."""
     tables = {key: data[key] for key in ("labels", "codes") if key in data}
     text = tomli_w.dumps({key: value for key, value in data.items() if key not in tables})
     for key, table in tables.items():
@@ -84,7 +84,7 @@ def _fault(text: str, error: str) -> str:
 
 
 def _advice(line: str, error: str) -> str | None:
-    """What is wrong with a line, where it is one of the usual slips."""
+    """What is wrong with a line, if it is one of the common mistakes."""
     if "overwrite" in error:
         return f"{line.partition('=')[0].strip()[:60]!r} stands twice: keep one"
     if _TYPOGRAPHIC.search(line):

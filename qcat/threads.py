@@ -1,8 +1,8 @@
 """How many threads to compute with.
 
-llama.cpp's threads spin while they wait: one more than there are free cores costs several times
-what one fewer does. So the default is the physical cores that this process may use, where the
-system is Linux, which tells them; elsewhere the logical processors.
+llama.cpp's threads spin while they wait: one thread more than there are free cores costs several
+times as much as one thread fewer. The default is therefore the number of physical cores that this
+process may use on Linux, and the number of logical processors elsewhere.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ from qcat.errors import QcatError
 
 VARIABLE = "QCAT_THREADS"
 MAX_THREADS = 512
-"""ggml's GGML_MAX_N_THREADS: with more the process dies."""
+"""ggml's GGML_MAX_N_THREADS: with more threads the process aborts."""
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 class Cores(NamedTuple):
-    """What there is to compute on."""
+    """The processors available for computation."""
 
     logical: int
     """Processors of the machine, two a core where it has hyper-threading."""
     physical: int
     """Cores among those that the process's affinity allows."""
     quota: float | None
-    """Processors' worth of time that the control group allows, if it limits that."""
+    """Processor time that the control group allows, in processors, if it is limited."""
 
 
 def wait_briefly() -> None:
-    """Let GNU OpenMP's threads spin only briefly while they wait, unless the user says otherwise.
+    """Let GNU OpenMP's threads spin only briefly while they wait, unless the user has set this.
 
-    Spinning threads take the cores from whatever else runs, and threads that sleep at once cost a
-    quiet machine dearly. A training step of SmolLM2-135M on two cores took, quiet and beside one
-    busy process: 1.5 and 6.8 s as OpenMP has it, 1.8 and 3.1 s so, 2.9 and 2.6 s under
-    OMP_WAIT_POLICY=passive. OpenMP reads this when it is loaded: call it before torch is imported.
+    Spinning threads take cores from other processes, but threads that sleep at once are slow on an
+    otherwise idle machine. A training step of SmolLM2-135M on two cores took, on an idle machine
+    and next to one busy process: 1.5 and 6.8 s with OpenMP's defaults, 1.8 and 3.1 s with this
+    setting, 2.9 and 2.6 s with OMP_WAIT_POLICY=passive. OpenMP reads the setting when it is
+    loaded: call this before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def default_threads() -> int:
-    """$QCAT_THREADS, or as many threads as `cores` has room for, from 1 to `MAX_THREADS`.
+    """$QCAT_THREADS, or as many threads as `cores` allows, from 1 to `MAX_THREADS`.
 
     Raises:
-        QcatError: the variable is set to something else than a number from 1 to `MAX_THREADS`.
+        QcatError: the variable is not a number from 1 to `MAX_THREADS`.
     """
     if named := os.environ.get(VARIABLE):
-        # A number of thousands of digits is one that `int` refuses.
+        # `int` rejects a number with thousands of digits.
         count = int(named) if named.isascii() and named.isdigit() and len(named) < 10 else 0
         if not 1 <= count <= MAX_THREADS:
             raise QcatError(
@@ -80,7 +81,7 @@ def cores() -> Cores:
 
 
 def _quotas() -> Iterator[float]:
-    """The limits of the process's control groups and of all that they are in."""
+    """The limits of the process's control groups and of all their parents."""
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
@@ -94,7 +95,7 @@ def _quotas() -> Iterator[float]:
         else:
             continue
         place = root / name.lstrip("/")
-        # In a container the name may be that of the host's tree: then only the root is there.
+        # In a container the path may refer to the host's tree: then only the root exists.
         for group in (place, *place.parents):
             if (quota := _quota(group)) is not None:
                 yield quota

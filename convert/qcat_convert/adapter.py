@@ -1,7 +1,7 @@
-"""A PEFT LoRA adapter to a GGUF adapter, to lie beside the base that it was trained on.
+"""Converts a PEFT LoRA adapter to a GGUF adapter, for use with the base it was trained on.
 
 llama.cpp adds `alpha / rank · B A x` to what the base computes (its `convert_lora_to_gguf.py` has
-the names). Only plain LoRA on linear layers can be written so.
+the names). Only plain LoRA on linear layers can be written in this form.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BASE_COPY = "base-for-ollama.gguf"
 
 
 class ServedBase(NamedTuple):
-    """The base that an adapter lies beside."""
+    """The base for which an adapter is written."""
 
     path: Path
     """Of its GGUF."""
@@ -53,14 +53,14 @@ class ServedBase(NamedTuple):
 
 
 def served_base(source: Source, folder: Path) -> ServedBase:
-    """The base of a run as it is served: the very file that was trained on.
+    """The base of a run as it is served: the same file that was trained on.
 
-    Ollama takes the base's own chat template in the place of a Modelfile's where it has the words
-    of tools or thinking in it: then a copy without one is put into the bundle's folder, for Ollama.
+    If the base's own chat template mentions tools or thinking, Ollama uses it instead of the
+    Modelfile's. Then a copy without the template is put into the bundle's folder for Ollama.
 
     Raises:
-        ExportError: it is no GGUF.
-        ModelError, BundleError: it is not there any more, or damaged.
+        ExportError: it is not a GGUF.
+        ModelError, BundleError: it no longer exists, or is damaged.
     """
     if not is_gguf(source.base):
         raise ExportError(
@@ -87,12 +87,12 @@ def write_adapter(
     Args:
         target: the file.
         source: the adapter and its base, as checkpoint folders.
-        base: the file that the adapter will lie beside.
-        task: goes into the metadata whole, as in a model's file.
+        base: the base file of the adapter.
+        task: stored completely in the metadata, as in a model file.
         made_from: versions and fingerprint.
 
     Raises:
-        ExportError: an adapter that cannot lie beside its base.
+        ExportError: the adapter cannot be used beside its base.
     """
     from gguf import GGUFWriter
 
@@ -100,7 +100,7 @@ def write_adapter(
         raise ExportError("only a LoRA adapter can lie beside its base: train with --method lora")
     folder = source.adapter
     config = read_adapter_config(folder)
-    known_fields(folder, config)  # which raises for what is set and not known
+    known_fields(folder, config)  # which raises for settings that it does not know
     _check(config, source, folder)
     base_config = load_config(source.folder, source.layers)
     arch = architecture(base_config)
@@ -123,7 +123,7 @@ def write_adapter(
                 )
             layer, end = name.removesuffix(_A).removesuffix(_B), name.endswith(_A)
             weight = f"{layer.removeprefix(_PREFIX)}.weight"
-            # Rows of B are the layer's outputs, which some architectures order otherwise.
+            # Rows of B are the layer's outputs, which some architectures order differently.
             values = tensor if end else gguf_tensor(weight, tensor, arch, params)
             stored = values.half().contiguous()
             if not bool(stored.isfinite().all()):

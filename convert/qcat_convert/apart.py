@@ -1,6 +1,6 @@
-"""A function in a process of its own, whose memory is given back whole when it ends.
+"""Runs a function in a separate process, whose memory is released completely when it ends.
 
-torch and what it leaves behind would otherwise stay while llama.cpp needs memory for its own.
+Otherwise the memory of torch would stay allocated while llama.cpp needs memory itself.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Result = TypeVar("Result")
 def apart(
     function: Callable[[Argument, Count], Result], prepare: Callable[[], None]
 ) -> Iterator[Callable[[Argument, Count], Result]]:
-    """Start a fresh process for one call of `function(argument, progress)`.
+    """Start a new process for one call of `function(argument, progress)`.
 
     Args:
-        function: of a module, so that the process finds it.
-        prepare: called there at once, while there is other work here: to import what is heavy. A
-            failure of it is passed over, since the call will meet the cause again.
+        function: a module-level function, so that the process can find it.
+        prepare: called there at once, in parallel with work here, to import heavy libraries. Its
+            failure is ignored, because the call will run into the cause again.
 
     Yields:
         What makes the call: argument and result must be such as can be pickled, and `progress` is
         called here with what the function reports there. It raises
 
-        ExportError: the process ended without a word, as one that the system killed for memory.
-        QcatError, OSError: whatever the function raises of these.
-        RuntimeError: for any other error of it, which it names.
+        ExportError: the process ended without a result, for example killed for lack of memory.
+        QcatError, OSError: raised by the function.
+        RuntimeError: the function raised any other error, which is named.
     """
     context = get_context("spawn")
     here, there = context.Pipe()
@@ -69,16 +69,16 @@ def apart(
     finally:
         here.close()
         if process.pid is not None:
-            process.kill()  # if it still runs, as after Ctrl-C here
+            process.kill()  # if it is still running, as after Ctrl-C here
             process.join()
 
 
 def _work(pipe: Any, function: Callable[..., Any], prepare: Callable[[], None]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits takes care of it
-    warnings.simplefilter("ignore")  # of libraries: nothing that a user could act on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the waiting process handles it
+    warnings.simplefilter("ignore")  # from libraries: nothing that a user could act on
     with suppress(Exception):
         prepare()
-    with suppress(EOFError, ConnectionError):  # nobody waits any more
+    with suppress(EOFError, ConnectionError):  # nobody is waiting any more
         argument = pipe.recv()
         pipe.send(_outcome(function, argument, lambda *done: pipe.send(("progress", done))))
 
@@ -91,7 +91,7 @@ def _outcome(
     except ConnectionError:
         raise
     except Exception as error:
-        known = isinstance(error, QcatError | OSError)  # others may not survive the way
+        known = isinstance(error, QcatError | OSError)  # other errors may not survive pickling
         found = error if known else RuntimeError(f"{type(error).__name__}: {error}")
         found.add_note(traceback.format_exc())
         return "error", found

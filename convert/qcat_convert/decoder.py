@@ -1,6 +1,6 @@
-"""One decoder layer at a time, run by transformers' own code.
+"""Runs one decoder layer at a time with transformers' own code.
 
-Positions, masks and rotary embeddings are its business; only one layer's weights need to be there.
+transformers handles positions, masks and rotary embeddings; only one layer's weights are needed.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ class OneLayer:
         """Hidden states after a layer.
 
         Args:
-            layer: of the whole model, or any module in its place.
-            states: before it, (rows, tokens, hidden).
-            cache: a `DynamicCache` of one layer, with what stands before these tokens; theirs are
-                added to it.
+            layer: layer of the whole model, or any module in its place.
+            states: hidden states before it, (rows, tokens, hidden).
+            cache: a `DynamicCache` of one layer with the earlier tokens; these tokens are added.
         """
         import torch
 
-        layer.self_attn.layer_idx = 0  # the cache knows this layer alone
+        layer.self_attn.layer_idx = 0  # the cache holds only this layer
         if kind := getattr(layer.self_attn, "layer_type", None):
             self._decoder.config.layer_types = [kind]  # of which masks are made
         self._decoder.layers[0] = layer

@@ -1,7 +1,7 @@
-"""Whether a base can be trained for a task and exported: all that can be known before any work.
+"""Checks before any work starts whether a base can be trained for a task and exported.
 
-Lint, training and export ask the same questions here, so that nothing is refused after hours that
-could have been refused at once.
+Lint, training and export use the same checks, so that nothing fails after hours that could have
+been rejected at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Fitted:
-    """A task in the tokens of a base, and that base's vocabulary as a GGUF has it."""
+    """A task in the tokens of a base, and the base's vocabulary for a GGUF."""
 
     architecture: Architecture
     encoded: EncodedTask
@@ -56,16 +56,16 @@ def check_base(
     tokenizer_folder: Path | None = None,
     rows: int | None = None,
 ) -> Fitted:
-    """See that the words of a task can be put into a base's tokens, as llama.cpp will do it too.
+    """Check that a task can be encoded in a base's tokens in the same way as by llama.cpp.
 
     Args:
-        folder: of the checkpoint, whose weights need not be there.
-        task: what is to be decided.
-        tokenizer_folder: of the tokenizer, if an adapter brings one of its own.
-        rows: of the embedding, if an adapter brings one of its own.
+        folder: folder of the checkpoint; its weights need not exist.
+        task: the task.
+        tokenizer_folder: folder of the tokenizer, if an adapter has its own.
+        rows: rows of the embedding, if an adapter has its own.
 
     Raises:
-        ModelError, ExportError, TaskError: what does not fit, by name.
+        ModelError, ExportError, TaskError: something does not fit; names it.
     """
     config = read_config(folder)
     leftover = folder / "adapter_config.json"
@@ -105,10 +105,10 @@ def check_base(
 
 
 def check_splitting(fitted: Fitted, texts: Sequence[str]) -> None:
-    """See that llama.cpp will split texts as the tokenizer does that training uses.
+    """Check that llama.cpp splits texts in the same way as the tokenizer used for training.
 
     Args:
-        fitted: as `check_base` gives it.
+        fitted: result of `check_base`.
         texts: cleaned questions.
 
     Raises:
@@ -125,26 +125,26 @@ def check_splitting(fitted: Fitted, texts: Sequence[str]) -> None:
 
 
 def check_config(folder: Path, layers: int | None = None) -> None:
-    """See that a checkpoint's configuration can be written as GGUF. Imports transformers.
+    """Check that a checkpoint's configuration can be written as GGUF. Imports transformers.
 
     Raises:
-        ModelError, ExportError: what cannot, by name.
+        ModelError, ExportError: something cannot be written; names it.
     """
     config = load_config(folder, layers)
     hyper_parameters(config, config.vocab_size)
 
 
 def check_weights(folder: Path, layers: int | None = None) -> None:
-    """See that a checkpoint has the tensors of its architecture, and no others.
+    """Check that a checkpoint has the tensors of its architecture, and no others.
 
-    transformers passes over tensors that it has no place for: the model would be another one.
+    transformers ignores tensors for which it has no place, so the model would be a different one.
 
     Args:
-        folder: of the checkpoint.
-        layers: how many are to be kept, whose tensors are asked for; None for all.
+        folder: folder of the checkpoint.
+        layers: how many layers to keep, whose tensors are checked; None for all.
 
     Raises:
-        ModelError: a tensor is absent, or has no place; or a file is damaged.
+        ModelError: a tensor is missing, or has no place; or a file is damaged.
     """
     config = read_config(folder)
     arch, checkpoint = named_architecture(config["architectures"]), Checkpoint(folder)
@@ -174,10 +174,10 @@ def check_weights(folder: Path, layers: int | None = None) -> None:
 
 
 def check_shapes(folder: Path, layers: int | None = None) -> None:
-    """See that a checkpoint's tensors have the shapes of its configuration. Imports torch.
+    """Check that a checkpoint's tensors have the shapes of its configuration. Imports torch.
 
     Raises:
-        ModelError: one has not.
+        ModelError: a tensor has another shape.
     """
     source = locate(None, str(folder))
     Merger(replace(source, layers=layers or source.layers))

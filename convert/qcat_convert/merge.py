@@ -1,8 +1,8 @@
-"""Base model and PEFT LoRA adapter to merged weights, in float32, one layer at a time.
+"""Merges a base model and a PEFT LoRA adapter in float32, one layer at a time.
 
-The model is built without weights; PEFT's own code merges each module when its weights have been
-read, and they are let go when the next layer is asked for. Merging into a quantized base loses the
-fine-tune, so such a base is refused.
+The model is built without weights. PEFT's own code merges each module after its weights have been
+read, and they are released when the next layer is requested. Merging into a quantized base loses
+the fine-tune, so such a base is rejected.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _TOLERANCE = 1e-4  # of the largest number that it computes; float32 keeps a hun
 
 
 class Merger:
-    """Gives a merged model's weights part by part: embedding, layers, norm, head.
+    """Yields a merged model's weights part by part: embedding, layers, norm, head.
 
     Args:
-        source: as `locate` gives it.
+        source: result of `locate`.
 
     Raises:
-        ExportError, ModelError: what is absent, unsupported or does not fit, by name.
+        ExportError, ModelError: something is missing, unsupported or does not fit; names it.
     """
 
     def __init__(self, source: Source) -> None:
@@ -67,7 +67,7 @@ class Merger:
             self._model = model
         embedding, head = model.model.embed_tokens, model.lm_head
         self.embedding_scale = float(getattr(embedding, "scalar_embed_scale", 1))
-        """What the model multiplies an embedding with before its first layer, as Gemma does."""
+        """Factor for embeddings before the model's first layer, as in Gemma."""
         self.tied = embedding.weight is head.weight or self.embedding().equals(self.head())
         """Whether head and embedding hold the same numbers: then the GGUF keeps them once. The
         numbers decide, not the config: an adapter that saved one of the two unties them."""
@@ -82,7 +82,7 @@ class Merger:
         return self._rows(self._model.model.embed_tokens)
 
     def layers(self) -> Iterator[Any]:
-        """The decoder layers, merged; each is without weights again when the next one is taken.
+        """The merged decoder layers; each loses its weights again when the next one is requested.
 
         Raises:
             ExportError: the adapter cannot be merged.
@@ -107,7 +107,7 @@ class Merger:
 
     @property
     def blocks(self) -> Mapping[str, Blocks]:
-        """What is in Q4_0 already of the embedding and the last layer taken, by tensor name."""
+        """The Q4_0 matrices of the embedding and the last requested layer, by tensor name."""
         embedding = {EMBEDDING: self._rounded} if self._rounded else {}
         return embedding | (self._scales.blocks if self._scales else {})
 
@@ -117,14 +117,14 @@ class Merger:
         return self._scales.matrices if self._scales else ()
 
     def head(self) -> Rows:
-        """The head's rows, also where they are the embedding's."""
+        """The head's rows, also if they are the embedding's."""
         return self._rows(self._model.lm_head)
 
     def _find_origins(self) -> dict[str, str]:
         """Which of the checkpoint's tensors embedding and head are.
 
-        Tied ones are one, whichever of the two the checkpoint has; but not where it has both and
-        they differ, as transformers has it too.
+        Tied ones are the same tensor, whichever the checkpoint has, unless it has both and they
+        differ, as in transformers.
         """
         stored, count = self._checkpoint.shapes, self.config.vocab_size
         apart = {EMBEDDING: EMBEDDING, HEAD: HEAD}
@@ -175,7 +175,7 @@ class Merger:
                 "it again, or save it with save_pretrained"
             )
         self._unread = {parameter: origin for origin, parameter in parameters.items()}
-        """Parameters whose numbers are in the checkpoint still, and where."""
+        """Parameters that have not been read from the checkpoint yet, and where they are."""
         return model
 
     def _adapted(self, model: Any, adapter: Path, tied: bool) -> Any:
@@ -222,7 +222,7 @@ class Merger:
                 self._merge_below(child, adapter)
 
     def _merge_checked(self, parent: Any, name: str, adapter: Path) -> None:
-        """Merge one module, and see that it computes what it computed with the adapter beside."""
+        """Merge one module, and check that it computes the same as with the separate adapter."""
         import torch
 
         wrapped = getattr(parent, name)
@@ -240,7 +240,7 @@ class Merger:
             raise _changed(adapter)
 
     def _read(self, module: Any) -> None:
-        """Fill a module's parameters, if they are in the checkpoint still."""
+        """Fill a module's parameters, if they have not been read from the checkpoint yet."""
         from torch import nn
 
         for part in module.modules():
@@ -264,7 +264,7 @@ class Merger:
         return self._checkpoint.rows(origin, count) if origin else Rows(module.weight.data, count)
 
     def _check_tensors(self, tuned: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See that adapter and model have the same tensors: PEFT passes over the others."""
+        """Check that adapter and model have the same tensors, because PEFT ignores others."""
         from peft import get_peft_model_state_dict
 
         wanted = {
@@ -295,9 +295,9 @@ class Merger:
 
 
 def _merge_child(parent: Any, name: str) -> None:
-    """Put a module that PEFT has wrapped in its wrapper's place, merged, as merge_and_unload does.
+    """Replace a PEFT wrapper by its merged module, as merge_and_unload does.
 
-    That method itself goes through a whole model at once.
+    That method itself processes a whole model at once.
     """
     module = getattr(parent, name)
     if hasattr(module, "unload_and_optionally_merge_module"):
@@ -309,7 +309,7 @@ def _merge_child(parent: Any, name: str) -> None:
 
 
 def _probe(layer: Any) -> torch.Tensor:
-    """Something to put into an embedding or a linear layer."""
+    """A test input for an embedding or a linear layer."""
     import torch
 
     if hasattr(layer, "num_embeddings"):

@@ -1,4 +1,4 @@
-"""A PEFT adapter's two files, checked before PEFT sees them: it passes over what it does not know.
+"""Checks a PEFT adapter's two files before PEFT reads them, because it ignores unknown content.
 
 Names and fields are those of `PeftModel.save_pretrained` and `LoraConfig`
 (https://huggingface.co/docs/peft/developer_guides/checkpoint).
@@ -58,9 +58,9 @@ _FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
 _UNMERGEABLE = ("alora_invocation_tokens", "lora_bias")
 _SAVED_MODULES = frozenset({"lm_head", "embed_tokens"})
 _CLASSIFIER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-# Initializations that take what they put into the adapter out of the base's weights
+# Initializations that subtract the adapter's initial values from the base's weights
 _CHANGES_BASE = re.compile(r"(pissa|olora|corda|loftq|lora_ga).*", re.IGNORECASE)
-# What compiling, sharding and multimodal models put into the names of what they wrap
+# Name parts that compiling, sharding and multimodal models add when they wrap modules
 _WRAPPERS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "language_model"}
 )
@@ -69,10 +69,10 @@ _INNER = re.compile(r"(model\.(layers|embed_tokens|norm)|lm_head)\..+")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` says of an adapter of LoRA or of scales.
+    """The content of `adapter_config.json` for an adapter of LoRA or of scales.
 
     Raises:
-        ExportError: it is absent or damaged, or the adapter cannot be merged.
+        ExportError: it is missing or damaged, or the adapter cannot be merged.
     """
     path = folder / CONFIG
     advice = "name the folder that PEFT's save_pretrained wrote"
@@ -123,10 +123,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def known_fields(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the PEFT that is installed knows of a configuration. Imports it.
+    """The fields of a configuration that the installed PEFT knows. Imports PEFT.
 
     Raises:
-        ExportError: something is set that it does not know and would drop.
+        ExportError: a field is set that PEFT does not know and would drop.
     """
     from dataclasses import fields
 
@@ -166,7 +166,7 @@ def kept_layers(config: Mapping[str, Any]) -> int | None:
 
 
 def embedding_rows(folder: Path) -> int | None:
-    """Rows of an embedding or head that an adapter saved whole, if it saved one.
+    """Rows of an embedding or head that an adapter saved in full, if it saved one.
 
     Raises:
         ExportError: its weights are absent or damaged.
@@ -179,14 +179,14 @@ def embedding_rows(folder: Path) -> int | None:
 
 
 def read_lora_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA adapter in float32, by the names that PEFT gives them today.
+    """The tensors of a LoRA adapter in float32, by PEFT's current names.
 
     Args:
-        folder: of the adapter.
-        config: as `read_adapter_config` gives it.
+        folder: folder of the adapter.
+        config: result of `read_adapter_config`.
 
     Raises:
-        ExportError: they are absent, damaged, not finite, or contradict the configuration.
+        ExportError: they are missing, damaged, not finite, or contradict the configuration.
     """
     path = folder / WEIGHTS
     tensors: dict[str, torch.Tensor] = {}
@@ -212,7 +212,7 @@ def read_lora_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torc
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name as PEFT saves it, without what wrappers and adapters' names add.
+    """A tensor's name as PEFT saves it, without parts added by wrappers and adapter names.
 
     Examples:
         >>> plain_name("base_model.model._orig_mod.model.norm.lora_A.default.weight")

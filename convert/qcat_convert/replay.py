@@ -1,7 +1,7 @@
-"""The merged model in torch, asked as the runtime asks: the reference that the proof compares with.
+"""Runs the merged model in torch like the runtime does: the reference for the verification.
 
-All questions go through one layer before the next is needed. In each the prefix comes first; its
-keys and values serve all questions, and a question's serve the labels' tokens after it.
+All questions go through one layer before the next is needed. In each layer the prefix comes first;
+its keys and values are shared by all questions, and a question's by the label tokens after it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Replay:
     ) -> None:
         self._given, self._rests = list(prefix), [list(rest) for rest in rests]
         wanted = sorted({tuple(path) for path in paths}, key=len, reverse=True)
-        # What begins a longer path is evaluated with it.
+        # The start of a longer path is evaluated together with it.
         self._paths: list[tuple[int, ...]] = []
         for path in wanted:
             if not any(longer[: len(path)] == path for longer in self._paths):
@@ -86,7 +86,7 @@ class Replay:
         ]
 
     def step(self, one: OneLayer, layer: Any) -> None:
-        """Take everything through the next layer."""
+        """Run everything through the next layer."""
         from transformers import DynamicCache
 
         cache: Any = DynamicCache()

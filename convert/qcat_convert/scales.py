@@ -1,8 +1,8 @@
-"""An adapter of block scales (`qcat train --method scales`) put onto its base.
+"""Applies an adapter of block scales (`qcat train --method scales`) to its base.
 
-The codes follow from the base's weights and the scales before training; with the scales after it
-they are what a Q4_0 file holds. Norms and biases, and the embedding if it was trained, are whole.
-An embedding that was only rounded has the same scales twice.
+The codes are derived from the base's weights and the scales before training. Together with the
+scales after training they are the content of a Q4_0 file. Norms and biases, and the embedding if it
+was trained, are stored in full. An embedding that was only rounded has the same scales twice.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class ScalesAdapter:
         return {f"{name}.weight" for name in ends}
 
     def check(self, model: Any) -> None:
-        """See that a model has a place for every tensor of it.
+        """Check that a model has a place for every tensor of the adapter.
 
         Raises:
-            ExportError: it has not, or a scale has no partner.
+            ExportError: it does not, or a scale has no partner.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
         for name, tensor in self._tensors.items():
@@ -134,7 +134,7 @@ class ScalesAdapter:
         for chunk in weight.chunks():
             part = first[start : start + len(chunk)]
             if not start:
-                # Some rows are enough to tell another base, with other scales nearly everywhere.
+                # Some rows are enough to detect another base: nearly all of its scales differ.
                 fitted = q4_0.fit_scales(chunk[:_ROWS])
                 if not (fitted == part[:_ROWS]).float().mean() > _ALIKE:
                     raise self._misfit(f"its scales are not of the weights of {path}")
@@ -143,7 +143,7 @@ class ScalesAdapter:
         return Blocks(torch.cat(codes), last)
 
     def whole(self, name: str) -> torch.nn.Parameter | None:
-        """A tensor that the adapter has whole; None if it has not."""
+        """A tensor that the adapter stores in full; None if it does not."""
         from torch import nn
 
         tensor = self._tensors.get(name)

@@ -1,4 +1,4 @@
-"""A base and an adapter on disk: found, and looked into as far as needs no torch."""
+"""Locates a base and an adapter on disk, and inspects them as far as possible without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qcat_convert.weights import Checkpoint
 
 @dataclass(frozen=True)
 class Source:
-    """A base and an adapter, found and looked into as far as needs no torch."""
+    """A base and an adapter on disk, inspected as far as possible without torch."""
 
     base: str
     """As the user or the adapter named it."""
@@ -39,10 +39,10 @@ def locate(adapter: Path | None, base: str | None) -> Source:
 
     Args:
         adapter: folder that PEFT's `save_pretrained` wrote; None exports the base as it is.
-        base: local folder or hub name; None takes the one that the adapter names.
+        base: local folder or hub name; None uses the one named in the adapter.
 
     Raises:
-        ExportError, ModelError: what is absent, unsupported or damaged, by name.
+        ExportError, ModelError: something is missing, unsupported or damaged; names it.
     """
     config = read_adapter_config(adapter) if adapter else {}
     base = base or config.get("base_model_name_or_path")
@@ -56,7 +56,7 @@ def locate(adapter: Path | None, base: str | None) -> Source:
     rows = stored[0]
     tokenizer_folder = folder
     if adapter:
-        # An adapter that was trained with tokens added brings their rows itself.
+        # An adapter that was trained with added tokens contains their rows.
         rows = embedding_rows(adapter) or rows
         if (adapter / "tokenizer.json").is_file():
             tokenizer_folder = adapter

@@ -1,6 +1,6 @@
-"""One pass over a model's weights: merge, write the GGUF, and carry questions through in torch.
+"""One pass over a model's weights: merge, write the GGUF, and run questions through it in torch.
 
-Each layer is read once, merged, written, used and let go, so that no more than one is in memory.
+Each layer is read once, merged, written, used and released, so that only one is in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qcat_convert.writer import GGUFFile, Precision
 
 @dataclass(frozen=True)
 class Job:
-    """What to make of a model, in plain data, so that another process can do it."""
+    """Instructions for converting a model, as plain data, so that another process can do it."""
 
     source: Source
     target: Path
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the merged model in torch gave."""
+    """Results of the merged model in torch."""
 
     imatrix: ImportanceMatrix | None
     """None without training questions."""
@@ -84,7 +84,7 @@ def convert(job: Job, progress: Count = uncounted) -> Measured:
         progress: called with layers done and in all.
 
     Raises:
-        ExportError, ModelError: what cannot be merged or converted, by name.
+        ExportError, ModelError: something cannot be merged or converted; names it.
     """
     merger = Merger(job.source)
     importance = Importance(merger.architecture)
@@ -142,6 +142,6 @@ def convert(job: Job, progress: Count = uncounted) -> Measured:
 
 
 def _give_back() -> None:
-    """Freed memory to the system: glibc's allocator would keep most of what the layers took."""
+    """Return freed memory to the system; glibc would keep most of the layers' memory."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,10 +1,11 @@
-"""Forks of a process that has llama.cpp loaded: they can compute, with one thread.
+"""Forks of a process that has loaded llama.cpp: they can compute, but only with one thread.
 
-GNU OpenMP's threads do not survive a fork, and a child that computes with several waits for ever
-for those of its parent. With one thread llama.cpp leaves OpenMP out, and finds the same numbers.
+GNU OpenMP's threads do not survive a fork, and a child that computes with several threads waits
+forever for those of its parent. With one thread llama.cpp does not use OpenMP, and the results are
+the same.
 
-A lock that another thread holds at the moment of a fork would stay locked in the child, and what
-it guards half-done. So a fork made by Python waits until nobody holds a lock of `new_lock`.
+A lock that another thread holds during a fork would stay locked in the child, with the guarded work
+half done. A fork made by Python therefore waits until nobody holds a lock made by `new_lock`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from weakref import WeakSet
 _LOADED_BY = os.getpid()
 
 opening = threading.RLock()
-"""Held while models are loaded, shared ones closed, and while a process forks. A thread that takes
-several locks takes this one first, then those of `Guards` in their order."""
+"""Held while models are loaded, while shared models are closed, and while a process forks. A thread
+that acquires several locks acquires this one first, then those of `Guards` in order."""
 
 
 class Guards(IntEnum):
-    """What a lock guards, in the order in which a thread takes them."""
+    """What a lock guards, in the order in which threads acquire them."""
 
     CONTEXT = 0
     MODEL = 1
@@ -35,12 +36,12 @@ _held: list[Any] = []  # by the thread that forks
 
 def is_fork() -> bool:
     """Whether this process was forked from the one that loaded llama.cpp."""
-    # Not noted by a hook, as below: uWSGI forks without Python's knowledge.
+    # Not detected by a hook as below, because uWSGI forks without Python's knowledge.
     return os.getpid() != _LOADED_BY
 
 
 def new_lock(guards: Guards) -> Any:
-    """A lock that a thread may take again while it has it, and that no fork leaves locked."""
+    """A reentrant lock that is never left locked by a fork."""
     lock = threading.RLock()
     with opening:
         _locks[guards].add(lock)

@@ -1,7 +1,7 @@
 """llama.cpp in this process: its log, a model's tokens and weights, and models that are shared.
 
 The low-level interface is used because the high-level one keeps every position's logits and sorts
-the vocabulary in Python. Every handle is tied to its free where it is acquired.
+the vocabulary in Python. Every handle is paired with its free function where it is acquired.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def _log(level: int, text: bytes, _data: object) -> None:
 def capture_log(*, verbose: bool | None = None) -> list[str]:
     """Keep llama.cpp's messages off the terminal unless `verbose`; return its last warnings.
 
-    With None they go where they went before.
+    With None, messages go where they went before.
 
-    llama.cpp has one logger a process: this replaces it, for other users of llama_cpp too.
+    llama.cpp has one logger per process: this replaces it for other users of llama_cpp as well.
     """
     global _verbose
     _verbose = _verbose if verbose is None else verbose
@@ -54,11 +54,11 @@ def capture_log(*, verbose: bool | None = None) -> list[str]:
 
 
 def repacks() -> bool:
-    """Whether llama.cpp can lay weights out anew here.
+    """Whether llama.cpp can safely repack weights here.
 
-    Where it was compiled for a processor with AMX, it does so for AMX first, which cannot be left
-    out alone when it runs; GCC drops the stores to the tile configuration that it then loads, and
-    the process dies: https://github.com/ggml-org/llama.cpp/issues/20824 and pull request 26954.
+    If it was compiled for a processor with AMX, it repacks for AMX first, which cannot be disabled
+    separately at run time. GCC drops the stores to the tile configuration that is then loaded, and
+    the process crashes: https://github.com/ggml-org/llama.cpp/issues/20824 and pull request 26954.
     """
     return b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
 
@@ -66,18 +66,18 @@ def repacks() -> bool:
 class LlamaModel:
     """One GGUF opened in llama.cpp: its vocabulary and, unless `vocab_only`, its weights.
 
-    The file must have been through `qcat.gguf.check.check_model`: llama.cpp can abort on others.
+    The file must have passed `qcat.gguf.check.check_model`, because llama.cpp can abort on others.
 
     Args:
-        path: of the file.
-        vocab_only: leave the weights out.
-        repack: lay the weights out anew for the processor's widest instructions. Without it the
-            file's own pages are used as they lie: the model is there sooner, and each question
-            takes longer. Without effect where `repacks` says no.
+        path: path of the file.
+        vocab_only: do not load the weights.
+        repack: repack the weights for the processor's widest instructions. Without it the file's
+            own pages are used directly: the model loads faster, but each question takes longer.
+            No effect if `repacks` is false.
         verbose: let llama.cpp write its log to stderr.
 
     Raises:
-        ModelError: if llama.cpp refuses the file.
+        ModelError: if llama.cpp rejects the file.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class LlamaModel:
     ) -> None:
         log = capture_log(verbose=verbose)
         self.path, self.repacked = path, repack and repacks()
-        self.lock = new_lock(Guards.MODEL)  # of all that a `close` in another thread would break
+        self.lock = new_lock(Guards.MODEL)  # of everything that a `close` elsewhere would break
         self._stack = ExitStack()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0
         params.use_extra_bufts = self.repacked
-        # What is laid out anew is read whole anyway: mapped too, it would be in memory twice.
+        # Repacked weights are read in full: if also mapped, they would be in memory twice.
         none, mapped = llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MMAP
         params.load_mode = none if self.repacked else mapped
         with opening:
@@ -163,7 +163,7 @@ class LlamaModel:
             path: of the adapter's GGUF, checked by `qcat.gguf.adapter.check_adapter`.
 
         Raises:
-            ModelError: llama.cpp refuses it.
+            ModelError: llama.cpp rejects it.
         """
         log = capture_log()
         adapter = llama_cpp.llama_adapter_lora_init(self.handle, os.fsencode(path))
@@ -176,7 +176,7 @@ class LlamaModel:
         return adapter
 
     def close(self) -> None:
-        """Free the model. Harmless a second time."""
+        """Free the model. May be called more than once."""
         with self.lock:
             self._stack.close()
             self.handle = None
@@ -190,7 +190,7 @@ class LlamaModel:
 
 @dataclass
 class _Shared:
-    """A model that one or several classifiers of this process have open."""
+    """A model that one or more classifiers of this process have open."""
 
     model: LlamaModel
     users: int = 0
@@ -201,9 +201,9 @@ _shared: dict[tuple[str, int, bool], _Shared] = {}
 
 @contextmanager
 def shared_model(path: Path, *, repack: bool, verbose: bool) -> Iterator[LlamaModel]:
-    """A `LlamaModel` that is in memory once a process, however many tasks are asked of it.
+    """A `LlamaModel` that is in memory once per process, however many tasks use it.
 
-    It is freed when the last user leaves. Raises as `LlamaModel` does.
+    It is freed when its last user closes it. Raises the errors of `LlamaModel`.
     """
     key = (os.path.realpath(path), os.stat(path).st_mtime_ns, repack and repacks())
     with opening:
@@ -222,7 +222,7 @@ def shared_model(path: Path, *, repack: bool, verbose: bool) -> Iterator[LlamaMo
 
 
 class Batch:
-    """A `llama_batch` over arrays of ours, made once: each token belongs to one sequence."""
+    """A `llama_batch` over our own arrays, made once: each token belongs to one sequence."""
 
     def __init__(self, room: int) -> None:
         self.size = 0

@@ -22,8 +22,8 @@ from qcat.errors import ModelError
 MAX_BATCH = 16
 """Questions in one forward pass."""
 PASS_TOKENS = 128
-"""Tokens in one forward pass, unless one question has more. With more the weights are read less
-often, but each token attends over the cells of all the others: bench/speed.py."""
+"""Tokens in one forward pass, unless one question has more. With more, the weights are read less
+often, but each token attends to the cells of all the others: bench/speed.py."""
 _MAX_DEEP = 64  # branches below the root in one forward pass
 _DEEP_CELLS = 256  # KV cells for them
 _FREE_TOKENS = 64  # KV cells for unconstrained generation
@@ -43,15 +43,15 @@ class LlamaScorer:
         prefix: token ids of the prompt up to the question.
         trie: the label language.
         grammar: the same language as GBNF.
-        room: the most tokens that one question and the words after it may have.
-        threads: threads of computation; a fork of this process computes with one.
-        fingerprint: of the model's file, and of the adapter's; with it the evaluated prefix is
-            kept in the user's cache folder for the next time.
-        adapter: a LoRA adapter's GGUF to lie beside the weights, checked by
+        room: the largest number of tokens of one question and the words after it.
+        threads: number of threads; a fork of this process computes with one.
+        fingerprint: of the model file, and of the adapter file; if given, the evaluated prefix is
+            kept in the user's cache folder for later use.
+        adapter: a LoRA adapter's GGUF to apply to the weights, checked by
             `qcat.gguf.adapter.check_adapter`.
 
     Raises:
-        ModelError: the context cannot be made, or llama.cpp refuses the grammar.
+        ModelError: the context cannot be created, or llama.cpp rejects the grammar.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LlamaScorer:
         self._model, self._trie, self._room = model, trie, room
         self._prefix, self._threads, self._fingerprint = list(prefix), threads, fingerprint
         self._n_prefix = len(prefix)
-        self._lock = new_lock(Guards.CONTEXT)  # not the model's, which others may use meanwhile
+        self._lock = new_lock(Guards.CONTEXT)  # not the model's, which others may use too
         self._stack, self._context_stack = ExitStack(), ExitStack()
         deep = trie.deep_branches
         paths = [len(branch.path) for branch in deep]
@@ -104,12 +104,12 @@ class LlamaScorer:
         self._begin(min(PASS_TOKENS, self._most_tokens))
 
     def _cells(self, tokens: int) -> int:
-        """KV cells for the prefix, so many tokens of questions, and the branches after them."""
+        """KV cells for the prefix, this many question tokens, and the branches after them."""
         return self._n_prefix + tokens + self._deep_cells
 
     def _begin(self, tokens: int) -> None:
-        """Make a context with room for so many tokens, in the place of one for fewer."""
-        self._context = None  # also if there is no memory for another
+        """Create a context with room for this many tokens, replacing a smaller one."""
+        self._context = None  # even if there is not enough memory for another
         self._context_stack.close()
         cells = self._cells(tokens)
         self._context = self._open_context(cells, self._n_sequences, self._threads)
@@ -124,7 +124,7 @@ class LlamaScorer:
         params.n_seq_max = n_sequences
         params.n_outputs_max = n_sequences
         params.kv_unified = True
-        # On the CPU flash attention sums in float16: its noise shows in the third digit of a
+        # On the CPU flash attention adds in float16: its noise affects the third digit of a
         # probability.
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_threads = params.n_threads_batch = threads
@@ -146,9 +146,9 @@ class LlamaScorer:
         prefix, fingerprint = self._prefix, self._fingerprint
         settings = (
             llama_cpp.__version__,
-            llama_cpp.llama_print_system_info(),  # how it was compiled changes the last digits
+            llama_cpp.llama_print_system_info(),  # compilation options change the last digits
             llama_cpp.llama_n_ubatch(self._context),
-            self._model.repacked,  # other instructions, other last digits
+            self._model.repacked,  # other instructions change the last digits
             prefix,
         )
         key = f"prefix {fingerprint} {settings}".encode()
@@ -177,8 +177,8 @@ class LlamaScorer:
         """Logits at every branch, for each question in turn.
 
         Questions share a forward pass, up to `MAX_BATCH` of them and `PASS_TOKENS` tokens; a
-        longer one has a pass for itself. A pass is made when its first result is asked for, so an
-        iterator given up early costs nothing more.
+        longer question gets its own pass. A pass is run when its first result is requested, so
+        abandoning the iterator early costs nothing more.
 
         Args:
             rests: for each question the token ids after the prefix, at most `room` of them.
@@ -197,7 +197,7 @@ class LlamaScorer:
             yield from self._score_group(group)
 
     def _make_room(self, tokens: int) -> None:
-        """See that so many tokens fit: there is room for usual questions until a long one comes."""
+        """Make room for this many tokens; the initial context suits usual questions."""
         if tokens > self._n_tokens:
             self._begin(self._most_tokens)
 
@@ -258,10 +258,10 @@ class LlamaScorer:
             yield chunk
 
     def accepts(self, label: int) -> bool:
-        """Whether llama.cpp's own grammar sampler lets a label through, token by token.
+        """Whether llama.cpp's own grammar sampler accepts a label, token by token.
 
-        At every step the sampler masks the trie's candidates only: the same verdict as over the
-        whole vocabulary, without its cost. A label's verdict is found once.
+        At every step the sampler masks only the trie's candidates. The result is the same as over
+        the whole vocabulary, without its cost. It is computed once per label.
         """
         if label not in self._accepted:
             self._accepted[label] = self._ask_grammar(label)
@@ -283,7 +283,7 @@ class LlamaScorer:
             return True
 
     def spells(self, _ids: Sequence[int]) -> bool:
-        """Whether the model gets these very token ids: always, here."""
+        """Whether the model receives exactly these token ids: always true here."""
         return True
 
     @staticmethod
@@ -300,7 +300,7 @@ class LlamaScorer:
         return np.asarray(data["id"][np.isfinite(data["logit"])])
 
     def generate(self, rest: Sequence[int], limit: int) -> str:
-        """What the model says without any constraint, greedily, up to `limit` tokens."""
+        """The model's unconstrained answer, decoded greedily, up to `limit` tokens."""
         limit = min(limit, _FREE_TOKENS)
         with self._lock:
             self._check_open()
@@ -339,7 +339,7 @@ class LlamaScorer:
         """Logits of the whole vocabulary at a batch index: a view, valid until the next decode."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, at)
         row = np.ctypeslib.as_array(pointer, (self._model.n_vocab,))
-        self._finite(row.max())  # which hands on a NaN from anywhere in the row
+        self._finite(row.max())  # which propagates a NaN from anywhere in the row
         return row
 
     def _finite(self, values: Any) -> Any:
@@ -350,7 +350,7 @@ class LlamaScorer:
         return values
 
     def _forget(self) -> None:
-        """Drop every sequence but the prefix, and whatever waits in the batch."""
+        """Drop every sequence except the prefix, and clear the batch."""
         self._batch.size = 0
         llama_cpp.llama_memory_seq_keep(self._memory, 0)
 
@@ -359,7 +359,7 @@ class LlamaScorer:
             raise ModelError(f"{self._model.path}: the classifier is closed: open it again")
 
     def close(self) -> None:
-        """Free the context. Harmless a second time."""
+        """Free the context. May be called more than once."""
         with self._lock:
             self._context_stack.close()
             self._stack.close()

@@ -30,16 +30,16 @@ except (ImportError, ValueError, httpx.InvalidURL) as error:
 KEEP_ALIVE = "10m"
 """How long a server keeps the model loaded after a question, whatever OLLAMA_KEEP_ALIVE says."""
 TIMEOUT = 60.0
-"""Seconds that the server may keep silent; loading a model is part of the first request."""
+"""Seconds to wait for a response; loading a model is part of the first request."""
 _LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
-_RETRIES = (0.2, 1.0)  # seconds to wait before asking again
+_RETRIES = (0.2, 1.0)  # seconds to wait before a retry
 _CHUNK = 1 << 20
 STRANGER = "answers, but not as Ollama does: see that OLLAMA_HOST is right"
-"""What a message says of one that is no Ollama."""
+"""Message for a server that is not Ollama."""
 
 
 class _Client(ollama.Client):
-    """The official client, and requests with fields that it has no arguments for."""
+    """The official client, plus requests with fields for which it has no arguments."""
 
     def send(self, method: str, path: str, **content: Any) -> Any:
         return self._request_raw(method, path, **content)  # type: ignore[no-untyped-call]
@@ -54,13 +54,13 @@ class _Client(ollama.Client):
 
 
 class Server:
-    """An Ollama server. Every failure is one `ServerError`; asks are tried again where it helps.
+    """An Ollama server. Every failure is one `ServerError`; requests are retried where it helps.
 
     Args:
-        timeout: seconds that the server may keep silent on a request.
+        timeout: seconds to wait for the response to a request.
 
     Raises:
-        ServerError: OLLAMA_HOST is no address.
+        ServerError: OLLAMA_HOST is not a valid address.
     """
 
     def __init__(self, timeout: float = TIMEOUT) -> None:
@@ -84,22 +84,22 @@ class Server:
         return self._connected
 
     def close(self) -> None:
-        """Close the connections. Harmless a second time."""
+        """Close the connections. May be called more than once."""
         self._client.close()  # type: ignore[no-untyped-call]
 
     def check(self) -> str:
-        """See that an Ollama server answers; return its version. Raises ServerError."""
+        """Check that an Ollama server answers; return its version. Raises ServerError."""
         version = self._json("GET", "/api/version").get("version")
         if not isinstance(version, str):
             raise ServerError(f"{self.address}: {STRANGER}")
         return version
 
     def show(self, model: str, *, verbose: bool = False) -> dict[str, Any] | None:
-        """What the server says of a model, or None if it has no such model.
+        """The server's information about a model, or None if it has no such model.
 
         Args:
             model: its name.
-            verbose: with the whole vocabulary.
+            verbose: include the whole vocabulary.
         """
         try:
             return self._json("POST", "/api/show", {"model": model, "verbose": verbose})
@@ -107,7 +107,7 @@ class Server:
             return None
 
     def generate(self, model: str, prompt: str, **fields: Any) -> dict[str, Any]:
-        """One answer, not streamed. `fields` go into the request as they are."""
+        """One answer, not streamed. `fields` are added to the request unchanged."""
         body = {
             "model": model,
             "prompt": prompt,
@@ -123,14 +123,14 @@ class Server:
             raise self.absent(model) from None
 
     def absent(self, model: str) -> ServerError:
-        """The error for a model that is not there."""
+        """The error for a model that does not exist on the server."""
         return ServerError(
             f"{model}: no such model on {self.address}: "
             f"create it with `qcat deploy DIR --name {quoted(model)}`"
         )
 
     def upload(self, gguf: Path, progress: Progress) -> str:
-        """Send a file, unless the server has it; return its digest there."""
+        """Upload a file, unless the server has it already; return its digest."""
         with self._errors():
             size = gguf.stat().st_size
             digest = sha256()
@@ -149,25 +149,25 @@ class Server:
     def create(
         self, model: str, files: Mapping[str, str], template: str, parameters: Mapping[str, Any]
     ) -> None:
-        """Make a model; one of that name is replaced.
+        """Create a model; an existing one with that name is replaced.
 
         Args:
             model: its name.
             files: file names and the digests that `upload` gave for them.
-            template: what a Modelfile has as TEMPLATE.
-            parameters: what it has as PARAMETER.
+            template: value of the Modelfile's TEMPLATE.
+            parameters: values of the Modelfile's PARAMETER lines.
         """
         status = None
         with self._errors():
             for step in self._client.create(
                 model, files=dict(files), template=template, parameters=parameters, stream=True
-            ):  # an error after the first line comes as a line, not a status
+            ):  # an error after the first line arrives as a line, not as a status
                 status = step.status
         if status != "success":
             raise ServerError(f"{self.address}: stopped before the model was made: try again")
 
     def delete(self, model: str) -> None:
-        """Remove a model; harmless if there is none."""
+        """Remove a model, if it exists."""
         try:
             with self._errors():
                 self._client.delete(model)
@@ -177,7 +177,7 @@ class Server:
     def _json(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, again: bool = False
     ) -> dict[str, Any]:
-        """The answer to a request. `again`: it changes nothing, so it may be sent twice."""
+        """The answer to a request. `again`: it changes nothing, so it may be retried."""
         with self._errors():
             for wait in (*_RETRIES, None) if again else (None,):
                 try:
@@ -196,7 +196,7 @@ class Server:
 
 
 class _AbsentError(ServerError):
-    """The model is not there."""
+    """The model does not exist."""
 
 
 class _Errors:
@@ -247,7 +247,7 @@ class _Errors:
                 ) from None
             case RuntimeError() if not isinstance(error, RecursionError | httpx.StreamError):
                 raise ServerError(f"{at}: the connection is closed: open it again") from None
-            # What another program than Ollama may make of its own client.
+            # Errors that the client may raise if the server is not Ollama.
             case (
                 httpx.HTTPError()
                 | httpx.StreamError()
@@ -260,7 +260,7 @@ class _Errors:
 
 
 def _passing(error: Exception) -> bool:
-    """Whether an error may be gone the next moment: a dropped connection, or a full queue."""
+    """Whether an error may be temporary: a dropped connection, or a full queue."""
     if isinstance(error, ollama.ResponseError):
         return error.status_code == httpx.codes.SERVICE_UNAVAILABLE
     return isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)

@@ -1,8 +1,8 @@
-"""Scores from an Ollama server: bounds of label probabilities by the best twenty tokens it shows.
+"""Scores from an Ollama server: bounds of label probabilities from its best twenty tokens.
 
-Prompts are sent raw, as qcat builds them: the model's TEMPLATE, which serves `ollama run`, plays no
-part here. What the server answers was read in its sources (llm/llama_server.go, and llama.cpp's
-tools/server/server-context.cpp) and seen on 0.32.15.
+Prompts are sent raw, as qcat builds them; the model's TEMPLATE, which `ollama run` uses, is not
+used here. The form of the server's answers was taken from its sources (llm/llama_server.go, and
+llama.cpp's tools/server/server-context.cpp) and checked on 0.32.15.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from qcat.encoding.trie import Branch, LabelTrie
 from qcat.errors import ServerError
 
 TOP_LOGPROBS = 20
-"""The most that Ollama gives."""
-_PARALLEL = 4  # requests under way: what the server does not run at once it queues
-_WALK = 1e-3  # a branch that fewer answers than this can come through is not looked into
-_ROUNDING = 1e-5  # what the server's sum of the vocabulary in float32 may be off by
+"""The largest number that Ollama returns."""
+_PARALLEL = 4  # requests in flight: the server queues what it does not run at once
+_WALK = 1e-3  # a branch through which fewer answers than this can pass is not examined
+_ROUNDING = 1e-5  # possible error of the server's float32 sum over the vocabulary
 
 
 class _Seen(NamedTuple):
-    """What the server gave for one position."""
+    """The server's result for one position."""
 
     known: Mapping[str, float]
-    """Token text to probability, of texts that stand there once."""
+    """Token text to probability, for texts that occur once."""
     doubtful: Mapping[str, float]
-    """Token text to the most that one token of it can have, of texts that stand there often."""
+    """Token text to the largest probability of one such token, for texts that occur repeatedly."""
     end: float | None
-    """Probability of the end token, where the model chose it."""
+    """Probability of the end token, if the model chose it."""
     rest: float
-    """The most probability that a token which is not among the best can have."""
+    """Upper bound of the probability of a token that is not among the best."""
 
 
 class _Workers:
-    """A few threads that do not keep the process from ending, as those of an executor do."""
+    """A few threads that, unlike an executor's, do not keep the process from exiting."""
 
     def __init__(self, count: int, closed: Callable[[], ServerError]) -> None:
         self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
@@ -54,7 +54,7 @@ class _Workers:
             Thread(target=self._work, name="qcat-ollama", daemon=True).start()
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        """Results in order. What has not begun when the iterator is given up is not done."""
+        """Results in order. If the iterator is abandoned, work that has not started is skipped."""
         if not self._open:
             raise self._closed()
         futures: list[Future[Any]] = [Future() for _ in items]
@@ -74,7 +74,7 @@ class _Workers:
                 future.cancel()
 
     def close(self) -> None:
-        """Begin nothing more. Harmless a second time."""
+        """Start no more work. May be called more than once."""
         if self._open:
             self._open = False
             for _ in range(self._count):
@@ -92,14 +92,14 @@ class _Workers:
 
 
 class OllamaScorer:
-    """Scores questions against a label trie by what a server gives of the next token.
+    """Scores questions against a label trie, using a server's next-token probabilities.
 
-    The server gives the twenty best log-probabilities of the whole vocabulary, so a label beyond
-    them has an upper bound only. What bounds cannot decide the model is made to write.
+    The server returns the twenty best log-probabilities of the whole vocabulary, so a label beyond
+    them has only an upper bound. If the bounds do not decide, the model is asked to write one.
 
     Args:
-        server: where the model is.
-        model: its name there.
+        server: the server.
+        model: name of the model there.
         vocabulary: the model's own.
         prefix: token ids of the prompt up to the question.
         trie: the label language.
@@ -122,7 +122,7 @@ class OllamaScorer:
         self._prefix = vocabulary.decode(prefix)
         self._answers = tuple(answers)
         self._numbers = {answer: number for number, answer in enumerate(answers)}
-        # In JSON a label may take more tokens than bare, but never more than bytes.
+        # In JSON a label may take more tokens than alone, but never more than its bytes.
         self._longest = max(len(json.dumps(f" {a}", ensure_ascii=False).encode()) for a in answers)
         self._texts = self._token_texts(spellings)
         self._end = vocabulary.decode([trie.end])
@@ -137,10 +137,10 @@ class OllamaScorer:
         )
 
     def _token_texts(self, spellings: Sequence[str]) -> dict[int, str]:
-        """Text by token, for the trie's tokens that a text in an answer can stand for alone.
+        """Text by token, for the trie's tokens that a text in an answer identifies uniquely.
 
-        The server cuts a token's bytes to whole characters, so one that ends in a part of a
-        character reads as the token without that part.
+        The server cuts a token's bytes to whole characters, so a token that ends in part of a
+        character looks like the token without that part.
         """
         wanted: dict[str, int] = {}
         tokens = {int(token) for branch in self._trie.branches for token in branch.tokens}
@@ -158,31 +158,31 @@ class OllamaScorer:
         return {token: text for text, token in wanted.items()}
 
     def score(self, rests: Sequence[Sequence[int]]) -> Iterator[BoundedScores]:
-        """Bounds and answer for each question in turn, a few requests under way at once.
+        """Bounds and answer for each question in turn, with a few requests in flight.
 
         Args:
             rests: for each question the token ids after the prefix, such that `spells` holds.
 
         Raises:
-            ServerError: when the turn comes of a question that got no answer.
+            ServerError: when a question that got no answer is reached.
         """
         yield from self._workers.map(self._score, rests)
 
     def accepts(self, label: int) -> bool:
-        """Whether a label may come out: there is no grammar here but the list itself."""
+        """Whether a label may be returned: here only the list itself restricts it."""
         return 0 <= label < len(self._answers)
 
     def spells(self, ids: Sequence[int]) -> bool:
-        """Whether the server, which gets text and obeys special tokens in it, reads these ids."""
+        """Whether the server, which gets text and interprets special tokens, gets these ids."""
         return self._vocabulary.encode(self._vocabulary.decode(ids), special=True) == list(ids)
 
     def generate(self, rest: Sequence[int], limit: int) -> str:
-        """What the model says without any constraint, greedily, up to `limit` tokens."""
+        """The model's unconstrained answer, decoded greedily, up to `limit` tokens."""
         prompt = self._prefix + self._vocabulary.decode(rest)
         return str(self._call(prompt, num_predict=limit).get("response", ""))
 
     def close(self) -> None:
-        """Ask nothing more, and wait for nothing. Harmless a second time."""
+        """Send no more requests, and wait for none. May be called more than once."""
         self._workers.close()
 
     def _score(self, rest: Sequence[int]) -> BoundedScores:
@@ -193,7 +193,7 @@ class OllamaScorer:
             everyone = range(len(self._answers))
             return BoundedScores(nothing, nothing, None, self._settle(prompt, everyone))
         children = []
-        reach = np.ones(len(self._trie.branches))  # the most answers that can come through each
+        reach = np.ones(len(self._trie.branches))  # the largest share that can pass through each
         for number, branch in enumerate(self._trie.branches):
             seen: _Seen | None = None
             if not branch.path:
@@ -209,15 +209,15 @@ class OllamaScorer:
         return BoundedScores(*label_bounds(self._trie, children), self._mass(root), best)
 
     def _look(self, prompt: str) -> _Seen | None:
-        """The next token's probabilities; None from an Ollama that gives none."""
+        """The next token's probabilities; None if this version of Ollama returns none."""
         if self._silent:
             return None
         fields: dict[str, Any] = {"num_predict": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         answer = self._call(prompt, **fields)
         found, ended = answer.get("logprobs"), False
         if not found:
-            # Ollama drops them where the best token has no text: the end token, or a part of a
-            # character. Under a schema it must write a quote, and gives what was there before.
+            # Ollama drops them if the best token has no text: the end token, or part of a
+            # character. Under a schema it must write a quote, and returns them.
             ended = answer.get("done_reason") == "stop"
             found = self._call(prompt, format=self._schema([0]), **fields).get("logprobs")
         if not found:
@@ -241,7 +241,7 @@ class OllamaScorer:
         return _Seen(known, doubtful, end, min(least, outside) or outside)
 
     def _children(self, branch: Branch, seen: _Seen | None) -> tuple[Any, Any]:
-        """The least and the most probability of each child of a branch; None: nothing is known."""
+        """Lower and upper bound of the probability of each child of a branch; None if unknown."""
         if seen is None:
             return np.zeros(len(branch.tokens)), np.ones(len(branch.tokens))
         bounds = [self._child(int(token), seen) for token in branch.tokens]
@@ -250,14 +250,14 @@ class OllamaScorer:
 
     def _child(self, token: int, seen: _Seen) -> tuple[float, float]:
         if token == self._trie.end:
-            # llama-server shows it as no text, the engines of Ollama before 0.30 as its own.
+            # llama-server returns it as empty text, Ollama's engines before 0.30 as its own text.
             known = seen.known.get(self._end, seen.end)
             if known is not None:
                 return known, known
             return 0.0, max(seen.rest, seen.doubtful.get("", 0.0))
         text = self._texts.get(token)
         if text is None:
-            return 0.0, 1.0  # it may be in the answer under another's text
+            return 0.0, 1.0  # it may be in the answer under another token's text
         if text in seen.known:
             return seen.known[text], seen.known[text]
         return 0.0, max(seen.rest, seen.doubtful.get(text, 0.0))
@@ -267,10 +267,10 @@ class OllamaScorer:
         return min(1.0, sum(root.known.get(text, 0.0) for text in texts if text is not None))
 
     def _settle(self, prompt: str, labels: Sequence[int]) -> int:
-        """The one of some labels that the model writes: freely, or where a schema allows no other.
+        """The one of some labels that the model writes, first freely, then under a schema.
 
-        A model writes a label in quotes far worse than bare, as it was trained: so that comes
-        second, and with the space that its tokens begin with.
+        A model writes a label in quotes much less reliably than bare, as it was trained. The schema
+        therefore comes second, and with the space that the label's tokens begin with.
         """
         longest = max(len(sequence) for sequence in self._trie.sequences)
         said = self._call(prompt, num_predict=longest + 1).get("response")
@@ -299,7 +299,7 @@ class OllamaScorer:
 
 
 def _whole(piece: bytes) -> str | None:
-    """The text of a token, None if it holds a part of a character."""
+    """The text of a token; None if it contains part of a character."""
     try:
         return piece.decode()
     except UnicodeDecodeError:

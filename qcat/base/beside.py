@@ -1,4 +1,4 @@
-"""The base that an adapter's file lies beside: with other weights under it, it answers nonsense."""
+"""Finds the base of an adapter file; with another base, the adapter gives wrong answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qcat.gguf.sections import section
 
 
 def find_base(bundle: Bundle, named: Path | None) -> tuple[Path, Header]:
-    """The base of an adapter and its header, checked: the very one, and llama.cpp may see it.
+    """The base of an adapter and its header, after checking that it is the right, valid file.
 
     Args:
         bundle: the adapter.
-        named: where the base is; None looks where it was at export.
+        named: path of the base; None for its path at export.
 
     Raises:
-        BundleError: it is not there, or is another one.
+        BundleError: it does not exist, or is a different base.
     """
     data = section(bundle.header, BASE_KEY, bundle.path)
     try:

@@ -1,4 +1,4 @@
-"""A base model's checkpoint: where it lies, locally or on the hub, and how it is loaded.
+"""Locates a base model's checkpoint, locally or on the hub, and loads it.
 
 For training and conversion, so the heavy libraries are imported when a function needs them.
 """
@@ -27,7 +27,7 @@ _PER_LAYER = ("layer_types", "mlp_layer_types")
 
 
 def base_folder(base: str, *, weights: bool = True) -> Path:
-    """The folder of a base model: itself if it is one, else from the hub's cache or the hub.
+    """The folder of a base model: the given folder, or one from the hub's cache or the hub.
 
     A GGUF is dequantized into the cache folder first (`qcat.base.gguf_base`).
 
@@ -109,7 +109,7 @@ def load_config(folder: Path, layers: int | None = None) -> Any:
 
     read_config(folder)
     try:
-        # Code that lies in the folder is never run, nor is anybody asked whether it may be.
+        # Code in the folder is never run, and the user is not asked whether to run it.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:  # a value that it does not take
         reason = " ".join(str(error).split())
@@ -159,7 +159,7 @@ def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> An
         )
     except (OSError, SafetensorError) as error:
         raise ModelError(f"base {folder}: cannot be loaded: {first_line(error)}") from None
-    # transformers fills what is absent with random numbers, anew at each load
+    # transformers fills missing tensors with new random numbers at each load
     model, info = loaded
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if absent:
@@ -176,6 +176,6 @@ def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> An
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, cut to its first line."""
+    """The first line of a library's error message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""A base model out of a GGUF file: dequantized into an ordinary checkpoint, once, in the cache.
+"""A base model from a GGUF file, dequantized once into an ordinary checkpoint in the cache.
 
-People have a GGUF of a model, from a download or in Ollama, and often no other copy. Training and
+People often have only a GGUF of a model, from a download or in Ollama. Training and
 merging need the weights as numbers and the tokenizer as `tokenizer.json`; both are rebuilt here
 with the `gguf` library. F16, BF16 and Q8_0 files lose next to nothing against the original
 checkpoint; files of 4 or 5 bits have lost what quantizing took away, for good.
@@ -52,7 +52,7 @@ _MADE_FROM = "qcat_gguf"
 _ROWS = 1 << 22  # numbers dequantized at once
 _SAME_HEAD = 0.1  # relative difference up to which head and embedding are one matrix, rounded twice
 _FEW_BITS = re.compile(r"I?Q[1-5]_.*")
-# What would have to be followed too, or the model would answer nonsense
+# Settings that would have to be supported too, or the model would give wrong answers
 _UNSUPPORTED = {
     "pooling_type": "it is an embedding model, which writes no text: take one that does",
     "expert_count": "mixtures of experts cannot be trained here",
@@ -94,7 +94,7 @@ def gguf_checkpoint(base: str, target: Path | None = None) -> Path:
     path = gguf_file(base)
     try:
         header = read_header(path)
-        # In a named folder it is recognised by its contents, so that a copy of the file will do.
+        # In a given folder it is recognised by its contents, so that a copy of the file works.
         digest = fingerprint(path, header, anywhere=target is not None)
     except BundleError as error:
         raise ModelError(f"base {error}") from None
@@ -119,7 +119,7 @@ def gguf_checkpoint(base: str, target: Path | None = None) -> Path:
 
 
 def describe(base: str) -> str:
-    """What a GGUF base is, in a line for the user: its types, and what they mean."""
+    """Describes a GGUF base in a line for the user: its types, and what they mean."""
     try:
         header = read_header(gguf_file(base))
     except BundleError as error:
@@ -163,7 +163,7 @@ def _make(path: Path, header: Header, target: Path, digest: str) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A GGUF as the `gguf` library reads it, known to be one that can be a base."""
+    """A GGUF as read by the `gguf` library, checked to be usable as a base."""
 
     path: Path
     metadata: Mapping[str, Any]

@@ -1,1 +1,1 @@
-"""Whether to believe an answer: temperature, thresholds, prediction sets, the decision."""
+"""Whether to trust an answer: temperature, thresholds, prediction sets, the decision."""

@@ -1,6 +1,6 @@
-"""What was learned of a model's confidence: numbers kept in its GGUF, and what follows from them.
+"""The calibration of a model's confidence: numbers stored in its GGUF, and how they are applied.
 
-numpy and nothing heavier: this is what runs beside the model. `qcat.calibration.fit` finds the
+Needs only numpy, because it runs together with the model. `qcat.calibration.fit` computes the
 numbers.
 """
 
@@ -16,17 +16,17 @@ from qcat.prediction import Reason
 
 VERSION = 1
 _GATE_SHARE = 0.2
-"""Of the misses that a prediction set may have, the share spent on calling questions off-topic."""
-_FAR = 1e6  # no log-odds, energy or score of a model is as far from 0
+"""Share of a prediction set's allowed misses that is used for calling questions off-topic."""
+_FAR = 1e6  # larger than any log-odds, energy or score of a model
 
 
 @dataclass(frozen=True)
 class OnTopic:
-    """A score of how much a question is like those of the list, from two signals of the model.
+    """A score for how on-topic a question is, from two signals of the model.
 
-    Label mass (as log-odds) and energy, each in standard deviations from its mean over questions
-    of the list, averaged. About 0 for a question of the list, far below for others. A server shows
-    no energy: there the score is of label mass alone, and has a threshold of its own.
+    It is the average of label mass (as log-odds) and energy, each in standard deviations from its
+    mean over on-topic questions: about 0 for on-topic questions, far below for others. A server
+    does not return the energy, so there the score uses label mass alone, with its own threshold.
     """
 
     mass_mean: float
@@ -34,7 +34,7 @@ class OnTopic:
     energy_mean: float
     energy_deviation: float
     threshold: float
-    """Under this score a question counts as off-topic."""
+    """Below this score a question counts as off-topic."""
     mass_threshold: float
     """The same for the score of label mass alone."""
 
@@ -43,7 +43,7 @@ class OnTopic:
 
         Args:
             mass: its label mass, from 0 to 1.
-            energy: its `label_energy`; None where that is not known.
+            energy: its `label_energy`; None if unknown.
         """
         by_mass = (log_odds(mass) - self.mass_mean) / self.mass_deviation
         if energy is None:
@@ -51,22 +51,22 @@ class OnTopic:
         return (by_mass + (energy - self.energy_mean) / self.energy_deviation) / 2
 
     def is_off(self, score: float, energy: float | None) -> bool:
-        """Whether a score, made with or without energy, is under its threshold."""
+        """Whether a score, with or without energy, is below its threshold."""
         return score < (self.mass_threshold if energy is None else self.threshold)
 
 
 @dataclass(frozen=True)
 class Conformal:
-    """What split-conformal prediction sets need: scores of held-out questions, ascending.
+    """Data for split-conformal prediction sets: scores of held-out questions, ascending.
 
     Vovk et al. 2005, Algorithmic Learning in a Random World; Sadinle et al. 2019, Least Ambiguous
     Set-Valued Classifiers, whose sets are the smallest on average. A set holds every label that
     is at least as probable as the k-th least probable right label of the held-out questions, and
-    none if the question's on-topic score is below the k'-th lowest. Each leaves out the truth of
-    a new question with a probability of at most k / (n + 1), so that the chances add up to
-    1 − coverage at most, whatever the model is worth. That is exact for scores of questions that
-    served for nothing else; here the temperature and the signals' places, five numbers, come from
-    the same ones, and bench/trust.py shows that it hardly matters.
+    none if the question's on-topic score is below the k'-th lowest. Each of the two
+    misses the right label of a new question with a probability of at most k / (n + 1), so that the
+    probabilities add up to at most 1 − coverage, however good or bad the model is. This is exact if
+    the questions were used for nothing else. Here the temperature and the signals' positions, five
+    numbers, come from the same questions; bench/trust.py shows that this hardly matters.
     """
 
     truth: tuple[float, ...]
@@ -78,7 +78,7 @@ class Conformal:
 
     @staticmethod
     def fewest(coverage: float) -> int:
-        """Questions without which no set but that of all labels has this coverage."""
+        """Fewest questions for which a set smaller than all labels can have this coverage."""
         return math.ceil(1 / ((1 - _GATE_SHARE) * (1 - coverage)) - 1 - 1e-9)
 
     def least(self, coverage: float) -> float:
@@ -87,7 +87,7 @@ class Conformal:
         return self.truth[rank - 1] if rank else 0.0
 
     def gate(self, coverage: float, *, energy: bool) -> float:
-        """The on-topic score under which the set is empty; −∞ if the questions are too few."""
+        """The on-topic score below which the set is empty; −∞ if the questions are too few."""
         scores = self.on_topic if energy else self.mass_on_topic
         rank = _rank(len(scores), _GATE_SHARE * (1 - coverage))
         return scores[rank - 1] if rank else -math.inf
@@ -98,27 +98,27 @@ class Promise:
     """How a threshold was found by `qcat.calibration.thresholds`."""
 
     max_error: float
-    """Of the questions answered at most this share is answered wrong …"""
+    """At most this share of the answered questions is answered wrong …"""
     level: float
     """… with this confidence."""
     questions: int
     """It was found on."""
     answered: int
     errors: int
-    """Wrong among those answered."""
+    """Wrong answers among those answered."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """All that is known. The default knows nothing: probabilities as they are, no abstaining."""
+    """A calibration. The default leaves probabilities unchanged and never abstains."""
 
     questions: int = 0
-    """It was found on; 0 for the default."""
+    """Number of questions it was fitted on; 0 for the default."""
     temperature: float = 1.0
     temperature_interval: tuple[float, float] = (1.0, 1.0)
     """With 95 % confidence."""
     threshold: float | None = None
-    """Confidence below which the model abstains; None where none was set."""
+    """Confidence below which the model abstains; None if not set."""
     label_thresholds: Mapping[str, float] = field(default_factory=dict)
     """The same for answers with these labels."""
     promise: Promise | None = None
@@ -128,19 +128,19 @@ class Calibration:
     conformal: Conformal | None = None
 
     def with_threshold(self, threshold: float) -> Calibration:
-        """The same with one threshold, set by hand; 0 never abstains."""
+        """A copy with one threshold, set by hand; with 0 the model never abstains."""
         return replace(
             self, threshold=threshold, label_thresholds={}, promise=None, gate=threshold > 0
         )
 
     def reason(self, label: str, confidence: float, second: float, off: bool) -> Reason | None:
-        """Why the model abstains on a question, if it does.
+        """The reason why the model abstains on a question, if it does.
 
         Args:
-            label: the most probable one.
+            label: the most probable label.
             confidence: its probability.
             second: the second best label's.
-            off: whether the on-topic score is under its threshold.
+            off: whether the on-topic score is below its threshold.
         """
         if off and self.gate:
             return "off_topic"
@@ -174,7 +174,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], labels: Sequence[str]) -> Calibration:
-        """What `to_dict` gave, checked; nothing known if it is empty.
+        """Rebuild and check the result of `to_dict`; the default if it is empty.
 
         Args:
             data: from a file, so it may be anything.
@@ -194,7 +194,7 @@ class Calibration:
         gate, threshold = data.get("gate") is not False, data.get("threshold")
         if threshold is not None:
             threshold = _checked(threshold, "threshold", 0, 1)
-        # How qcat wrote down that there was none, before it had None; a promise always sets one.
+        # Earlier versions wrote this for no threshold, before None; a promise always sets one.
         if gate and threshold == 0 and not data.get("promise"):
             threshold = None
         promise, topic, sets = (_mapping(data, k) for k in ("promise", "on_topic", "conformal"))
@@ -212,7 +212,7 @@ class Calibration:
 
 
 def log_odds(share: float) -> float:
-    """log(p / (1 − p)), of a share kept away from 0 and 1 as far as float32 tells them apart."""
+    """log(p / (1 − p)), with p kept as far from 0 and 1 as float32 can distinguish."""
     kept = min(max(share, 1e-9), 1 - 1e-6)
     return math.log(kept / (1 - kept))
 

@@ -1,4 +1,4 @@
-"""From label probabilities to a `Prediction`: what is answered, and when the model abstains."""
+"""From label probabilities to a `Prediction`: the answer, and whether the model abstains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qcat.errors import BundleError
 from qcat.prediction import Prediction, Reason
 
 OWN_RULE = "the model's own"
-"""What decides whether a model abstains, where nobody overrode its thresholds."""
+"""The rule for abstaining if the model's thresholds were not overridden."""
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -34,12 +34,12 @@ def decide(
         calibration: of the model.
         labels: the task's.
         best: index of the answer.
-        lower: the least that the calibrated probability of each label can be, shape (labels,).
-        upper: the most, likewise; equal where the probability is known.
-        mass: `label_mass`, or the least that it can be.
-        energy: `label_energy`; None where it is not known.
-        truncated: whether the question's end was cut.
-        coverage: of the prediction set, as `check_coverage` allows; without it thresholds decide.
+        lower: lower bound of each label's calibrated probability, shape (labels,).
+        upper: upper bound, same shape; equal to `lower` if the probability is known.
+        mass: `label_mass`, or its lower bound.
+        energy: `label_energy`; None if unknown.
+        truncated: whether the question was cut.
+        coverage: of the prediction set, as `check_coverage` allows; None to use thresholds.
     """
     shown = np.where(lower > 0, lower, upper)
     spread = entropy(shown / max(shown.sum(), _TINY))
@@ -77,7 +77,7 @@ def check_coverage(calibration: Calibration, coverage: float, name: str) -> None
     """Assert that a model can give prediction sets with a coverage.
 
     Raises:
-        BundleError: it is not calibrated, or on too few questions.
+        BundleError: it is not calibrated, or calibrated on too few questions.
     """
     sets = calibration.conformal
     fewest = Conformal.fewest(coverage)
@@ -92,7 +92,7 @@ def check_coverage(calibration: Calibration, coverage: float, name: str) -> None
 def recalibrated(
     prediction: Prediction, calibration: Calibration, labels: Sequence[str]
 ) -> Prediction:
-    """What a model's prediction becomes with a calibration.
+    """A model's prediction under a calibration.
 
     Args:
         prediction: of the uncalibrated model, with all probabilities known.
@@ -122,7 +122,7 @@ def _set(
     score: float | None,
     energy: float | None,
 ) -> tuple[str, ...]:
-    """The prediction set; a label that may be probable enough is in it."""
+    """The prediction set; it contains every label that may be probable enough."""
     sets = calibration.conformal
     assert sets is not None, "check_coverage was not called"
     if score is not None and score < sets.gate(coverage, energy=energy is not None):
@@ -132,7 +132,7 @@ def _set(
 
 
 def _order(probabilities: Floats, best: int) -> list[int]:
-    """The answer first: another label's bound can be more than the answer is sure of."""
+    """The order with the answer first: another label's upper bound may be higher."""
     order: list[int] = np.argsort(-probabilities, kind="stable").tolist()
     order.remove(best)
     return [best, *order]

@@ -1,6 +1,6 @@
-"""Find a model's calibration from what it says, uncalibrated, of labelled questions.
+"""Fits a model's calibration to its uncalibrated answers to labelled questions.
 
-The arithmetic is SciPy's.
+Uses SciPy for the computations.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from qcat.prediction import Prediction
 LEVEL = 0.95
 """Confidence of the temperature's interval."""
 FEWEST = 50
-"""Questions, of which at least two may then be called off-topic."""
+"""Fewest questions, so that at least two of them may be called off-topic."""
 WIDEST = 2.0
-"""The most that the interval's upper end may be of its lower one."""
+"""Largest allowed ratio of the interval's upper to its lower end."""
 ON_LIST = 0.95
-"""Share of the questions that belong to the list which are not called off-topic."""
-_KEPT = 2000  # scores kept for prediction sets: 2,000 know a coverage to half a point
+"""Share of on-topic questions that are not called off-topic."""
+_KEPT = 2000  # scores kept for prediction sets: 2,000 determine a coverage to half a point
 _DIGITS = 6
 _SPAN = (-3.0, 3.0)  # of log T
 
@@ -32,7 +32,7 @@ Ints = npt.NDArray[np.int_]
 
 
 class Temperature(NamedTuple):
-    """The temperature that makes the right labels most probable, and how sure that is."""
+    """The temperature that makes the right labels most probable, with its interval."""
 
     value: float
     low: float
@@ -45,11 +45,11 @@ class Temperature(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A calibration, and what it lacks."""
+    """A fitted calibration, and why the temperature is missing, if it is."""
 
     calibration: Calibration
     refused: str | None
-    """Why the temperature was left at 1; None if it was not."""
+    """Why the temperature was left at 1; None if it was fitted."""
 
 
 def label_matrix(predictions: Sequence[Prediction], labels: Sequence[str]) -> Floats:
@@ -60,7 +60,7 @@ def label_matrix(predictions: Sequence[Prediction], labels: Sequence[str]) -> Fl
 def fit_temperature(log_probabilities: Floats, truth: Ints) -> Temperature:
     """The temperature with the least negative log-likelihood (Guo et al. 2017).
 
-    Its interval holds the temperatures that a likelihood-ratio test does not refuse (Wilks).
+    Its interval contains the temperatures that a likelihood-ratio test does not reject (Wilks).
 
     Args:
         log_probabilities: of the labels, natural logs, shape (questions, labels).
@@ -88,11 +88,11 @@ def fit_temperature(log_probabilities: Floats, truth: Ints) -> Temperature:
 
 
 def fit_on_topic(masses: Sequence[float], energies: Sequence[float]) -> OnTopic:
-    """Where the signals of questions of the list lie, and under which score one in twenty does.
+    """Fit the signals of on-topic questions, and the score below which one in twenty falls.
 
     Args:
         masses: label mass of each question.
-        energies: its label energy.
+        energies: label energy of each question.
     """
     odds = np.array([log_odds(mass) for mass in masses])
     places = {
@@ -112,17 +112,17 @@ def fit_on_topic(masses: Sequence[float], energies: Sequence[float]) -> OnTopic:
 
 
 def fit(predictions: Sequence[Prediction], truth: Ints, labels: Sequence[str]) -> Fitted:
-    """Temperature, off-topic thresholds and scores for prediction sets; no threshold.
+    """Fit temperature, off-topic thresholds and scores for prediction sets, but no threshold.
 
-    Where the questions are too few, or answered too well, to tell the temperature, it stays 1.
+    If there are too few questions, or too few wrong answers, to fit the temperature, it stays 1.
 
     Args:
-        predictions: of the model without its calibration, by the path that serves.
+        predictions: of the model without its calibration, made as in normal use.
         truth: index of the right label, shape (questions,).
         labels: the task's.
 
     Raises:
-        DataError: too few questions to say anything.
+        DataError: there are too few questions.
     """
     count = len(truth)
     if count < FEWEST:
@@ -140,7 +140,7 @@ def fit(predictions: Sequence[Prediction], truth: Ints, labels: Sequence[str]) -
     masses = [float(p.label_mass or 0.0) for p in predictions]
     energies = [float(p.energy or 0.0) for p in predictions]
     gate = fit_on_topic(masses, energies)
-    # Every n-th question, not every n-th score: what is left is still a fair draw.
+    # Every n-th question, not every n-th score, so that the rest is still a random sample.
     kept = np.arange(0, count, -(-count // _KEPT))
     right = temper(logs, temperature)[np.arange(count), truth]
     calibration = Calibration(
@@ -158,6 +158,6 @@ def fit(predictions: Sequence[Prediction], truth: Ints, labels: Sequence[str]) -
 
 
 def _ascending(scores: npt.ArrayLike) -> tuple[float, ...]:
-    # Rounded down, so that a score that is equal to the one kept is not under it.
+    # Rounded down, so that an equal score is not below the threshold.
     step = 10.0**_DIGITS
     return tuple((np.floor(np.sort(np.asarray(scores, np.float64)) * step) / step).tolist())

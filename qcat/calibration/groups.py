@@ -1,4 +1,4 @@
-"""Paraphrases of each other count once where questions are taken as independent."""
+"""Paraphrases count once wherever questions are assumed to be independent."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ _SEED = 0
 
 
 def one_of_each(groups: Sequence[Hashable | None]) -> list[int]:
-    """One question of each group and all without a group, as rows in their order.
+    """One question of each group and all questions without a group, as row indices in order.
 
-    Drawn, always the same: the first of a group may be worded with more care than the others.
+    They are drawn at random with a fixed seed, because the first question of a group may be worded
+    more carefully than the others.
 
     Args:
-        groups: of each question; None if it has none.
+        groups: the group of each question; None if it has none.
     """
     rows = list(range(len(groups)))
     random.Random(_SEED).shuffle(rows)

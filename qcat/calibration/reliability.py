@@ -1,6 +1,6 @@
-"""How far confidence is from how often it is right, and how well scores tell off-topic questions.
+"""Measures how well confidence matches accuracy, and how well scores detect off-topic questions.
 
-The figures are SciPy's and scikit-learn's.
+Uses SciPy and scikit-learn for the computations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FALSE_ALARM = 0.05
 
 @dataclass(frozen=True)
 class Bin:
-    """Questions of like confidence."""
+    """Questions with similar confidence."""
 
     questions: int
     confidence: float
@@ -85,7 +85,7 @@ FIGURES = {
 
 
 def reliability_rows(after: Reliability, before: Reliability | None) -> list[tuple[str, ...]]:
-    """The figures as a table, heading first; with those before calibration if they are given."""
+    """The figures as a table with a header; with those before calibration, if given."""
     forms = [("before", before), ("after", after)] if before else [("value", after)]
     rows: list[tuple[str, ...]] = [("", *(name for name, _ in forms))]
     for key, name in FIGURES.items():
@@ -96,7 +96,7 @@ def reliability_rows(after: Reliability, before: Reliability | None) -> list[tup
 def _bins(confidence: Floats, right: Floats, edges: Floats) -> tuple[Bin, ...]:
     from scipy.stats import binned_statistic
 
-    if len(edges) < 2:  # all questions have one confidence
+    if len(edges) < 2:  # all questions have the same confidence
         return (Bin(len(right), float(confidence[0]), float(right.mean())),)
     counts, sums, hits = (
         binned_statistic(confidence, [np.ones_like(right), confidence, right], "sum", edges)
@@ -115,20 +115,20 @@ def _error(bins: Sequence[Bin]) -> float:
 
 @dataclass(frozen=True)
 class Detection:
-    """How well one score tells questions of the list (high) from others (low)."""
+    """How well one score separates on-topic questions (high) from others (low)."""
 
     auroc: float
-    """Chance that a question of the list has more of it than one off the list."""
+    """Probability that an on-topic question has a higher score than an off-topic one."""
     fpr: float
-    """Share of those off the list that pass where 95 % of the list's pass."""
+    """Share of off-topic questions that pass at the threshold where 95 % of on-topic ones pass."""
 
 
 def detection(on: Sequence[float], off: Sequence[float]) -> Detection:
     """Measure one score.
 
     Args:
-        on: of the questions that belong to the list.
-        off: of those that do not.
+        on: scores of on-topic questions.
+        off: scores of off-topic questions.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 

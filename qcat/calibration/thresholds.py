@@ -1,8 +1,8 @@
-"""The confidence above which answers are right as often as promised.
+"""Finds the confidence above which answers are right as often as promised.
 
 Selective classification with a guaranteed risk (Geifman and El-Yaniv 2017): a few candidate
 thresholds, each with an exact binomial bound on the error above it, all bounds holding together
-(Bonferroni); of those that keep the promise the one that answers most is taken.
+(Bonferroni). Of those that keep the promise, the one that answers the most is used.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from qcat.errors import DataError
 
 LEVEL = 0.95
 _CANDIDATES = 8
-"""Thresholds tried: more come closer to the best one, but each makes all bounds wider."""
+"""Number of thresholds tried: more come closer to the best, but each widens all bounds."""
 
 Bools = npt.NDArray[np.bool_]
 
 
 class RiskCoverage(NamedTuple):
-    """What each threshold would give, from the strictest on; arrays of shape (thresholds,)."""
+    """Risk and coverage of each threshold, strictest first; arrays of shape (thresholds,)."""
 
     thresholds: Floats
     coverage: Floats
     """Share of all questions that are answered."""
     risk: Floats
-    """Share of the answered ones that are answered wrong."""
+    """Share of the answered questions that are answered wrong."""
 
 
 class _Cut(NamedTuple):
@@ -45,9 +45,9 @@ def risk_coverage(confidence: Floats, right: Bools, asked: int) -> RiskCoverage:
     """Risk and coverage at every threshold that makes a difference.
 
     Args:
-        confidence: of the questions that may be answered, shape (n,).
+        confidence: confidence of the questions that may be answered, shape (n,).
         right: whether the answer is right, shape (n,).
-        asked: all questions, those never answered among them.
+        asked: number of all questions, including those never answered.
     """
     order = np.argsort(-confidence, kind="stable")
     scores = confidence[order]
@@ -58,7 +58,7 @@ def risk_coverage(confidence: Floats, right: Bools, asked: int) -> RiskCoverage:
 
 
 def error_bound(errors: int, answered: int, level: float) -> float:
-    """The most that the error may be, with confidence `level` (Clopper and Pearson 1934)."""
+    """Upper bound of the error, with confidence `level` (Clopper and Pearson 1934)."""
     from scipy.stats import binomtest
 
     if not answered:
@@ -68,7 +68,7 @@ def error_bound(errors: int, answered: int, level: float) -> float:
 
 
 def needed(max_error: float, level: float) -> int:
-    """Questions, all answered right, without which no promise can be made."""
+    """Fewest questions, all answered correctly, for which a promise is possible."""
     return int(np.ceil(np.log((1 - level) / _CANDIDATES) / np.log1p(-max_error)))
 
 
@@ -83,7 +83,7 @@ def promise_threshold(
     level: float = LEVEL,
     by_label: bool = False,
 ) -> Calibration:
-    """Set the thresholds under which at most `max_error` of the answered questions are wrong.
+    """Set the thresholds with which at most `max_error` of the answered questions are wrong.
 
     Args:
         calibration: the model's, to be completed.
@@ -91,19 +91,19 @@ def promise_threshold(
         confidence: its calibrated probability, shape (questions,).
         right: whether it is right, shape (questions,).
         answerable: whether the question is not off-topic, shape (questions,).
-        max_error: the promise, above 0 and under 1.
+        max_error: the promise, above 0 and below 1.
         level: the confidence that it is kept, over draws of the held-out questions.
-        by_label: give labels that have enough questions thresholds of their own; the others
-            share one. The promise then holds for each of these.
+        by_label: give separate thresholds to labels that have enough questions; the others share
+            one. The promise then holds for each of these.
 
     Raises:
-        DataError: the questions are too few, or no threshold keeps the promise.
+        DataError: there are too few questions, or no threshold keeps the promise.
     """
     labels = np.array(answers)
     names, counts = np.unique(labels[answerable], return_counts=True)
     groups: list[str] = []
     if by_label:
-        # Bounds of more groups have to hold together, so each needs more questions.
+        # The bounds of all groups must hold together, so each group needs more questions.
         share = (1 - level) / (1 + len(names))
         enough = needed(max_error, 1 - share)
         groups = [str(n) for n, count in zip(names, counts, strict=True) if count >= 2 * enough]
@@ -131,7 +131,7 @@ def promise_threshold(
     common = found.get("")
     return replace(
         calibration,
-        # Where there is no promise nothing is answered: a threshold of 1 does that.
+        # Without a promise nothing is answered, which a threshold of 1 achieves.
         threshold=common.threshold if common else 1.0,
         label_thresholds={n: cut.threshold if (cut := found[n]) else 1.0 for n in groups},
         promise=Promise(max_error, level, len(right), answered, errors),
@@ -142,7 +142,7 @@ def _best_cut(confidence: Floats, right: Bools, max_error: float, level: float) 
     """The lowest candidate threshold whose error bound keeps the promise.
 
     A candidate lies just above the (n + 1)-th highest confidence for an n chosen beforehand. Given
-    that confidence the questions above it are a fair draw of all that are above it, so the
+    that confidence, the questions above it are a random sample of all that are above it, so the
     binomial bound is exact.
     """
     order = np.argsort(-confidence, kind="stable")
@@ -154,7 +154,7 @@ def _best_cut(confidence: Floats, right: Bools, max_error: float, level: float) 
     each = 1 - (1 - level) / _CANDIDATES
     for count in np.geomspace(least, len(scores), _CANDIDATES).round().astype(int).tolist()[::-1]:
         floor = scores[count] if count < len(scores) else -1.0
-        above = int((scores > floor).sum())  # fewer than count where others are equal to it
+        above = int((scores > floor).sum())  # fewer than `count` if others are equal to it
         if above and error_bound(int(wrong[above - 1]), above, each) <= max_error:
             threshold = max(0.0, float(np.nextafter(floor, 2)))
             return _Cut(threshold, above, int(wrong[above - 1]))

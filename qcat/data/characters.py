@@ -1,4 +1,4 @@
-"""Characters that no question should have: lost, invisible, markup, or read in a wrong encoding."""
+"""Characters that no question should have: lost, invisible, markup, or wrongly decoded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _entity(text: str) -> re.Match[str] | None:
 
 
 def unmangle(text: str) -> str:
-    """Undo UTF-8 that was read as Windows-1252, one whole sequence at a time."""
+    """Repair UTF-8 that was read as Windows-1252, one complete sequence at a time."""
 
     def decoded(match: re.Match[str]) -> str:
         data = bytes(_TAIL.get(char) or char.encode("cp1252")[0] for char in match[0])

@@ -1,4 +1,4 @@
-"""Names of columns: which of a file's is meant, and what to say where one is missing."""
+"""Column names: finds a column in a file, and explains which are missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qcat.errors import DataError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN = 8  # names of columns in a message
-# What others call the columns. They are not read as such: a file may have several of these.
+# Other common column names. They are not accepted: a file may have several of them.
 _LIKELY = {
     "text": (
         "question", "query", "prompt", "utterance", "sentence", "message", "content", "title",
@@ -24,14 +24,14 @@ CHATS = ("messages", "conversations", "conversation")
 
 
 def check_names(place: str, names: Sequence[str]) -> None:
-    """Refuse names of columns that not every format can have.
+    """Reject column names that not every format supports.
 
     Args:
-        place: of the names, for the message.
-        names: of all columns.
+        place: place of the names, for the message.
+        names: names of all columns.
 
     Raises:
-        DataError: a name stands twice, or cannot be written.
+        DataError: a name occurs twice, or cannot be written.
     """
     seen: set[str] = set()
     for name in names:
@@ -44,10 +44,10 @@ def check_names(place: str, names: Sequence[str]) -> None:
 
 
 def find_column(columns: Collection[str], wanted: str) -> str | None:
-    """The column of a name; else the one whose name differs in case or outer spaces only.
+    """The column with a name, or the one whose name differs only in case or outer spaces.
 
     Raises:
-        DataError: two columns are meant by the name, without the place.
+        DataError: two columns match the name. The message does not contain the place.
     """
     if wanted in columns:
         return wanted
@@ -59,12 +59,12 @@ def find_column(columns: Collection[str], wanted: str) -> str | None:
 
 
 def missing(wanted: Sequence[str], found: Sequence[str], kind: str = "column") -> str:
-    """What to say where columns are missing: which, what there is, and what to rename.
+    """The message for missing columns: which, what there is, and what to rename.
 
     Args:
-        wanted: their names.
-        found: all names there are.
-        kind: what the format calls them, in the singular.
+        wanted: names of the missing columns.
+        found: names of all existing columns.
+        kind: the format's word for a column.
     """
     named = " and ".join(map(repr, wanted))
     said = f"no {kind}{'s' if len(wanted) > 1 else ''} {named}"
@@ -84,17 +84,17 @@ def missing(wanted: Sequence[str], found: Sequence[str], kind: str = "column") -
 
 
 def plain_name(name: str) -> str:
-    """A name of a column without what case and outer spaces make of it."""
+    """A column name, case-folded and without outer spaces."""
     return name.strip().casefold()
 
 
 def likely(name: str, wanted: str) -> bool:
-    """Whether a plain name is one of `text` or `label`, or one that others give such a column."""
+    """Whether a plain name is `text` or `label`, or another common name for such a column."""
     return name == wanted or name in _LIKELY[wanted]
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names of columns for a message, the first ones of many."""
+    """Column names for a message; only the first if there are many."""
     shown = [repr(name if len(name) <= 40 else f"{name[:39]}…") for name in names[:_SHOWN]]
     if len(names) > _SHOWN:
         return f"{', '.join(shown)} and {len(names) - _SHOWN} more"

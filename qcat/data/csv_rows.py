@@ -1,8 +1,8 @@
 """Rows of CSV files, one at a time; bad ones are reported, not raised.
 
-Columns are separated by commas, in a `.tsv` or `.tab` file by tabs. Where the header line has none
-of these, by the semicolons or tabs that it has; and by what Excel's first line `sep=;` says. Spaces
-after the separators are passed over where each name in the header line has one.
+Columns are separated by commas, or by tabs in a `.tsv` or `.tab` file. If the header line has none
+of these, its semicolons or tabs are the separators; Excel's first line `sep=;` is respected. Spaces
+after separators are skipped if each name in the header line has one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Layout(NamedTuple):
 
 
 class _Kept:
-    """The lines of a text as they are read, for a reader that forgets where quotes were."""
+    """The lines of a text as read, because the CSV reader does not keep quotes."""
 
     def __init__(self, text: Iterable[str]) -> None:
         self._lines = iter(text)
@@ -50,9 +50,9 @@ class _Kept:
 
 
 def csv_columns(path: Path) -> list[str]:
-    """The names in the header line of a CSV file; none if the file is empty.
+    """The names in the header line of a CSV file; empty if the file is empty.
 
-    Unnamed columns at the end are none: spreadsheets write such.
+    Unnamed columns at the end, as spreadsheets write them, are ignored.
 
     Raises:
         DataError: the file cannot be read, or the line is not CSV or has a name twice.
@@ -62,12 +62,12 @@ def csv_columns(path: Path) -> list[str]:
 
 
 def csv_separator(path: Path) -> str:
-    """What separates the columns. Raises as `csv_columns`."""
+    """The column separator. Raises the errors of `csv_columns`."""
     return _layout(path).separator
 
 
 def csv_note(path: Path) -> str | None:
-    """What was guessed to read the file. Raises as `csv_columns`."""
+    """What was guessed to read the file. Raises the errors of `csv_columns`."""
     layout = _layout(path)
     said = [f"columns separated by {_named(layout.separator)}"]
     if layout.spaced:
@@ -80,15 +80,15 @@ def csv_note(path: Path) -> str | None:
 def csv_rows(path: Path) -> Iterator[FoundRow]:
     """The rows of a CSV file under its header line.
 
-    A row with fewer fields than there are columns lacks the last ones. Blank lines are passed over,
-    except that under one column such a line is an empty text; those that end the file are none.
+    A row with fewer fields than columns lacks the last ones. Blank lines are skipped, except that
+    in a one-column file a blank line is an empty text, unless it is at the end of the file.
 
     Raises:
         DataError: the file as a whole cannot be read, or its header line as for `csv_columns`.
     """
     with _csv_reader(path) as (reader, layout, kept):
         columns = _header(path, reader, layout, kept)
-        blank: list[int] = []  # lines that are rows if one comes after them
+        blank: list[int] = []  # lines that count as rows if a row follows
         while True:
             line = layout.skipped + reader.line_num + 1
             kept.row.clear()
@@ -120,7 +120,7 @@ def _row_problem(
     separator = layout.separator
     for cell in cells[1:]:
         spaces = len(cell) - len(cell.lstrip(" "))
-        # As it stands in the file, and not within quotes
+        # As written in the file, and not within quotes
         if spaces and cell[spaces : spaces + 1] == '"':
             opening = separator + cell[: spaces + 1]
             if any(opening in line for line in kept.row):
@@ -178,7 +178,7 @@ def _is_spaced(line: str, separator: str) -> bool:
 
 
 def _names(line: str, separator: str) -> list[str]:
-    """The cells of a header line, as they stand."""
+    """The cells of a header line, unchanged."""
     try:
         return next(csv.reader([line], delimiter=separator), [])
     except csv.Error:  # a name longer than `_LONGEST`
@@ -236,11 +236,11 @@ def _first_lines(path: Path, skipped: int) -> list[tuple[int, str]]:
 
 
 def _unnamed_first(path: Path, width: int) -> str | None:
-    """What is wrong where each row has one field more than the header line, as R writes tables."""
+    """The message if each row has one field more than the header line, as R writes tables."""
     count, numbered, ends = 0, True, ""
     with _csv_reader(path) as (reader, layout, kept):
         header = True
-        with suppress(csv.Error):  # a row that is not CSV is told of by itself
+        with suppress(csv.Error):  # a row that is not CSV is reported separately
             for cells in reader:
                 kept.row.clear()
                 if header:
@@ -261,6 +261,6 @@ def _unnamed_first(path: Path, width: int) -> str | None:
 
 
 def _empty_rows(columns: Sequence[str], lines: list[int]) -> Iterator[FoundRow]:
-    """What blank lines under one column stand for; they are taken off the list."""
+    """The rows for blank lines in a one-column file; they are removed from the list."""
     yield from ((line, {columns[0]: ""}) for line in lines)
     lines.clear()

@@ -1,9 +1,9 @@
-"""Labelled questions from a file: JSONL, CSV or Parquet, by the file's suffix. All commands read
-them here.
+"""Reads labelled questions from JSONL, CSV or Parquet, by the file's suffix, for all commands.
 
 A row has `text` and `label`, and may have `group`: the name of a family of paraphrases that must
-stay on one side of a split. Rows as Alpaca-style sets have them (`instruction`, `input`, `output`)
-are taken too: the input, or the instruction where there is none, is the text; the output the label.
+stay on one side of a split. Rows of Alpaca-style data (`instruction`, `input`, `output`) are
+accepted too: the input, or the instruction if there is no input, is the text; the output is the
+label.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LABELLED = ("text", "label")
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it stands in a file, nothing checked but its types."""
+    """A row as read from a file; only its types are checked."""
 
     text: str
     label: str
@@ -66,13 +66,13 @@ class Example:
 
 
 def scan_rows(path: Path) -> list[Row | BadRow]:
-    """Read a `.csv`, `.tsv`, `.parquet` or (any other suffix) JSON file, bad rows and all.
+    """Read a `.csv`, `.tsv`, `.parquet` or (any other suffix) JSON file, including bad rows.
 
     CSV has a header line with the names of the columns. The names may differ in case and outer
-    spaces. Rows of CSV with nothing in them are passed over.
+    spaces. Empty rows of CSV are skipped.
 
     Raises:
-        DataError: naming the file, if it cannot be read as a whole or holds no rows.
+        DataError: the file as a whole cannot be read or has no rows; names the file.
     """
     rows = [
         BadRow(line, fields) if isinstance(fields, str) else _row(fields, line)
@@ -84,7 +84,7 @@ def scan_rows(path: Path) -> list[Row | BadRow]:
 
 
 def reading_notes(path: Path) -> list[str]:
-    """What had to be guessed to read a file: separators, the form of JSON, names in other case.
+    """What was guessed to read a file: separators, the form of JSON, names in another case.
 
     Raises:
         DataError: the file cannot be read.
@@ -101,17 +101,17 @@ def reading_notes(path: Path) -> list[str]:
         note, columns = json_note(path), list(first)
     try:
         meant = _meant(tuple(columns))
-    except DataError:  # it is what `scan_rows` says of the first row
+    except DataError:  # `scan_rows` reports it for the first row
         meant = {}
     renamed = [f"{name!r} read as {wanted!r}" for wanted, name in meant.items() if name != wanted]
     return [*([note] if note else []), *(["column " + ", ".join(renamed)] if renamed else [])]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a file as `scan_rows` does, and stop at the first bad one.
+    """Read the rows of a file like `scan_rows`, but fail at the first bad one.
 
     Raises:
-        DataError: naming the file and line, for anything that is not such a row.
+        DataError: a row is bad; names the file and line.
     """
     rows = []
     for row in scan_rows(path):
@@ -124,11 +124,10 @@ def read_rows(path: Path) -> list[Row]:
 def read_examples(path: Path, task: Task) -> list[Example]:
     """Read labelled questions for a task, in any of the formats of `read_rows`.
 
-    A label may be spelled otherwise than in the task, as `Task.spelled` has it.
+    A label may be spelled differently from the task's, as `Task.spelled` allows.
 
     Raises:
-        DataError: naming the file and line, for a row that cannot be used: no text, a label that
-            the task lacks.
+        DataError: a row has no text, or a label that the task lacks; names the file and line.
     """
     numbers = {label: number for number, label in enumerate(task.labels)}
     examples = []
@@ -148,11 +147,11 @@ def read_examples(path: Path, task: Task) -> list[Example]:
 
 
 def read_texts(path: Path) -> list[str]:
-    """Read questions whose label does not matter, in any of the formats of `read_rows`, as
-    `clean_question` gives them.
+    """Read questions whose label does not matter, in any of the formats of `read_rows`, cleaned
+    by `clean_question`.
 
     Raises:
-        DataError: naming the file and line, for anything that is not such a row.
+        DataError: a row is bad; names the file and line.
     """
     texts = []
     for line, fields in _found(path, ("text",)):
@@ -169,7 +168,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def jsonl_line(text: str, label: str, group: str | None) -> bytes:
-    """A labelled question as a line of JSONL, such as `read_rows` takes."""
+    """A labelled question as a line of JSONL for `read_rows`."""
     fields = {"text": text, "label": label} | ({} if group is None else {"group": group})
     try:
         return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
@@ -191,7 +190,7 @@ def _row(fields: Mapping[str, Any], line: int) -> Row | BadRow:
             return BadRow(line, problem)
     group = fields.get("group")
     if isinstance(group, float) and group.is_integer():
-        group = int(group)  # pandas stores a column of numbers with gaps so
+        group = int(group)  # pandas stores a column of numbers with gaps in this way
     if group is not None and not isinstance(group, str | int):
         return BadRow(line, "the group must be a text or a whole number")
     name = "" if group is None else _name(str(group))
@@ -199,8 +198,8 @@ def _row(fields: Mapping[str, Any], line: int) -> Row | BadRow:
 
 
 def _no_text(fields: Mapping[str, Any], key: str) -> str | None:
-    """What is wrong with a value that should be text. A number is no text: `1` could be a label's
-    name or its place in a list that is not there."""
+    """What is wrong with a value that should be text. A number is not text: `1` could be a label's
+    name or its index in a list that is not available."""
     if key not in fields:
         return f"no text under {key!r}"
     value = fields[key]
@@ -223,7 +222,7 @@ def _name(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-# Rows under our own names of columns
+# Rows under qcat's own column names
 
 
 def _found(path: Path, wanted: tuple[str, ...]) -> Iterator[FoundRow]:

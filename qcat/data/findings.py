@@ -1,4 +1,4 @@
-"""What lint finds, and questions in a form that can be compared."""
+"""Findings of lint, and questions in a comparable form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Severity = Literal["error", "warning", "info"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to look at."""
+    """One problem or note."""
 
     severity: Severity
     code: str
@@ -29,7 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings, errors first, and what was counted on the way."""
+    """All findings, errors first, and counts."""
 
     findings: tuple[Finding, ...]
     questions: int = 0
@@ -40,7 +40,7 @@ class Report:
     """Forward passes that a question costs; None without a tokenizer."""
 
     def count(self, severity: Severity) -> int:
-        """How many findings have this severity."""
+        """Number of findings with this severity."""
         return sum(finding.severity == severity for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Question:
 
     @property
     def unit(self) -> str | int:
-        """What a split keeps together: the group, or the row alone."""
+        """The unit that a split keeps together: the group, or the single row."""
         return self.row.line if self.row.group is None else self.row.group
 
 

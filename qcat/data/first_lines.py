@@ -1,4 +1,4 @@
-"""What the first lines of a CSV file say where its header line is not what it should be."""
+"""Explains a wrong header line of a CSV file from the file's first lines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def header_fault(names: Sequence[str], lines: Sequence[tuple[int, str]]) -> str 
     """What is wrong with a header line, without the place.
 
     Args:
-        names: that the line was read as; none if it is no CSV.
-        lines: the first that are not blank, with their numbers, the header line first.
+        names: column names read from the line; empty if it is not CSV.
+        lines: the first lines that are not blank, with their numbers, the header line first.
     """
     if not lines:
         return None

@@ -1,4 +1,4 @@
-"""Why a text is not JSON, or an object no row, in words that name the usual slips."""
+"""Explains why a text is not JSON, or an object not a row, and names common mistakes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PYTHON = re.compile(r"(?:None|True|False|undefined)\b")
 def shape_fault(
     fields: Mapping[str, Any], named: Collection[str], absent: Sequence[str], shape: str
 ) -> str | None:
-    """What is wrong with an object that has the values of many rows in it, or rows further down.
+    """What is wrong with an object that contains the values of many rows, or nested rows.
 
     Args:
         fields: the object.
@@ -40,7 +40,7 @@ def shape_fault(
 
 
 def _is_column(value: Any) -> bool:
-    """Whether a value has those of many rows, in a list or by their numbers."""
+    """Whether a value contains those of many rows, in a list or by their numbers."""
     if isinstance(value, dict):
         return bool(value) and all(key.isdecimal() for key in value)
     return (

@@ -1,8 +1,8 @@
 """Rows of JSONL and JSON files, one at a time; bad ones are reported, not raised.
 
-JSONL has an object a line. Read as well are a list of objects, an object that has nothing but plain
-values beside one such list (under "data", "rows" or the like), and objects over several lines, one
-after the other. These are held in memory whole; JSONL is not.
+JSONL has one object per line. Also accepted are a list of objects, an object with one such list
+(under "data", "rows" or the like) and otherwise only plain values, and a sequence of objects that
+span several lines. These are held in memory as a whole; JSONL is not.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class _Repeated(dict[str, Any]):
-    """An object in which a key stands twice."""
+    """An object in which a key occurs twice."""
 
     key: str
 
 
 class _Document(NamedTuple):
-    """A file that is no JSONL."""
+    """A JSON file that is not JSONL."""
 
     text: str
     start: int
@@ -52,7 +52,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def json_rows(path: Path, shape: str) -> Iterator[FoundRow]:
-    """The objects of a file; blank lines are passed over.
+    """The objects of a file; blank lines are skipped.
 
     Args:
         path: of the file.
@@ -66,7 +66,7 @@ def json_rows(path: Path, shape: str) -> Iterator[FoundRow]:
 
 
 def json_note(path: Path) -> str | None:
-    """What the file was read as, where that is not JSONL. Raises as `json_rows`."""
+    """The form that the file was read as, if not JSONL. Raises the errors of `json_rows`."""
     document = _document(path)
     return document and document.note
 
@@ -96,11 +96,11 @@ def _fields(value: Any, shape: str) -> dict[str, Any] | str:
     return f"{shape} expected{found}"
 
 
-# Files that are no JSONL
+# Files that are not JSONL
 
 
 def _document(path: Path) -> _Document | None:
-    """A file whose first line says that it is no JSONL; None for JSONL, and for no JSON at all."""
+    """A file whose first line shows that it is not JSONL; None for JSONL and for non-JSON."""
     with opened_text(path, newline=None) as file:
         first = next((line for line in file if line.strip()), "").strip()
         if first[:1] not in ("{", "["):
@@ -110,12 +110,12 @@ def _document(path: Path) -> _Document | None:
             value = json.loads(first)
         except (ValueError, RecursionError) as error:
             whole = False
-            # An object over several lines goes on where the first of them ends.
+            # An object that spans several lines continues after the first of them.
             if first[0] == "{" and getattr(error, "pos", 0) < len(first):
                 return None
         if whole and isinstance(value, dict) and _list_key(value) is None:
             return None
-        if whole and any(line.strip() for line in file):  # each line is something by itself
+        if whole and any(line.strip() for line in file):  # each line is complete by itself
             return None
     with opened_text(path, newline=None) as file:
         text = file.read()
@@ -139,7 +139,7 @@ def _of_objects(text: str) -> _Document | None:
 
 
 def _list_key(value: dict[str, Any]) -> str | None:
-    """The key of an object that has one list of rows, and beside it plain values at most."""
+    """The key of an object's only list of rows, if all its other values are plain."""
     keys = [key for key, inner in value.items() if isinstance(inner, list | dict)]
     if len(keys) != 1 or keys[0].lower() not in _LISTS or "text" in value:
         return None
@@ -149,7 +149,7 @@ def _list_key(value: dict[str, Any]) -> str | None:
 
 
 def _document_rows(document: _Document, shape: str) -> Iterator[FoundRow]:
-    """The objects of a document, up to the first place where it is not JSON."""
+    """The objects of a document, up to the first place that is not JSON."""
     text, at, counted, line = document.text, document.start, 0, 1
     wants_object = False  # after a comma
     while True:

@@ -1,7 +1,7 @@
-"""Is a task and its data fit to train on? Findings, and a copy mended where that is safe.
+"""Checks whether a task and its data are fit for training, and writes repaired copies.
 
-Looks at the questions (repeats, contradictions, balance, damaged text), at the label names, and
-given a tokenizer at the label tokens. Prints nothing; knows no model weights.
+Looks at the questions (repeats, contradictions, balance, damaged text), at the label names, and,
+if a tokenizer is given, at the label tokens. Prints nothing; does not use model weights.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def lint(task: Task, path: Path | None = None, tokenizer: Tokenizer | None = Non
         findings += character_findings(questions)
         if FORMATS.get(path.suffix.lower()) == ".csv":
             findings += joined_findings(task, questions, csv_separator(path))
-        if encoded or not tokenizer:  # else what is wrong with the tokens is a finding already
+        if encoded or not tokenizer:  # otherwise the problem with the tokens is already a finding
             findings += length_findings(questions, encoded)
     order = get_args(Severity)
     counted = Counter(question.label for question in questions)
@@ -86,12 +86,12 @@ def lint(task: Task, path: Path | None = None, tokenizer: Tokenizer | None = Non
 
 
 def fix(task: Task, path: Path, target: Path) -> Fixed:
-    """Write a copy of a file of questions, mended where that is safe, as JSONL.
+    """Write a copy of a file of questions as JSONL, repaired where that is safe.
 
-    Texts are cleaned as `clean_question` does, mojibake is undone where each sequence of it is
-    whole, and labels take the task's spelling where only case or spaces differ. Dropped are
-    unreadable and empty rows, all rows of a text that stands under two labels, and repeats of a
-    question under its label but the first.
+    Texts are cleaned as in `clean_question`, mojibake is repaired if each sequence of it is
+    complete, and labels get the task's spelling if only case or spaces differ. Unreadable and empty
+    rows, all rows of a text with two labels, and repeats of a question with the same label are
+    dropped.
 
     Raises:
         DataError: the input cannot be read, the target exists or cannot be written, or no row

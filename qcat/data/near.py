@@ -1,4 +1,4 @@
-"""Texts that nearly repeat each other, by TF-IDF over characters. Needs scikit-learn."""
+"""Finds near duplicates by TF-IDF over characters. Needs scikit-learn."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def near_pairs(
     """Texts at least `NEAR` alike: each with the closest of another label, and with the closest
     of its label and another unit.
 
-    Punctuation does not count, case does. Exact; of the matrix of distances no more than `_BATCH`
-    rows are in memory at once.
+    Punctuation is ignored, case is not. The result is exact; at most `_BATCH` rows of the distance
+    matrix are in memory at once.
     """
     import numpy as np
 
@@ -62,7 +62,7 @@ def near_groups(texts: Sequence[str]) -> list[int]:
 
 
 def _neighbours(texts: Sequence[str], count: int) -> Iterator[tuple[Any, Any]]:
-    """Of each of the first `count` texts, the distances and indices of those at least `NEAR`."""
+    """For each of the first `count` texts, the distances and indices of those at least `NEAR`."""
     if not count:
         return
     import numpy as np
@@ -105,6 +105,6 @@ def _numbered(names: Sequence[Hashable]) -> list[int]:
 
 
 def _bare(text: str) -> str:
-    """Without punctuation, unless that is all there is."""
+    """Without punctuation, unless there is nothing else."""
     words = "".join(" " if unicodedata.category(char)[0] == "P" else char for char in text)
     return " ".join(words.split()) or text

@@ -1,4 +1,4 @@
-"""Files opened to be read, their errors in words of ours."""
+"""Opens files for reading, with qcat's own error messages."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 def opened_text(path: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
     """A file of UTF-8 text to read, with or without a byte order mark, and Ctrl-Z at its end.
 
-    Bytes that are no UTF-8 are left as surrogates, for `badly_encoded` to find in their row.
+    Bytes that are not UTF-8 become surrogates, which `badly_encoded` finds in their row.
 
     Args:
         path: of the file.
         newline: as for `open`.
 
     Raises:
-        DataError: as `opened`; or the file is none of text, saying what it is.
+        DataError: as `opened`; or the file is not text, and the message says what it is.
     """
     with opened(path) as file:
         if what := foreign(file.read(HEAD)):
@@ -91,6 +91,6 @@ def _padding(file: IO[bytes]) -> int | None:
 
 
 def badly_encoded(text: str) -> str | None:
-    """What is wrong with a text of a file, if a byte of it is no UTF-8."""
+    """What is wrong with a text from a file, if one of its bytes is not UTF-8."""
     byte = escaped_byte(text)
     return None if byte is None else not_utf8(byte)

@@ -16,11 +16,11 @@ from qcat.errors import DataError
 
 @contextmanager
 def parquet_file(path: Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile` that reads a little at a time.
+    """A `pyarrow.parquet.ParquetFile` that reads small parts at a time.
 
     Raises:
-        DataError: the file cannot be read, is no Parquet, or has a name twice; also for what is
-            raised within.
+        DataError: the file cannot be read, is not Parquet, or has a name twice; also for errors
+            raised within the block.
     """
     import pyarrow
     import pyarrow.parquet
@@ -57,4 +57,4 @@ def class_names(schema: Any) -> dict[str, list[str]]:
             and all(isinstance(name, str) for name in feature["names"])
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}  # whoever wrote it, it is not what `datasets` writes
+        return {}  # not written by `datasets`

@@ -37,7 +37,7 @@ class Split:
         )
 
     def files(self, task: Task) -> dict[str, bytes]:
-        """By part, what its file holds; empty for a part without questions."""
+        """The file contents of each part; empty for a part without questions."""
         labels = list(task.labels)
         return {
             part.name: b"".join(
@@ -57,9 +57,9 @@ class Split:
 
 
 def split_examples(examples: Sequence[Example], task: Task, *, seed: int) -> Split:
-    """70/15/15 by family, stratified by label (scikit-learn's StratifiedGroupKFold).
+    """Split 70/15/15 by family, stratified by label (scikit-learn's StratifiedGroupKFold).
 
-    A family is what a chain of rows with the same group or the same text holds together.
+    A family consists of rows that are connected by the same group or the same text.
 
     Raises:
         DataError: a label has fewer than `FEWEST` families.
@@ -82,7 +82,7 @@ def find_families(examples: Sequence[Example], pairs: Sequence[tuple[int, int]] 
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    # A graph of rows, group names and texts; a row stands between its group and its text.
+    # A graph of rows, group names and texts; a row connects its group and its text.
     nodes: dict[tuple[str, str], int] = {}
     edges = []
     for number, example in enumerate(examples):

@@ -1,13 +1,13 @@
-"""Tables of any length, CSV, JSONL or Parquet by suffix: read a row at a time, written with more.
+"""Tables of any length (CSV, JSONL or Parquet by suffix), read by row and written with new columns.
 
-A column comes out as it went in, in order and type, as far as the format written allows. Text
-stays text. CSV has nothing but text: what was none is written as JSON (`true`, `1.5`, `["a"]`),
-what is missing as nothing. In JSONL a row keeps the keys it has. In Parquet a column of JSONL has a
-type if all its values have that one; else it is text, in which what was none is JSON. Dates, times
+Columns keep their order and type as far as the output format allows. Text stays text. CSV contains
+only text: other values are written as JSON (`true`, `1.5`, `["a"]`), missing values as empty cells.
+In JSONL a row keeps its keys. A column of JSONL gets a type in Parquet if all its values have that
+type; otherwise it is text, in which other values are JSON. Dates, times
 and decimals of Parquet become text elsewhere. NaN and the infinities are `nan`, `inf` and `-inf` in
 CSV; JSON has no form for them, so there they are null.
 
-Knows nothing of questions. pyarrow is loaded for Parquet alone.
+Independent of questions. pyarrow is loaded only for Parquet.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _BATCH = 2048  # rows of Parquet that are in memory at once
 
 
 class Table(ABC):
-    """A table in a file, read through once: each row can be read again, and written."""
+    """A table in a file that was read once to check it: each row can be read again, and written."""
 
     def __init__(self, path: Path, columns: Iterable[str]) -> None:
         self.path = path
@@ -57,10 +57,10 @@ class Table(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Each row's values by column, as JSON has them.
+        """Each row's values by column, as JSON values.
 
         Raises:
-            DataError: naming the file and the line, for a row that cannot be read.
+            DataError: a row cannot be read; names the file and the line.
         """
 
     @abstractmethod
@@ -68,16 +68,16 @@ class Table(ABC):
         """All rows as `pyarrow.RecordBatch`es of one schema. Raises as `rows` does."""
 
     def values(self, column: str) -> Iterator[Any]:
-        """A column's values, None where there is none. Raises as `rows` does."""
+        """A column's values; None if missing. Raises as `rows` does."""
         return (row.get(column) for row in self.rows())
 
 
 def open_table(path: Path, target: str) -> Table:
-    """Read a table through, so that nothing in it fails later.
+    """Read a table completely once, so that nothing in it fails later.
 
     Args:
-        path: of the file.
-        target: as which of the `SUFFIXES` it is to be written.
+        path: path of the file.
+        target: the one of the `SUFFIXES` for the output.
 
     Raises:
         DataError: no such suffix; the file cannot be read; a row in it cannot be read (naming its
@@ -107,10 +107,10 @@ def write_table(
 
     Args:
         table: the table.
-        file: where to write.
+        file: file to write to.
         kind: one of `SUFFIXES`.
-        names: of the further columns, with what their values are. None of them is the table's.
-        more: their values, a row of the table each.
+        names: names of the new columns, with their types. The table must not have these columns.
+        more: their values, one item per row of the table.
 
     Raises:
         DataError: as for `Table.rows`.
@@ -246,7 +246,7 @@ def _write_csv(
 
 
 class _Lines:
-    """What csv writes, as UTF-8."""
+    """A target for the csv module that encodes as UTF-8."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""Values of CSV, JSON and Parquet, each in the forms of the others."""
+"""Converts values between CSV, JSON and Parquet."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 _ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_EXACT = 2**53  # up to here a double has every whole number
+_EXACT = 2**53  # up to this, a double represents every whole number
 
 
 def cell(value: Any) -> str:
-    """A value as CSV has it."""
+    """A value as a CSV cell."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return utf8(value) if isinstance(value, str) else json_if_any(value) or ""
 
 
 def json_if_any(value: Any) -> str | None:
-    """A value's JSON, or None for what is null there."""
+    """A value as JSON, or None for null."""
     text = json_text(value)
     return None if text == "null" else text
 
@@ -36,7 +36,7 @@ def json_text(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """A value with None for each number in it that JSON has no form for."""
+    """A value in which numbers that JSON cannot represent are replaced by None."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -100,14 +100,14 @@ def arrow_type(kind: str) -> Any:
 
 
 def _is_text_elsewhere(type_: Any) -> bool:
-    """Whether values of an Arrow type become text where there is no Parquet."""
+    """Whether values of an Arrow type become text in other formats than Parquet."""
     from pyarrow import types
 
     return bool(types.is_temporal(type_) or types.is_decimal(type_))
 
 
 def _is_plain(type_: Any) -> bool:
-    """Whether JSON has a form for values of an Arrow type."""
+    """Whether JSON can represent values of an Arrow type."""
     from pyarrow import types
 
     if types.is_struct(type_):
@@ -143,7 +143,7 @@ def has_form(type_: Any) -> bool:
 
 
 def plain(batch: Any) -> Any:
-    """A batch in which what JSON has no form for is text."""
+    """A batch in which values that JSON cannot represent are text."""
     import pyarrow
     from pyarrow import compute
 

@@ -1,1 +1,1 @@
-"""A task in a model's tokens: prompt, tokenization, label trie, grammar, scoring. No backend."""
+"""A task as a model's tokens: prompt, tokenization, label trie, grammar, scoring. No backend."""

@@ -1,4 +1,4 @@
-"""Whether training, runtime and Modelfile see the same token ids, for every question."""
+"""Checks that training, runtime and Modelfile see the same token ids, for every question."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def check_tokens(
     Args:
         prompt: the task's prompt.
         trained: the Hugging Face tokenizer.
-        served: the GGUF's.
-        render: what the Modelfile makes of a question.
-        questions: as `clean_question` gives them.
+        served: the GGUF's tokenizer.
+        render: renders a question with the Modelfile's template.
+        questions: questions cleaned by `clean_question`.
 
     Returns:
-        Questions that Ollama would read otherwise.
+        Number of questions that Ollama would read differently.
 
     Raises:
         ExportError: at the first question where they differ, with both ids.
@@ -72,8 +72,8 @@ def check_texts(where: str, theirs: Encoder, served: Encoder, texts: Sequence[st
         where: what the tokenizer is, for messages.
         theirs: the tokenizer.
         served: llama.cpp's.
-        texts: to be compared. One that spells a control token is passed over: what a GGUF's
-            publisher took for text may be a token, or the other way round.
+        texts: texts to compare. One that spells a control token is skipped: a GGUF's publisher
+            may have treated a token as text, or the other way round.
 
     Raises:
         ExportError: at the first text where they differ, with both ids.

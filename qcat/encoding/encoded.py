@@ -1,4 +1,4 @@
-"""A task in a model's tokens: prompt, prefix, label trie and grammar, put together in one place.
+"""A task as a model's tokens: prompt, prefix, label trie and grammar, built in one place.
 
 Training, export and the runtimes all build it, each with its own tokenizer, and the boundary
 between prefix and question is checked for each of them.
@@ -56,15 +56,15 @@ class EncodedTask:
 
     @classmethod
     def served(cls, task: Task, vocabulary: Vocabulary, name: str) -> Self:
-        """As `build`, for a model that is to answer: it has to spell the labels back.
+        """Like `build`, for a model that answers: it must also be able to spell the labels.
 
         Args:
-            task: what the model decides.
-            vocabulary: the model's own.
-            name: of the model, for messages.
+            task: the task.
+            vocabulary: the model's vocabulary.
+            name: name of the model, for messages.
 
         Raises:
-            ModelError: as `build`; or a label comes back with another spelling.
+            ModelError: as `build`; or a label is decoded with another spelling.
         """
         encoded = cls.build(task, vocabulary)
         for answer, sequence in zip(encoded.task.answers, encoded.trie.sequences, strict=True):
@@ -80,7 +80,7 @@ class EncodedTask:
         return grammar(self.task)
 
     def ids(self, question: str) -> list[int]:
-        """Token ids after the prefix, of a question that `clean_question` has been over."""
+        """Token ids after the prefix, for a question cleaned by `clean_question`."""
         return encode_segments(self.prompt.rest(question), self.tokenizer)
 
     def rest(self, question: str) -> list[int]:

@@ -175,7 +175,7 @@ def temper_bounds(lower: Floats, upper: Floats, temperature: float) -> tuple[Flo
 def label_mass(row: npt.NDArray[np.float32], first_tokens: npt.NDArray[np.int32]) -> float:
     """Share of the full-vocabulary softmax on the root's children, from 0 to 1.
 
-    Low mass means that the model wanted to say something else.
+    Low mass means that the model prefers to write something else.
 
     Args:
         row: logits of the whole vocabulary at the end of the prompt, shape (n_vocab,).

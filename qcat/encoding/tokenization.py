@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer that gives the ids that the GGUF runtime gives.
+"""A Hugging Face tokenizer that returns the same ids as the GGUF runtime.
 
 For training and conversion. Reads `tokenizer.json` itself, the file that fast tokenizers are made
 of, because transformers may rebuild the pre-tokenizer from the class name. Needs `tokenizers`
@@ -74,13 +74,13 @@ class HubTokenizer:
 
     Args:
         folder: holds `tokenizer.json` and, for the end token's name, `tokenizer_config.json`.
-        spec: what to take in the place of `tokenizer.json`, as it would be read from there.
+        spec: content to use instead of that of `tokenizer.json`.
 
     Raises:
-        ModelError: a file is absent or unreadable, or no end token is named.
+        ModelError: a file is missing or unreadable, or no end token is named.
 
-    What `tokenizer.json` says of padding, truncation and dropout was saved with the calls that
-    somebody made; ids must not depend on it, so it is ignored.
+    Padding, truncation and dropout in `tokenizer.json` are left over from earlier calls. Token ids
+    must not depend on them, so they are ignored.
     """
 
     def __init__(self, folder: Path, spec: dict[str, Any] | None = None) -> None:
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _plain(path: Path, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What `tokenizer.json` says, without what makes ids differ from call to call."""
+    """The content of `tokenizer.json` without settings that make ids differ between calls."""
     model, added = spec.get("model"), spec.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise ModelError(f"{path}: has no vocabulary: save the tokenizer with save_pretrained")
@@ -145,7 +145,7 @@ def _plain(path: Path, spec: Mapping[str, Any]) -> dict[str, Any]:
         "added_tokens": added,
         "padding": None,
         "truncation": None,
-        "post_processor": None,  # begin and end tokens, which are not asked for
+        "post_processor": None,  # begin and end tokens, which are not wanted
         "model": {**model, "dropout": None},
     }
 

@@ -1,7 +1,7 @@
 """The label language as a trie of tokens: which tokens may follow which.
 
-Only branching nodes are kept, since a node with one child costs no forward pass. Knows nothing
-of models: it is built from token ids and used by `qcat.encoding.scoring` and the backends.
+Only branching nodes are kept, since a node with one child costs no forward pass. Independent of
+models: it is built from token ids and used by `qcat.encoding.scoring` and the backends.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class LabelTrie:
 
     @classmethod
     def build(cls, sequences: Sequence[Sequence[int]], end: int) -> LabelTrie:
-        """Build from one token sequence a label.
+        """Build from one token sequence per label.
 
         Raises:
             ModelError: if a sequence is empty, holds the end token, or stands for two labels.
@@ -125,7 +125,7 @@ class LabelTrie:
 
     @property
     def deep_branches(self) -> tuple[Branch, ...]:
-        """The branches below the root, scored together in as few more passes as they fit into."""
+        """The branches below the root, scored together in as few additional passes as possible."""
         return tuple(branch for branch in self.branches if branch.path)
 
     @cached_property

@@ -1,1 +1,1 @@
-"""How well a model does: figures, comparison, baselines, the proof of an export."""
+"""Model quality: metrics, comparison, baselines, the verification of an export."""

@@ -1,4 +1,4 @@
-"""The baseline that a fine-tuned model has to beat: TF-IDF and a linear classifier, in seconds."""
+"""The baseline that a fine-tuned model has to beat: TF-IDF and a linear classifier."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SEED = 0
 
 
 def tfidf_predictions(train: Sequence[Example], texts: Sequence[str]) -> list[int]:
-    """Train on labelled questions, then give the label's index for each text.
+    """Train on labelled questions, then return the label's index for each text.
 
     scikit-learn's TfidfVectorizer on words and pairs of words, and SGDClassifier with hinge loss
-    (its default, and the one in scikit-learn's own tutorial on text), seed 0, nothing tuned.
+    (its default, and the one in scikit-learn's own tutorial on text), seed 0, without tuning.
 
     Raises:
         DataError: fewer than two labels in the training questions, or no word in them.

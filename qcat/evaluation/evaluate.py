@@ -1,7 +1,7 @@
 """Measure a bundle on labelled questions: quality, mistakes, latency, confidence, comparisons.
 
-The model is asked through `Classifier`, in the very path that serves; the figures are
-scikit-learn's. Knows nothing of the command line, of files to write, or of pictures.
+The model is asked through `Classifier`, as in normal use; the metrics are scikit-learn's.
+Independent of the command line, output files and plots.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from qcat.progress import Progress, silent
 from qcat.task import Task
 
 LATENCY_QUESTIONS = 100
-"""So many are timed by default, or all that there are."""
+"""Number of questions timed by default, or all if there are fewer."""
 MISTAKES = 10
 
 
@@ -64,23 +64,23 @@ class Request:
     off_topic: Path | None = None
     """JSONL of texts that belong to no label."""
     compare: str | None = None
-    """Another model with the same labels, named likewise."""
+    """Another model with the same labels, given in the same way."""
     train_data: Path | None = None
-    """Training questions for the baseline; without them there is none."""
+    """Training questions for the baseline; None for no baseline."""
     timed: int = LATENCY_QUESTIONS
-    """At most so many questions are timed, spread evenly over the file; at least 1."""
+    """Largest number of questions to time, spread evenly over the file; at least 1."""
 
 
 def evaluate(request: Request, progress: Progress = silent) -> Evaluation:
     """Ask a model all questions of a file and measure the answers.
 
-    All files are read before the first question is asked. Where the file names groups, the
-    bootstrap draws whole groups: paraphrases are not independent of each other.
+    All files are read before the first question is asked. If the file names groups, the bootstrap
+    resamples whole groups, because paraphrases are not independent of each other.
 
     Raises:
-        DataError: a file that cannot be read, or a label that the model lacks.
-        BundleError, ModelError: a GGUF that cannot be used.
-        ServerError: a server does not answer, or shows no probabilities.
+        DataError: a file cannot be read, or the model lacks a label.
+        BundleError, ModelError: a GGUF cannot be used.
+        ServerError: a server does not answer, or returns no probabilities.
     """
     task = read_model(request.model).task
     examples = read_examples(request.data, task)
@@ -140,9 +140,9 @@ def evaluate(request: Request, progress: Progress = silent) -> Evaluation:
 
 
 def labels_said(task: Task, said: Sequence[str]) -> npt.NDArray[np.int_]:
-    """The index of the label that each free answer is, exactly, by name or code; else `INVALID`."""
+    """Index of the label that each free answer exactly matches (name or code), or `INVALID`."""
     numbers = {label: number for number, label in enumerate(task.labels)}
-    # What the model was taught to write comes last, so that a code wins over a label like it.
+    # The trained form comes last, so that a code takes precedence over an equal label.
     numbers |= {answer: number for number, answer in enumerate(task.answers)}
     return np.array([numbers.get(text, INVALID) for text in said])
 
@@ -171,7 +171,7 @@ def _say(classifier: Classifier, texts: Sequence[str], progress: Progress) -> li
 
 
 def _free_limit(task: Task) -> int:
-    """Tokens enough for any label, a token holding at least a byte, and to see that it ended."""
+    """Enough tokens for any label (a token holds at least one byte), and to see that it ended."""
     return max(16, *(len(f" {answer}".encode()) + 1 for answer in task.answers))
 
 
@@ -250,7 +250,7 @@ def _confidence(
     after = label_matrix(predictions, tuple(task.labels))
     before = temper(
         log_shares(after), 1 / calibration.temperature
-    )  # what the temperature made of it, undone
+    )  # with the effect of the temperature undone
     return Confidence(
         calibration.temperature,
         calibration.questions > 0,
@@ -292,7 +292,7 @@ def _off_topic(data: str, on: Sequence[Prediction], off: Sequence[Prediction]) -
 def _other(
     name: str, task: Task, texts: Sequence[str], decode: Decode, progress: Progress
 ) -> tuple[npt.NDArray[np.int_], list[Prediction]]:
-    """The other model's answers, as indices among this task's labels, and its predictions."""
+    """The other model's answers, as indices of this task's labels, and its predictions."""
     with Classifier.open(name) as classifier:
         predictions = _ask(classifier, texts, "other model", progress)
         said = _say(classifier, texts, progress) if decode == "free" else None

@@ -1,4 +1,4 @@
-"""Figures of answers against the right labels, scikit-learn's and scipy's."""
+"""Metrics of answers against the right labels, from scikit-learn and SciPy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qcat.evaluation.results import (
 from qcat.task import Task
 
 INVALID = -1
-"""Stands for a free answer that is no label, among label indices."""
+"""Marks a free answer that is not a label, among label indices."""
 
 
 def quality(
@@ -34,7 +34,7 @@ def quality(
         truth: index of the right label, shape (questions,).
         answers: index of the label given, or `INVALID`; same shape.
         families: rows that belong together; each row is in one family.
-        resamples: how often as many families are drawn, with replacement.
+        resamples: number of bootstrap samples; each draws as many families, with replacement.
     """
     from scipy.stats import bootstrap
 
@@ -60,7 +60,7 @@ def quality(
 
 
 def _figures(truth: npt.NDArray[np.int_], answers: npt.NDArray[np.int_]) -> npt.NDArray[np.float64]:
-    """Accuracy, macro-F1 and weighted F1, as `accuracy_score` and `f1_score` give them."""
+    """Accuracy, macro-F1 and weighted F1, as from `accuracy_score` and `f1_score`."""
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
     occur = np.setdiff1d(np.union1d(truth, answers), [INVALID])
@@ -86,7 +86,7 @@ def label_scores(
 def confusion(
     task: Task, truth: npt.NDArray[np.int_], answers: npt.NDArray[np.int_], *, free: bool
 ) -> Confusion:
-    """The confusion matrix, in the task's order; `free` adds the answers that are no label."""
+    """The confusion matrix, in the task's order; `free` adds answers that are not a label."""
     from sklearn.metrics import confusion_matrix
 
     count = len(task.labels)
@@ -99,7 +99,7 @@ def confusion(
 
 
 def mcnemar(fixed: int, broken: int) -> float:
-    """The exact two-sided p that two models err alike (McNemar 1947).
+    """The exact two-sided p-value that two models have the same error rate (McNemar 1947).
 
     Args:
         fixed: questions that one of them alone gets right.

@@ -1,4 +1,4 @@
-"""The proof: held-out questions through merged, F16 and quantized model, and what changed.
+"""Verification: compares merged, F16 and quantized model on held-out questions.
 
 Accuracy, macro-F1, label flips and the Kullback-Leibler divergence of the label distributions.
 """
@@ -24,12 +24,12 @@ from qcat.threads import default_threads
 
 @dataclass(frozen=True)
 class Quality:
-    """How one form of the model does on the held-out questions."""
+    """Results of one form of the model on the held-out questions."""
 
     accuracy: float
     macro_f1: float
     flips: int
-    """Questions that get another label than from the merged model."""
+    """Questions whose label differs from the merged model's."""
     kl_mean: float
     """Mean over questions of KL(merged || this), in nats."""
     kl_max: float
@@ -40,12 +40,12 @@ class Quality:
 
 
 class Replayed(NamedTuple):
-    """What a GGUF says of questions."""
+    """A GGUF's answers to questions."""
 
     log_probabilities: Floats
     """Of the labels, shape (questions, labels)."""
     seconds: list[float]
-    """That each question took."""
+    """Time per question."""
 
 
 def replay_gguf(
@@ -56,14 +56,14 @@ def replay_gguf(
     base: Path | None = None,
     progress: Count = uncounted,
 ) -> Replayed:
-    """Load a GGUF and ask it, one question a forward pass as `qcat ask` does it.
+    """Load a GGUF and ask it one question per forward pass, as in `qcat ask`.
 
     Args:
-        path: of the file.
+        path: path of the file.
         encoded: the task in its tokens.
-        rests: as `EncodedTask.rest` gives them.
-        base: what the file lies beside, if it is an adapter.
-        progress: called with questions asked and in all.
+        rests: results of `EncodedTask.rest`.
+        base: the base of the file, if it is an adapter.
+        progress: called with the number of questions asked and the total.
     """
     with LlamaModel(base or path) as model:
         scorer = LlamaScorer(
@@ -93,7 +93,7 @@ def quality(found: Floats, reference: Floats, truth: Sequence[int]) -> Quality:
 
     Args:
         found: shape (questions, labels).
-        reference: of the merged model, same shape.
+        reference: those of the merged model, same shape.
         truth: index of the right label, for each question.
     """
     from sklearn.metrics import accuracy_score, f1_score
@@ -110,6 +110,6 @@ def quality(found: Floats, reference: Floats, truth: Sequence[int]) -> Quality:
 
 
 def spread(questions: Sequence[str], most: int) -> tuple[str, ...]:
-    """At most `most` of the questions, evenly spaced, so that sorted files give all labels."""
+    """At most `most` questions, evenly spaced, so that sorted files also cover all labels."""
     step = max(1.0, len(questions) / most)
     return tuple(questions[int(i * step)] for i in range(min(most, len(questions))))

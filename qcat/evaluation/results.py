@@ -1,4 +1,4 @@
-"""What an evaluation finds, as plain data."""
+"""Results of an evaluation, as plain data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its bootstrap interval; without bounds where there is only one family."""
+    """A figure and its bootstrap interval; without bounds if there is only one family."""
 
     value: float
     low: float | None
@@ -84,7 +84,7 @@ class Confusion:
     labels: tuple[str, ...]
     matrix: tuple[tuple[int, ...], ...]
     invalid: tuple[int, ...] | None
-    """By right label, free answers that are no label; None where that cannot happen."""
+    """Free answers that are not a label, by right label; None if that cannot happen."""
 
     def pairs(self) -> list[tuple[str, str, int]]:
         """Confused pairs (right label, answer, count), most frequent first."""
@@ -110,13 +110,13 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Answer:
-    """One question of the file and what the model made of it."""
+    """One question of the file and the model's answer."""
 
     line: int
     text: str
     truth: str
     answer: str | None
-    """None for a free answer that is no label."""
+    """None for a free answer that is not a label."""
     confidence: float | None
     """Probability of the answer among the labels."""
     label_mass: float
@@ -126,7 +126,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds a question, asked one at a time after warm-up."""
+    """Milliseconds per question, asked one at a time after warm-up."""
 
     median_ms: float
     p95_ms: float
@@ -146,7 +146,7 @@ class Mass:
 
 @dataclass(frozen=True)
 class Signal:
-    """One figure of a prediction, of questions on the list and of others."""
+    """One figure of a prediction, for on-topic questions and for others."""
 
     name: str
     median_on: float
@@ -156,18 +156,18 @@ class Signal:
 
 @dataclass(frozen=True)
 class OffTopic:
-    """How well figures of a prediction tell the list's questions (on) from others (off)."""
+    """How well figures of a prediction separate on-topic questions (on) from others (off)."""
 
     data: str
     questions: int
     signals: tuple[Signal, ...]
-    """All are higher for questions of the list."""
+    """All are higher for on-topic questions."""
     caught: int
-    """Questions off the list that the model calls off-topic …"""
+    """Off-topic questions that the model calls off-topic …"""
     false_alarms: int
-    """… and questions of the list that it does."""
+    """… and on-topic questions that it calls off-topic."""
     masses: tuple[float, ...]
-    """Label mass of the questions off the list, in file order."""
+    """Label mass of the off-topic questions, in file order."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Confidence:
 
     temperature: float
     calibrated: bool
-    """If so and the temperature is 1, the calibration's questions said too little of it."""
+    """If true and the temperature is 1, there were too few questions to fit it."""
     before: Reliability
     after: Reliability
 
@@ -194,13 +194,13 @@ class Flip:
 
 @dataclass(frozen=True)
 class Abstaining:
-    """What the thresholds in the model do."""
+    """The effect of the thresholds in the model."""
 
     reasons: Mapping[str, int]
     """Questions that the model abstained on, by reason."""
     answered: int
     errors: int
-    """Wrong among those answered."""
+    """Wrong answers among those answered."""
 
     @property
     def left(self) -> int:
@@ -210,17 +210,17 @@ class Abstaining:
 
 @dataclass(frozen=True)
 class Comparison:
-    """This model against another on the same questions."""
+    """Comparison of this model with another on the same questions."""
 
     model: str
     quality: Quality
     flips: tuple[Flip, ...]
     fixed: int
-    """Wrong by the other, right by this one."""
+    """Questions that the other got wrong and this one got right."""
     broken: int
-    """Right by the other, wrong by this one."""
+    """Questions that the other got right and this one got wrong."""
     p_value: float
-    """McNemar's exact test, two-sided; it takes the questions as independent."""
+    """McNemar's exact test, two-sided; it assumes independent questions."""
     abstaining: Abstaining
     """Of the other model."""
 
@@ -237,7 +237,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was measured."""
+    """All results."""
 
     model: str
     task: str
@@ -245,9 +245,9 @@ class Evaluation:
     decode: Decode
     questions: int
     truncated: int
-    """Questions that were too long and cut."""
+    """Questions that were too long and were cut."""
     inexact: int
-    """Answers of an Ollama server of which some probabilities are bounds."""
+    """Answers of an Ollama server for which some probabilities are bounds."""
     bootstrap: Bootstrap
     quality: Quality
     per_label: tuple[LabelScore, ...]
@@ -255,7 +255,7 @@ class Evaluation:
     mistakes: tuple[Answer, ...]
     """The most confident ones."""
     invalid: int | None
-    """How many free answers are no label; None where that cannot happen."""
+    """How many free answers are not a label; None if that cannot happen."""
     latency: Latency
     label_mass: Mass
     confidence: Confidence
@@ -266,7 +266,7 @@ class Evaluation:
     answers: tuple[Answer, ...]
 
     def systems(self) -> list[tuple[str, Quality]]:
-        """The model and what it is measured against, by name."""
+        """The model and those it is compared with, by name."""
         others = [(c.model, c.quality) for c in (self.comparison,) if c]
         others += [(b.name, b.quality) for b in (self.baseline,) if b]
         return [(self.model, self.quality), *others]

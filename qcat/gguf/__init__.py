@@ -1,1 +1,1 @@
-"""The GGUF format: the check of files before llama.cpp sees them, and what qcat keeps in them."""
+"""The GGUF format: checks of files before llama.cpp reads them, and qcat's metadata in them."""

@@ -1,7 +1,7 @@
-"""A LoRA adapter in a GGUF of its own: which base it is for, and the check of such a file.
+"""A LoRA adapter in a separate GGUF: its base, and the check of such a file.
 
-One base then serves many tasks, each a file of some megabytes. The adapter's file carries task,
-calibration and report as a whole model's does, and says which base it was trained on.
+One base can then serve many tasks, each in a file of a few megabytes. Like a model file, the
+adapter file contains task, calibration and report. It also identifies the base it was trained on.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class BaseFile:
 
 
 def check_adapter(path: Path, header: Header) -> None:
-    """Refuse an adapter that `qcat export` does not write.
+    """Reject an adapter that `qcat export` did not write.
 
     Raises:
-        BundleError: naming the file.
+        BundleError: the adapter is rejected; names the file.
     """
     alpha: Any = header.metadata.get("adapter.lora.alpha")
     pairs: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""A qcat GGUF: the file, checked, with the task that it carries, and what tells it from others."""
+"""A qcat GGUF: the checked file, the task stored in it, and its identity."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from qcat.gguf.header import Header, read_header
 from qcat.gguf.sections import REFERENCE_KEY, TASK_KEY, section
 from qcat.task import Task
 
-_SAMPLES, _SAMPLE = 64, 4096  # places in the tensor data that a fingerprint reads, bytes of each
+_SAMPLES, _SAMPLE = 64, 4096  # places in the tensor data that a fingerprint reads, bytes at each
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A qcat GGUF: the file, its header and the task it carries."""
+    """A qcat GGUF: the file, its header and the task stored in it."""
 
     path: Path
     header: Header
@@ -30,17 +30,17 @@ class Bundle:
 
     @classmethod
     def read(cls, path: str | Path, *, remember: bool = False) -> Bundle:
-        """Check a file and read what it says of itself.
+        """Check a file and read its metadata.
 
         Args:
             path: of the file, or of the folder of a bundle.
             remember: as in `read_header`.
 
         Raises:
-            BundleError: the file is absent, no GGUF, damaged, or carries no usable qcat task.
+            BundleError: the file is absent, not a GGUF, damaged, or contains no usable qcat task.
         """
         file = Path(path)
-        if os.path.isdir(file):  # which is False, and no error, for a name that no file can have
+        if os.path.isdir(file):  # False, without an error, for a name that is not valid for a file
             file = find_gguf(file)
         header = read_header(file, remember=remember)
         if TASK_KEY not in header.metadata:
@@ -60,15 +60,15 @@ class Bundle:
 
 
 def is_adapter(header: Header) -> bool:
-    """Whether a file holds an adapter and no model: it takes a base (`qcat.gguf.adapter`)."""
+    """Whether a file holds an adapter and not a model: it needs a base (`qcat.gguf.adapter`)."""
     return header.metadata.get("general.type") == "adapter"
 
 
 def identity(metadata: Mapping[str, Any]) -> str:
     """A name for the model in a file's or a server's metadata: its task and twelve hex digits.
 
-    They stand for all that qcat says there but the reference for drift, which is no part of how
-    the model answers: another training, export or calibration gives another name.
+    They are a hash of all of qcat's metadata except the reference for drift, which does not affect
+    how the model answers. Another training, export or calibration gives another name.
     """
     said = {
         key: value
@@ -80,14 +80,14 @@ def identity(metadata: Mapping[str, Any]) -> str:
 
 
 def fingerprint(path: Path, header: Header, *, anywhere: bool = False) -> str:
-    """What tells a file from others, in milliseconds, in hexadecimal.
+    """A quick fingerprint of a file, in hexadecimal.
 
     SHA-256 over its header, its size and time of last change, and samples of its tensor data.
 
     Args:
         path: of the file.
         header: its header.
-        anywhere: leave the time of last change out, so that a copy has the same.
+        anywhere: ignore the time of the last change, so that a copy has the same fingerprint.
 
     Raises:
         BundleError: the file cannot be read any more.

@@ -1,4 +1,4 @@
-"""Whether a GGUF is a model of a kind that qcat makes: llama.cpp aborts on some others."""
+"""Checks that a GGUF is a model as made by qcat, because llama.cpp aborts on some others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RATES = ("rope.freq_base", "attention.layer_norm_rms_epsilon")
 
 
 def check_model(path: Path, header: Header) -> None:
-    """Refuse what `qcat export` does not write, vocabulary included: llama.cpp aborts on some.
+    """Reject files that `qcat export` does not write, because llama.cpp aborts on some.
 
     Raises:
         BundleError: naming the file; it may be any GGUF, with a qcat task or without.
@@ -38,7 +38,7 @@ def check_model(path: Path, header: Header) -> None:
 
 
 def unfit(header: Header) -> str | None:
-    """Why a file is not a model of a kind that qcat makes and llama.cpp takes; None if it is."""
+    """Why a file is not a model that qcat makes and llama.cpp accepts; None if it is."""
     try:
         _check_model(header)
     except DamagedError as error:

@@ -1,7 +1,7 @@
-"""A GGUF's header: read, and checked against the file, before llama.cpp sees it.
+"""Reads a GGUF's header and checks it against the file before llama.cpp reads it.
 
-llama.cpp aborts the process on some damaged files, so the header is walked here first: every
-length against the bytes that are there, every tensor's extent against the file's size. Format:
+llama.cpp aborts the process on some damaged files, so the header is checked here first: every
+length against the available bytes, every tensor's extent against the file's size. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little endian).
 """
 
@@ -46,11 +46,11 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
 }  # fmt: skip
 _ITEMS = {SCORES: struct.pack("<I", 6), TYPES: struct.pack("<I", 5)}  # f32 and i32
 _MAX_DIMENSIONS = 4
-_LARGE = 1 << 20  # bytes of a header that takes long to walk
+_LARGE = 1 << 20  # bytes of a header that takes long to read
 
 
 class Length(int):
-    """What is kept of an array: how many items it has."""
+    """Stands for an array: only its number of items is kept."""
 
 
 class Tensor(NamedTuple):
@@ -89,11 +89,11 @@ def read_header(path: Path, *, remember: bool = False) -> Header:
 
     Args:
         path: of the file.
-        remember: keep a large one in the user's cache folder for the next time: for a file that
-            is to be opened again and again, since there is room for a few only.
+        remember: keep a large header in the user's cache folder for later use. Only for a file that
+            is opened repeatedly, because the cache has room for only a few.
 
     Raises:
-        BundleError: the file is absent, no GGUF, or damaged; the message names it.
+        BundleError: the file is absent, not a GGUF, or damaged; the message names it.
     """
     try:
         status = os.stat(path)
@@ -104,7 +104,7 @@ def read_header(path: Path, *, remember: bool = False) -> Header:
             raise BundleError(f"{path}: not a GGUF file ({size} bytes)")
         check_pulled(path, error=BundleError)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            # To walk 150,000 tokens in Python takes a tenth of a second, at each start.
+            # Reading 150,000 tokens in Python takes a tenth of a second at each start.
             place = os.fsencode(os.path.realpath(path))
             key = b"header 2 %s %d %d" % (place, size, status.st_mtime_ns)
             header = _recall(cache.load(key), data)
@@ -122,7 +122,7 @@ def read_header(path: Path, *, remember: bool = False) -> Header:
 
 
 def _remember(header: Header) -> bytes:
-    """A header as JSON. Who changes its form counts up the number in `read_header`'s key."""
+    """A header as JSON. If its form changes, increase the number in `read_header`'s key."""
     metadata = {
         key: [value] if isinstance(value, Length) else value
         for key, value in header.metadata.items()
@@ -131,7 +131,7 @@ def _remember(header: Header) -> bytes:
 
 
 def _recall(saved: memoryview | None, data: mmap.mmap) -> Header | None:
-    """The header that `_remember` made, if a file still begins with the same bytes."""
+    """The header stored by `_remember`, if the file still begins with the same bytes."""
     if saved is None:
         return None
     try:
@@ -157,7 +157,7 @@ class DamagedError(Exception):
 
 
 class Cursor:
-    """Reads little-endian values from bytes and refuses to leave them."""
+    """Reads little-endian values from bytes and never reads beyond them."""
 
     def __init__(self, data: bytes | mmap.mmap, size: int, at: int = 0) -> None:
         self.data, self.size, self.at = data, size, at
@@ -202,7 +202,7 @@ class Cursor:
         return Length(count)
 
     def _skip_strings(self, count: int) -> None:
-        # A vocabulary has 300,000 of them: this loop is what reading a header costs.
+        # A vocabulary has 300,000 of them: this loop takes most of the time.
         if 8 * count > self.size - self.at:
             raise DamagedError(f"{count} strings expected at byte {self.at} of {self.size}")
         at, last, data, unpack = self.at, self.size - 8, self.data, struct.Struct("<Q").unpack_from
@@ -298,6 +298,6 @@ def alignment_of(metadata: Mapping[str, Any]) -> int:
 
 
 def shown(value: object) -> str:
-    """A value from a file, fit for one line of a message."""
+    """A value from a file, formatted for one line of a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

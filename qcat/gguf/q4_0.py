@@ -1,4 +1,4 @@
-"""Weights as a Q4_0 GGUF holds them, in torch: what is trained and proved is what is served.
+"""Q4_0 weights in torch, as in a GGUF, so that the trained weights are the served ones.
 
 In Q4_0 each 32 neighbours of a row form a block with one scale in float16; each of the 32 is a
 whole number from -8 to 7, its code, times that scale. ggml's own quantizer takes the scale from the

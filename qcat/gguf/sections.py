@@ -29,7 +29,7 @@ def section(header: Header, key: str, path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(header.metadata.get(key, "{}"))
-        json.dumps(data, ensure_ascii=False).encode()  # fails on what could not be printed either
+        json.dumps(data, ensure_ascii=False).encode()  # fails on what cannot be printed either
     except (ValueError, TypeError, RecursionError):
         data = None
     if not isinstance(data, dict):
@@ -40,7 +40,7 @@ def section(header: Header, key: str, path: Path) -> dict[str, Any]:
 def write_sections(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> None:
     """Add or replace JSON objects in a GGUF's metadata; the tensor data are copied as they are.
 
-    The new file replaces the old one at once, so a reader sees one of the two, whole.
+    The new file replaces the old one atomically, so a reader sees one of the two, complete.
 
     Args:
         path: of the file.
@@ -66,7 +66,7 @@ def _rewrite(path: Path, to: Path, sections: Mapping[str, bytes | None]) -> None
     header = read_header(path)
     try:
         mode = path.stat().st_mode & 0o777
-        # The source is closed before its place is taken, which Windows wants.
+        # The source is closed before it is replaced, which Windows requires.
         with whole_file(to, mode=mode) as target, path.open("rb") as source:
             start = source.read(8)
             source.seek(8 + 16)

@@ -1,7 +1,7 @@
-"""A model's vocabulary and task as a GGUF without weights, from what a server says of the model.
+"""Writes a model's vocabulary and task as a GGUF without weights, from a server's metadata.
 
-With it llama.cpp spells a question here exactly as it does on the server, which has no call for
-that. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
+With it llama.cpp tokenizes a question here exactly as on the server, which has no call for that.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KEPT = ("general.architecture", "qcat.", "tokenizer.ggml.")  # how the keys beg
 
 
 def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write architecture, tokenizer and all that qcat says in a model's metadata.
+    """Write architecture, tokenizer and all of qcat's metadata of a model.
 
     Args:
         path: file to write. It holds one tensor of zeros, since a GGUF must have some.
@@ -28,7 +28,7 @@ def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
             to be verbose.
 
     Raises:
-        BundleError: a value that no vocabulary has.
+        BundleError: a value is not valid for a vocabulary.
     """
     pairs = []
     for key, value in metadata.items():

@@ -1,1 +1,1 @@
-"""A model in use: the log of its answers, drift, and the queue of questions for review."""
+"""Monitoring a model in use: log of answers, drift, and the review queue."""

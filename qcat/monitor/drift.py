@@ -1,9 +1,10 @@
-"""Drift: does a window of answers look like the reference? Pure: answers in, figures out.
+"""Drift: tests whether a window of answers differs from the reference. Pure computation.
 
-Each signal is a test of its own: the label mix by chi-square, confidence and label mass by
+Each signal has a separate test: the label mix by chi-square, confidence and label mass by
 Kolmogorov-Smirnov, the share abstained and the accuracy by Fisher's exact test, all SciPy's. The
-p-values are corrected for their number (Bonferroni), so that without drift a window is called
-drifted no more often than the level says. A change too small to matter is none however sure it is.
+p-values are corrected for their number (Bonferroni), so that without drift a window is
+flagged no more often than the level allows. A change too small to matter is ignored, however
+significant it is.
 """
 
 from __future__ import annotations
@@ -24,28 +25,28 @@ from qcat.monitor.log import Record
 from qcat.task import MAX_LABELS
 
 FEWEST = 100
-"""Questions that a window and a reference need: the label mix of fewer is mostly noise."""
+"""Fewest questions of a window and a reference: the label mix of fewer is mostly noise."""
 LEVEL = 0.01
-"""By default, the most windows without drift that may be called drifted, as a share."""
+"""By default, the largest share of windows without drift that may be flagged."""
 LEAST_PSI = 0.1
-"""Population stability index under which a label mix counts as unchanged, by common usage."""
+"""Population stability index below which a label mix counts as unchanged, a common value."""
 LEAST_SHARE = 0.05
-"""Share of the questions under which any other change does not count."""
+"""Share of the questions below which any other change is ignored."""
 SAMPLE = 2000
-"""Confidences, and label masses, that are kept of more, evenly over their order."""
+"""Number of confidences, and of label masses, to keep, evenly spaced over their order."""
 MOST = 10**6
-"""Questions that a stored reference may count, of at most `MAX_LABELS` labels."""
+"""Largest number of questions in a stored reference, of at most `MAX_LABELS` labels."""
 
-_DIGITS = 3  # finer differences come from the processor and from the shape of a batch
+_DIGITS = 3  # smaller differences come from the processor and the batch shape
 _RESAMPLES = 9999
-_FEWEST_EXPECTED = 5  # under which chi-square's own p-value is not to be trusted
+_FEWEST_EXPECTED = 5  # below which chi-square's own p-value is not reliable
 _MOST_DRAWN = 2 * MAX_LABELS  # no two sets of answers have more labels, and drawing takes long
 
 Name = Literal["label mix", "confidence", "label mass", "share abstained", "accuracy"]
 
 
 class Answered(Protocol):
-    """What is looked at of an answer: a `Prediction` has it, and so has a log's `Record`."""
+    """The fields of an answer that are compared; `Prediction` and a log's `Record` have them."""
 
     @property
     def label(self) -> str: ...
@@ -59,21 +60,21 @@ class Answered(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of a set of answers to compare another with; a window is summed up alike."""
+    """The summary of a set of answers that others are compared with; windows are summarized too."""
 
     questions: int
     labels: Mapping[str, int]
     """How often each label was the answer."""
     confidence: tuple[float, ...]
-    """From 0 to 1, in order, at most `SAMPLE`; empty where the backend gave none."""
+    """From 0 to 1, sorted, at most `SAMPLE`; empty if the backend returned none."""
     label_mass: tuple[float, ...]
     """Likewise."""
     abstained: int
     """How many questions the model abstained on."""
     rule: str | None
-    """What decided that, as in `Record`; None if not always the same."""
+    """What decided that, as in `Record`; None if it was not always the same."""
     right: int | None = None
-    """How many answers were right; None if nobody knows."""
+    """How many answers were right; None if unknown."""
 
     @classmethod
     def of(
@@ -85,15 +86,15 @@ class Reference:
         truth: Sequence[str] | None = None,
         groups: Sequence[Hashable | None] | None = None,
     ) -> Reference:
-        """Sum up answers.
+        """Summarize answers.
 
         Args:
-            answers: in any order.
-            labels: that are to be counted even if they never occur, such as all of the task's.
+            answers: the answers, in any order.
+            labels: labels to count even if they never occur, such as all of the task's.
             rule: as above.
-            truth: the right label of each answer, in the same order, where that is known.
-            groups: of paraphrases, of each answer, or None where it has none. One of each group
-                counts, since the tests take questions as independent.
+            truth: the right label of each answer, in the same order, if known.
+            groups: the paraphrase group of each answer, or None if it has none. One question of
+                each group counts, since the tests assume independent questions.
         """
         rows = list(answers)
         if groups is not None:
@@ -117,7 +118,7 @@ class Reference:
 
     @classmethod
     def of_log(cls, records: Sequence[Record]) -> Reference:
-        """Sum up records of a log, which know the rule but not what is right."""
+        """Summarize records of a log, which contain the rule but not the right labels."""
         rules = {record.rule for record in records}
         return cls.of(records, rule=rules.pop() if len(rules) == 1 else None)
 
@@ -127,10 +128,10 @@ class Reference:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Reference:
-        """Rebuild what `to_dict` gave.
+        """Rebuild the result of `to_dict`.
 
         Raises:
-            DataError: naming what makes no sense; the data may come from anyone.
+            DataError: names the invalid entry; the data may come from anyone.
         """
         questions = _count(data, "questions", MOST)
         labels = data.get("labels")
@@ -160,16 +161,16 @@ class Signal:
 
     name: Name
     reference: float | None
-    """A mean or a share, from 0 to 1; None for the label mix, which is no single figure."""
+    """A mean or a share, from 0 to 1; None for the label mix, which is not a single figure."""
     window: float | None
     change: float
-    """How much: the label mix's PSI; Kolmogorov-Smirnov's distance; else window less reference."""
+    """The size: the label mix's PSI, the Kolmogorov-Smirnov distance, or window minus reference."""
     p_value: float
-    """Of the test, corrected for the number of signals."""
+    """p-value of the test, corrected for the number of signals."""
     psi: float | None
     """Population stability index, in nats; by tenths of the reference for confidence and mass."""
     drifted: bool
-    """Whether the change is both sure and large enough."""
+    """Whether the change is both significant and large enough."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,14 @@ class Drift:
     reference_questions: int
     level: float
     enough: bool
-    """Whether there are questions enough to tell; there are no signals if not."""
+    """Whether there are enough questions to decide; if not, there are no signals."""
     signals: tuple[Signal, ...]
     labels: tuple[tuple[str, float, float], ...]
     """Label, its share in the reference and in the window; the most changed first."""
 
     @property
     def drifted(self) -> tuple[Signal, ...]:
-        """The signals that call for a look; empty without drift."""
+        """The signals that drifted; empty without drift."""
         return tuple(signal for signal in self.signals if signal.drifted)
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Answers to labelled questions: how many, and how many of them right."""
+    """The numbers of answers to labelled questions and of right ones."""
 
     right: int
     questions: int
@@ -212,14 +213,14 @@ def compare(
 ) -> Drift:
     """Test every signal that both sides have.
 
-    Confidence and mass may be absent, from an old server; the share abstained is compared only if
-    the same rule made it, the accuracy only where the reference's is known.
+    Confidence and mass may be missing with an old server. The share abstained is compared only if
+    the same rule applied to both sides, the accuracy only if the reference's is known.
 
     Args:
         reference: the reference period.
-        window: what is to be judged.
-        level: the most windows without drift that may be called drifted, as a share.
-        accuracy: of the same model now, on labelled questions; only a fall counts.
+        window: the window to test.
+        level: the largest share of windows without drift that may be flagged.
+        accuracy: accuracy of the same model now, on labelled questions; only a drop counts.
     """
     shares = _label_shares(reference, window)
     enough = min(reference.questions, window.questions) >= FEWEST
@@ -242,14 +243,14 @@ def history(
 ) -> list[tuple[datetime, Drift]]:
     """Compare window after window of `size` records, each with the time of its last.
 
-    The last window may be smaller; one of fewer than `FEWEST` is left out. A window is summed
-    up before the next is taken, so that the log may be of any length.
+    The last window may be smaller; one with fewer than `FEWEST` records is left out. Each window is
+    summarized before the next is read, so that the log may have any length.
 
     Args:
         reference: the reference period.
-        records: in the order of the log.
-        size: of a window.
-        last: compare so many windows, the last ones; None for all.
+        records: records in the order of the log.
+        size: size of a window.
+        last: compare only this many windows, from the end; None for all.
         level: as in `compare`.
     """
     rest = iter(records)
@@ -264,7 +265,7 @@ def psi(expected: npt.ArrayLike, found: npt.ArrayLike) -> float:
     """Population stability index of two rows of counts, in nats; 0 if their shares are the same.
 
     It is the sum of both Kullback-Leibler divergences. Half a count is added to each cell, so that
-    an empty one costs much but not everything.
+    an empty cell gives a large but finite value.
     """
     from scipy.special import rel_entr
 
@@ -274,7 +275,7 @@ def psi(expected: npt.ArrayLike, found: npt.ArrayLike) -> float:
 
 
 _Found = tuple[Name, float | None, float | None, float, float, float | None, float]
-"""As in `Signal` up to the PSI, with the raw p-value; and the least change that counts."""
+"""As in `Signal` up to the PSI, with the raw p-value; then the smallest change that counts."""
 
 
 def _signals(
@@ -351,7 +352,7 @@ def _mix_p_value(table: npt.NDArray[np.int_]) -> float:
 
 
 def _psi_by_tenths(before: Sequence[float], now: Sequence[float]) -> float:
-    """PSI over bins that hold a tenth of the reference each; equal borders make fewer bins."""
+    """PSI over bins that each hold a tenth of the reference; equal borders merge bins."""
     borders = np.unique(np.quantile(before, np.linspace(0.1, 0.9, 9)))
     bins = len(borders) + 1
     return psi(

@@ -1,9 +1,9 @@
-"""The prediction log: one line of JSON an answer, appended by any number of processes at once.
+"""The prediction log: one line of JSON per answer; any number of processes may append at once.
 
 A record is one `write` to a descriptor opened with O_APPEND. On a local disk the kernel keeps such
-writes apart and has them all once the call returns, so a process that is killed loses nothing that
-`add` came back from. A loss of power can take the last seconds: nothing is forced to the disk. NFS
-has no such append: keep the log on a local disk.
+writes separate and holds the data once the call returns, so a killed process loses no record for
+which `add` has returned. A power failure can lose the last seconds, because nothing is forced to
+the disk. NFS has no atomic append: keep the log on a local disk.
 """
 
 from __future__ import annotations
@@ -25,62 +25,62 @@ from qcat.prediction import Prediction
 
 VERSION = 1
 _START = f'{{"v": {VERSION}, '.encode()
-"""How each record begins. No text in a record can hold it: JSON escapes its quotes."""
+"""How each record begins. No text in a record can contain it: JSON escapes its quotes."""
 _MAX_CHARS = 20_000  # of a question that is kept
 _MAX_BYTES = 1 << 20  # of a line that is read at once
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One answer as the log has it."""
+    """One answer as stored in the log."""
 
     time: datetime
-    """When it was given, in UTC."""
+    """When the answer was given, in UTC."""
     model: str
-    """Which model gave it, as `Classifier.identity` names it."""
+    """The model that gave it, as in `Classifier.identity`."""
     rule: str
-    """What decided whether it was to abstain: the model's own thresholds, or one set by hand."""
+    """What decided whether to abstain: the model's own thresholds, or one set by hand."""
     label: str
     confidence: float | None
-    """As in `Prediction`, as are the next three."""
+    """As in `Prediction`, like the next three."""
     label_mass: float | None
     abstained: bool
     reason: str | None
     on_topic: float | None
     text: str | None
-    """The question; None unless the log was to keep it."""
+    """The question; None unless questions are logged."""
 
 
 @dataclass(frozen=True)
 class LogWindow:
-    """A stretch of a log."""
+    """A section of a log."""
 
     records: list[Record]
     skipped: int
-    """Lines of the whole file that hold no record: torn, or not written by qcat."""
+    """Lines of the whole file without a record: incomplete, or not written by qcat."""
     others: int
-    """Records of the whole file that are of another model."""
+    """Records of another model in the whole file."""
 
 
 class PredictionLog:
     """A log to append to. Close it, or use it in a `with` statement.
 
-    When the file is renamed or deleted under it (logrotate), the next record begins a new one.
+    If the file is renamed or deleted meanwhile (logrotate), the next record starts a new file.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], *, model: str, rule: str, text: bool = False
     ) -> None:
-        """Open the file, or create it for its owner alone.
+        """Open the file, or create it, readable by its owner only.
 
         Args:
             path: of the file.
             model: as in `Record`.
             rule: as in `Record`.
-            text: keep the questions too.
+            text: also store the questions.
 
         Raises:
-            DataError: it cannot be opened, or is no file.
+            DataError: it cannot be opened, or is not a file.
         """
         self._path = Path(path)
         self._model, self._rule, self._text = model, rule, text
@@ -92,10 +92,10 @@ class PredictionLog:
             ) from None
 
     def add(self, question: str, prediction: Prediction) -> None:
-        """Append one answer. What is in the file once this returns outlives the process.
+        """Append one answer. Once this returns, the record survives if the process is killed.
 
         Raises:
-            DataError: it cannot be written: the disk is full, say.
+            DataError: it cannot be written, for example because the disk is full.
         """
         fields: dict[str, Any] = {
             "v": VERSION,
@@ -117,11 +117,11 @@ class PredictionLog:
             written = os.write(self._file, b"\n" + line if self._torn() else line)
         except OSError as error:
             raise self._unwritten(error.strerror) from None
-        if written < len(line):  # what did get in is a torn line, after which a new one begins
+        if written < len(line):  # an incomplete line; the next record starts a new one
             raise self._unwritten("no room left")
 
     def close(self) -> None:
-        """Close the file. Harmless a second time."""
+        """Close the file. May be called more than once."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -134,7 +134,7 @@ class PredictionLog:
 
     def _opened(self) -> int:
         try:
-            # Without O_NONBLOCK a pipe that nobody reads would keep us waiting.
+            # Without O_NONBLOCK, opening a pipe that nobody reads would block.
             unwaiting = getattr(os, "O_NONBLOCK", 0)  # Windows has no such pipes
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | PLAIN | unwaiting
             return os.open(self._path, flags, 0o600)
@@ -142,7 +142,7 @@ class PredictionLog:
             raise DataError(f"{str(self._path)!r}: no file can have this name") from None
 
     def _follow(self) -> None:
-        """Open the path anew if it no longer names the open file."""
+        """Reopen the path if it no longer refers to the open file."""
         try:
             if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
                 return
@@ -153,18 +153,18 @@ class PredictionLog:
         self._file = fresh
 
     def _torn(self) -> bool:
-        """Whether the file ends in the middle of a line: a writer was killed, or had no room.
+        """Whether the file ends in the middle of a line: a writer was killed, or the disk was full.
 
-        If it is another writer that is at its record just now, an empty line comes of it, which
-        readers pass over; what it writes stays in one piece.
+        If another writer is writing its record at this moment, the result is an empty line, which
+        readers skip; that writer's record stays intact.
         """
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                return False  # a pipe has no end to look at
+                return False  # a pipe has no end that could be read
             with self._path.open("rb") as file:
                 file.seek(-1, os.SEEK_END)
                 return file.read(1) != b"\n"
-        except OSError:  # empty, or it may be written and not read
+        except OSError:  # empty, or writable but not readable
             return False
 
     def _unwritten(self, reason: str | None) -> DataError:
@@ -172,10 +172,10 @@ class PredictionLog:
 
 
 def scan_log(path: Path) -> Iterator[Record | None]:
-    """The records of a log in the order of the file, one at a time; None for what is no record.
+    """The records of a log in file order, one at a time; None for anything that is not a record.
 
-    A line that was torn (a full disk, a crash) does not spoil a record that follows on it, as when
-    two processes wrote at once.
+    If an incomplete line (after a full disk or a crash) is followed by a record on the same line,
+    as when two processes wrote at once, that record is still read.
 
     Raises:
         DataError: the file cannot be read.
@@ -198,13 +198,13 @@ def read_log(
     since: datetime | None = None,
     last: int | None = None,
 ) -> LogWindow:
-    """A stretch of a log. Only what is asked for is kept in memory.
+    """A section of a log. Only the selected records are kept in memory.
 
     Args:
         path: of the log.
-        model: only the records of this one; of any model if None.
-        since: only what was answered then or later.
-        last: at most so many, the last of the file.
+        model: only records of this model; of any model if None.
+        since: only answers given at this time or later.
+        last: at most this many records, from the end of the file.
 
     Raises:
         DataError: the file cannot be read.
@@ -222,7 +222,7 @@ def read_log(
 
 
 def _records(line: bytes) -> Iterator[Record | None]:
-    """What a line holds: one record, or behind a torn one another."""
+    """The records in a line, usually one; None stands for an incomplete one before them."""
     torn, *rest = line.split(_START)
     if torn:
         yield None
@@ -276,7 +276,7 @@ def _number(value: Any) -> float:
 
 
 def _share(value: Any) -> float:
-    # Sums of rounded shares may pass 1 by a little.
+    # Sums of rounded shares may slightly exceed 1.
     if isinstance(value, bool) or not -1e-6 <= value <= 1 + 1e-6:
         raise ValueError
     return float(min(max(value, 0.0), 1.0))

@@ -1,7 +1,7 @@
-"""Answers kept as they are given: in a log, and abstentions in a review queue.
+"""Records answers in a log, and abstained questions in a review queue.
 
-Used beside a classifier, which itself writes nothing. What a task says of a review queue
-(`review` in task.toml) is a suggestion: nothing is kept unless the caller asks for it here.
+Used together with a classifier, which itself writes no files. The key `review` in task.toml is only
+a suggestion: nothing is recorded unless the caller asks for it here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qcat.task import Task
 
 
 class Model(Protocol):
-    """What has to be known of the classifier whose answers are kept."""
+    """What a recorder needs to know about the classifier whose answers it stores."""
 
     task: Task
     identity: str
@@ -26,12 +26,12 @@ class Model(Protocol):
 
 
 class Recorder:
-    """Keeps answers. Close it, or use it in a `with` statement.
+    """Records answers. Close it, or use it in a `with` statement.
 
     Args:
-        log: takes every answer.
-        queue: takes the questions on which the model abstained.
-        resources: closed with it.
+        log: receives every answer.
+        queue: receives the questions on which the model abstained.
+        resources: closed together with the recorder.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class Recorder:
         review: str | os.PathLike[str] | bool | None = None,
         review_hash: bool = False,
     ) -> Self:
-        """Open the files, or make them.
+        """Open the files, or create them.
 
         Args:
             model: the classifier.
             log: file to append each answer to, for `qcat drift`.
-            log_text: log the questions too.
-            review: file of the review queue; True is the one in the user's data folder that
+            log_text: also log the questions.
+            review: file of the review queue; True selects the one in the user's data folder that
                 `qcat review answer -m MODEL` opens.
-            review_hash: keep hashes in the queue and no texts, even if the task suggests texts.
+            review_hash: store hashes instead of texts, even if the task suggests texts.
 
         Raises:
-            ReviewError: the review queue cannot be used, or is another task's.
+            ReviewError: the review queue cannot be used, or belongs to another task.
             DataError: the log cannot be opened.
         """
         with ExitStack() as stack:
@@ -75,10 +75,10 @@ class Recorder:
             return cls(kept, queue, stack.pop_all())
 
     def add(self, question: str, prediction: Prediction) -> None:
-        """Keep an answer, in the log and, where the model abstained, in the queue.
+        """Record an answer in the log and, if the model abstained, in the queue.
 
         Raises:
-            RecordError: one of them, or both, did not take it; each was tried.
+            RecordError: writing to the log, the queue or both failed; both were tried.
         """
         errors: list[QcatError] = []
         if self._log:
@@ -95,7 +95,7 @@ class Recorder:
             raise RecordError(errors)
 
     def close(self) -> None:
-        """Close the files. Harmless a second time."""
+        """Close the files. May be called more than once."""
         self._resources.close()
 
     def __enter__(self) -> Self:

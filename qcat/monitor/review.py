@@ -1,7 +1,7 @@
 """The review queue: questions that the model abstained on, in one SQLite file.
 
-Several processes may add at the same time, and what was added is on the disk when `add` returns.
-A question is kept once and counted each time it is seen. Knows nothing of models and terminals.
+Several processes may add at the same time, and a question is on the disk when `add` returns.
+Each question is stored once and counted each time it is seen. Independent of models and terminals.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from qcat.prediction import Prediction
 from qcat.task import Task
 
 NONE = "none of these"
-"""How a person says that no label fits, in words."""
+"""The words with which a person says that no label fits."""
 LABEL_KEYS = "abcdefghijklmoprtvwxyz"
 """Keys of the first labels, in the terminal and on the page; n, q, s and u have other uses."""
 TOP = 5
-"""Labels kept with their probabilities for each question."""
+"""Number of labels stored with their probabilities for each question."""
 _ADD = """
 INSERT INTO questions
     (hash, text, seen, first_seen, last_seen, label, reason, confidence, label_mass, top)
@@ -53,20 +53,20 @@ _COLUMNS = "hash, text, seen, label, reason, top"
 
 @dataclass(frozen=True)
 class Entry:
-    """A question of the queue."""
+    """A question in the queue."""
 
     hash: str
-    """As `question_hash` gives it."""
+    """Result of `question_hash`."""
     text: str | None
-    """As `clean_question` gives it; None where the text is kept out."""
+    """Cleaned by `clean_question`; None if the text is not stored."""
     seen: int
     """How many times it was asked and abstained on."""
     label: str
-    """What the model would have answered, the last time."""
+    """The label that the model would have given, the last time."""
     reason: str | None
     """Why it abstained, the last time."""
     top: tuple[tuple[str, float], ...]
-    """Its best labels, at most `TOP`, with their probabilities; empty where it gave none."""
+    """Its best labels, at most `TOP`, with their probabilities; empty if it gave none."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Counts:
     pending: int
     """Not answered, with a text to read."""
     unreadable: int
-    """Not answered, and kept as a hash only."""
+    """Not answered, and stored only as a hash."""
     answered: int
 
     @property
@@ -96,32 +96,32 @@ class Counts:
 
 
 def question_hash(question: str) -> str:
-    """SHA-256, in hex, of a question as `clean_question` gives it, in lower case.
+    """SHA-256, in hex, of a question cleaned by `clean_question`, in lower case.
 
-    Whoever can guess a question can tell whether it is in a queue of hashes.
+    Anyone who can guess a question can find out whether it is in a queue of hashes.
 
     Raises:
-        QuestionError: nothing is left of the question.
+        QuestionError: the cleaned question is empty.
     """
-    # Folding can undo NFC, so it is normalised again.
+    # Case folding can undo NFC, so the text is normalised again.
     text = unicodedata.normalize("NFC", clean_question(question).casefold())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def default_path(task: str) -> Path:
-    """Where the queue of a task lies if no file is named: in the user's data folder."""
+    """Path of a task's queue if no file is given: in the user's data folder."""
     from platformdirs import user_data_path
 
     return user_data_path("qcat") / "review" / f"{task}.db"
 
 
 def open_for(task: Task, path: str | os.PathLike[str] | None, hash_only: bool) -> ReviewQueue:
-    """The queue that a classifier adds to, made if there is none.
+    """The queue for a classifier, created if it does not exist.
 
     Args:
-        task: whose questions they are. Where it asks for hashes only, nothing else is kept.
-        path: the file; None is `default_path`.
-        hash_only: keep the texts of questions out, whatever the task says.
+        task: the task of the questions. If it asks for hashes only, no texts are stored.
+        path: the file; None for `default_path`.
+        hash_only: do not store texts, whatever the task says.
 
     Raises:
         ReviewError: as for `ReviewQueue.open`; or the user's data folder cannot be made.
@@ -139,9 +139,9 @@ def open_for(task: Task, path: str | os.PathLike[str] | None, hash_only: bool) -
 
 
 class ReviewQueue:
-    """A review queue, open. Close it, or use it in a `with` statement.
+    """An open review queue. Close it, or use it in a `with` statement.
 
-    Methods raise ReviewError where the file cannot be read or written, or is damaged.
+    Methods raise ReviewError if the file cannot be read or written, or is damaged.
     """
 
     def __init__(
@@ -167,17 +167,17 @@ class ReviewQueue:
         labels: Sequence[str],
         keep_text: bool = True,
     ) -> Self:
-        """Open the queue of a task, or make it, for its owner alone, where there is no such file.
+        """Open the queue of a task, or create it, readable by its owner only, if there is none.
 
         Args:
             path: the file.
             task: the task's name.
             labels: the task's labels, in order.
-            keep_text: whether `add` keeps the texts of questions, or their hashes only.
+            keep_text: whether `add` stores the texts of questions, or only their hashes.
 
         Raises:
-            ReviewError: it is no queue, is that of another task or of other labels, or cannot be
-                opened.
+            ReviewError: it is not a queue, belongs to another task or to other labels, or cannot
+                be opened.
         """
         file = Path(path)
         connection = connect(file, "rwc")
@@ -203,10 +203,10 @@ class ReviewQueue:
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> Self:
-        """Open a queue to review it; its task and labels are what it says itself.
+        """Open a queue to review it; the task and labels are read from it.
 
         Raises:
-            ReviewError: there is no such file, it is no queue, or it cannot be opened.
+            ReviewError: the file does not exist, is not a queue, or cannot be opened.
         """
         file = Path(path)
         if not os.path.lexists(absolute(file)):
@@ -226,9 +226,9 @@ class ReviewQueue:
             raise
 
     def add(self, question: str, prediction: Prediction) -> None:
-        """Put a question into the queue, or count it once more; answers given to it stay.
+        """Add a question to the queue, or count it once more; its existing answer is kept.
 
-        The disk has it when this returns.
+        The question is on the disk when this returns.
 
         Raises:
             QuestionError: the question is empty.
@@ -248,10 +248,10 @@ class ReviewQueue:
             self._db.execute(_ADD, row)
 
     def pending(self, *, unreadable: bool = False) -> list[Entry]:
-        """Questions that wait for an answer, those seen most often first.
+        """Questions that wait for an answer, the most frequent first.
 
         Args:
-            unreadable: those too whose text is kept out.
+            unreadable: include questions whose text is not stored.
         """
         where = "answered_at IS NULL" + ("" if unreadable else " AND text IS NOT NULL")
         query = f"SELECT {_COLUMNS} FROM questions WHERE {where} ORDER BY seen DESC, id"
@@ -259,7 +259,7 @@ class ReviewQueue:
             return [_entry(row) for row in self._db.execute(query).fetchall()]
 
     def decided(self) -> list[Decided]:
-        """Answered questions, in the order in which they came into the queue."""
+        """Answered questions, in the order in which they were added."""
         query = "SELECT hash, text, answer FROM questions WHERE answered_at IS NOT NULL ORDER BY id"
         with explained(self.path):
             found = [Decided(*row) for row in self._db.execute(query).fetchall()]
@@ -269,7 +269,7 @@ class ReviewQueue:
             return found
 
     def texts(self) -> list[str]:
-        """All texts, answered or not, in the order in which they came into the queue."""
+        """All texts, answered or not, in the order in which they were added."""
         query = "SELECT hash, text FROM questions WHERE text IS NOT NULL ORDER BY id"
         with explained(self.path):
             found = self._db.execute(query).fetchall()
@@ -294,23 +294,23 @@ class ReviewQueue:
             return Counts(*self._db.execute(query).fetchone())
 
     def answer(self, hash: str, label: str | None) -> None:
-        """Answer a question, for the first time or anew.
+        """Answer a question, or change its answer.
 
         Args:
-            hash: the question's.
-            label: one of the queue's; None where none of them fits.
+            hash: hash of the question.
+            label: one of the queue's labels; None if none of them fits.
 
         Raises:
-            ReviewError: no such question, or no such label.
+            ReviewError: there is no such question, or no such label.
         """
         self.answer_all([Decided(hash, None, label)])
 
     def answer_all(self, answers: Iterable[Decided]) -> None:
-        """Answer several questions, all or none. A text given fills in where it was kept out.
+        """Answer several questions, all or none. Given texts are added if they were not stored.
 
         Raises:
-            ReviewError: as for `answer`, or a text is not that of its hash; the queue is as it was
-                then.
+            ReviewError: as for `answer`, or a text does not match its hash. The queue is then
+                unchanged.
         """
         with self._transaction():
             for given in answers:
@@ -325,16 +325,16 @@ class ReviewQueue:
                 )
 
     def withdraw(self, hash: str) -> None:
-        """Take an answer back: the question waits again.
+        """Withdraw an answer: the question is waiting again.
 
         Raises:
-            ReviewError: no such question.
+            ReviewError: there is no such question.
         """
         with self._transaction():
             self._change("answer = NULL, answered_at = NULL", (), hash)
 
     def close(self) -> None:
-        """Close the file. Harmless a second time."""
+        """Close the file. May be called more than once."""
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -345,7 +345,7 @@ class ReviewQueue:
 
     @property
     def _db(self) -> sqlite3.Connection:
-        if self._process != os.getpid():  # SQLite's locks do not hold there: the file could be lost
+        if self._process != os.getpid():  # SQLite's locks do not work there: the file could be lost
             raise ReviewError(f"{self.path}: was opened before a fork: open it in the child")
         return self._connection
 
@@ -361,7 +361,7 @@ class ReviewQueue:
 
 
 def _fits(hash: Any, text: Any) -> bool:
-    """Whether a row's hash is that of its text, where that is kept; SQLite keeps any type."""
+    """Whether a row's hash matches its text, if stored; SQLite accepts any type."""
     if text is None:
         return isinstance(hash, str)
     try:
@@ -371,7 +371,7 @@ def _fits(hash: Any, text: Any) -> bool:
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    """An entry of the `_COLUMNS`."""
+    """An entry from the `_COLUMNS` of a row."""
     hash, text, seen, label, reason, top = row
     best = tuple((name, float(share)) for name, share in json.loads(top))
     if not (

@@ -1,4 +1,4 @@
-"""The review queue as a CSV to fill in with a spreadsheet; `read_answers` takes it back."""
+"""The review queue as a CSV to fill in with a spreadsheet; `read_answers` imports it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FORMULA = ("=", "+", "-", "@")
 def questions_csv(entries: Sequence[Entry]) -> bytes:
     """Columns `hash`, `text`, `seen`, `suggested` (the model's label) and `label`, which is empty.
 
-    A cell that a spreadsheet would take for a formula has an apostrophe before it.
+    A cell that a spreadsheet would interpret as a formula gets a leading apostrophe.
     """
     file = io.StringIO()
     rows = csv.writer(file)
@@ -24,11 +24,11 @@ def questions_csv(entries: Sequence[Entry]) -> bytes:
     for entry in entries:
         text, label = _guarded(entry.text or ""), _guarded(entry.label)
         rows.writerow([entry.hash, text, entry.seen, label, ""])
-    # Without the mark at its beginning Excel does not take it for UTF-8.
+    # Without the byte order mark Excel does not read it as UTF-8.
     return file.getvalue().encode("utf-8-sig")
 
 
 def _guarded(cell: str) -> str:
-    # Of a Chinese or Japanese keyboard the wide forms of these begin a formula too.
+    # The wide forms of these, from Chinese or Japanese keyboards, also begin a formula.
     begins = unicodedata.normalize("NFKC", cell[:1]).startswith(_FORMULA)
     return GUARD + cell if begins else cell

@@ -1,8 +1,8 @@
-"""Answers that come back: the JSON that the page of `qcat review html` saves, or a CSV.
+"""Imports answers: the JSON that the page of `qcat review html` saves, or a CSV.
 
-A CSV has a header line, a column `label` and `hash` or `text` or both, as `questions_csv` writes
-it. The hash says which question is meant, or without one the text; with both they must agree. A
-row without a label is not answered yet.
+A CSV has a header line, a column `label`, and `hash` or `text` or both, as `questions_csv` writes
+it. The question is identified by its hash, or by its text if there is no hash. If both are given,
+they must match. A row without a label is not answered yet.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from qcat.errors import QuestionError, ReviewError
 from qcat.monitor.review import NONE, Decided, ReviewQueue, question_hash
 
 FORMAT = "qcat-review"
-"""What the page's JSON says it is, under `format`."""
+"""Value of `format` in the page's JSON."""
 
 GUARD = "'"
-"""Stands in a CSV before what a spreadsheet would take for a formula."""
+"""Precedes cells of a CSV that a spreadsheet would interpret as a formula."""
 
 _KEYS = ("hash", "text")
 _Rows = Iterator[tuple[str, Mapping[str, Any]]]
-"""Where a row stands, and its fields; a label of None stands for `NONE`."""
+"""The place of a row, and its fields; a label of None stands for `NONE`."""
 
 
 def read_answers(path: Path, queue: ReviewQueue) -> list[Decided]:
     """Read answers to the questions of a queue: CSV by the file's suffix, else JSON.
 
     Raises:
-        ReviewError: naming the file and place, for a file that is neither, a question or label
-            that the queue lacks, or two answers to one question.
+        ReviewError: names the file and place; the file is neither, the queue lacks a question or
+            label, or a question has two answers.
     """
     known = queue.hashes()
     places: dict[str, tuple[str, str | None]] = {}
@@ -61,7 +61,7 @@ def read_answers(path: Path, queue: ReviewQueue) -> list[Decided]:
 def _question(
     fields: Mapping[str, Any], known: Container[str], where: str
 ) -> tuple[str, str | None]:
-    """Hash and text of the question that is meant."""
+    """Hash and text of the question in a row."""
     hash, text = (fields.get("hash") or "").lower(), fields.get("text")
     if not hash and not text:
         raise ReviewError(f"{where}: names no question: fill in hash or text")

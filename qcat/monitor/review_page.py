@@ -1,7 +1,6 @@
-"""The review queue as one self-contained web page: no network, one script that its policy names.
+"""The review queue as one self-contained web page: no network, one script allowed by its policy.
 
-Questions and labels are a user's text, or a stranger's: the page takes them from JSON and shows
-them as text only.
+Questions and labels are untrusted text: the page reads them from JSON and shows them only as text.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from qcat.monitor.review_import import FORMAT
 
 
 def review_page(task: str, labels: Sequence[str], entries: Sequence[Entry]) -> str:
-    """The page's whole text.
+    """The complete HTML of the page.
 
     Args:
         task: the task's name.
@@ -80,5 +79,5 @@ def review_page(task: str, labels: Sequence[str], entries: Sequence[Entry]) -> s
 
 
 def _source(text: str) -> str:
-    """How a content security policy names an inline style or script."""
+    """The source expression for an inline style or script in a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -10,16 +10,16 @@ from qcat.monitor.review import Decided, question_hash
 
 
 def training_rows(decided: Sequence[Decided], texts: Sequence[str]) -> bytes:
-    """JSONL with `text`, `label` and `group`: what has a text and a label, in order.
+    """JSONL with `text`, `label` and `group`: all entries with a text and a label, in order.
 
     Near duplicates share a group, so that no split puts one of them into training and the other
-    into the test. The group is named after the first question of its family that the queue got,
-    answered or not. Answers leave the name as it is; so do most later questions, but one that is
-    near two families makes them one, under the name of the older.
+    into the test. The group is named after the first question of its family that was added to the
+    queue, answered or not. Answers do not change the name. Most later questions do not either, but
+    a question that is near two families merges them under the name of the older one.
 
     Args:
         decided: the answered questions.
-        texts: all texts of the queue, answered or not, in the order in which they came.
+        texts: all texts of the queue, answered or not, in the order in which they were added.
     """
     named = dict(zip(texts, group_names(texts), strict=True))
     return b"".join(
@@ -30,5 +30,5 @@ def training_rows(decided: Sequence[Decided], texts: Sequence[str]) -> bytes:
 
 
 def group_names(texts: Sequence[str]) -> list[str]:
-    """The name of each text's group: near duplicates, and chains of them, have the same."""
+    """The group name of each text: near duplicates, and chains of them, share one name."""
     return [f"review-{question_hash(texts[first])[:16]}" for first in near_groups(texts)]

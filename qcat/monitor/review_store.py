@@ -1,4 +1,4 @@
-"""The SQLite file of a review queue: opened, made, and its errors in words of ours."""
+"""Opens and creates the SQLite file of a review queue, and explains its errors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from qcat.errors import ReviewError
 from qcat.files import PLAIN
 
 WAIT = 30.0
-"""Seconds to wait for another process that holds the file."""
-_APPLICATION = 0x71637251  # "qcrQ": says that an SQLite file is such a queue
+"""Seconds to wait for another process that has locked the file."""
+_APPLICATION = 0x71637251  # "qcrQ": marks an SQLite file as a review queue
 _VERSION = 1
 _SCHEMA = """
 CREATE TABLE queue (task TEXT NOT NULL, labels TEXT NOT NULL);
@@ -48,7 +48,7 @@ _ADVICE = {
 
 
 def absolute(path: Path) -> str:
-    """The file's whole name: SQLite gives "" and ":memory:" a meaning of their own."""
+    """The file's absolute path: SQLite treats "" and ":memory:" specially."""
     try:
         name = os.path.abspath(path)
         name.encode()
@@ -90,23 +90,23 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """What SQLite says of a file, in words of ours."""
+    """SQLite's error for a file, as a message of ours."""
     try:
         yield
     except sqlite3.Error as error:
-        # The low byte is the kind of error, the others are its detail.
+        # The low byte is the kind of error; the others give details.
         advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
         if advice is None:
             advice = f"is damaged, or no review queue ({error}): name another file"
         raise ReviewError(f"{path}: {advice}") from None
-    except (TypeError, ValueError, OverflowError, RecursionError):  # a cell that is not of ours
+    except (TypeError, ValueError, OverflowError, RecursionError):  # a cell that qcat did not write
         raise ReviewError(f"{path}: {_ADVICE[sqlite3.SQLITE_CORRUPT]}") from None
 
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """A transaction that writes: committed, or as if it had not been."""
-    # IMMEDIATE waits its turn here; a plain BEGIN could fail when it comes to write.
+    """A write transaction: either committed or rolled back."""
+    # IMMEDIATE waits here for its turn; a plain BEGIN could fail at the first write.
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -132,7 +132,7 @@ def create(connection: sqlite3.Connection, path: Path, task: str, labels: Sequen
     with transaction(connection):
         if is_queue(connection):
             return  # another process was quicker
-        # Without a table it was just made, or by a process that was killed before it came further.
+        # No table yet: just created, or created by a process that was killed before going further.
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables or _pragma(connection, "application_id"):
             raise ReviewError(f"{path}: is no review queue: name another file")

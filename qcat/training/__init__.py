@@ -1,1 +1,1 @@
-"""Fine-tuning: what is trained of a base, the objective, the loop, the folder of a run."""
+"""Fine-tuning: the trained weights, the objective, the loop, the folder of a run."""

@@ -1,9 +1,9 @@
-"""What is trained of a base, and how it is saved: block scales, or a LoRA adapter.
+"""Which weights are trained, and how they are saved: block scales, or a LoRA adapter.
 
 `scales`: the base's matrices are rounded to Q4_0 before training, and the scale of every block of
 32 weights is trained, with norms and biases; the codes stay (PEQA, Kim et al. 2023,
-arXiv:2305.14152). An embedding that is not the head too is rounded and stays as it is. What is
-trained is what a Q4_0 file holds, so export has nothing to round.
+arXiv:2305.14152). An embedding that is separate from the head is rounded but not trained. The
+trained weights are exactly what a Q4_0 file holds, so export has nothing to round.
 `lora`: low-rank matrices beside the base's own (Hu et al. 2021), by PEFT, merged and rounded at
 export. Both are saved as a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -29,7 +29,7 @@ from qcat.gguf import q4_0
 
 Method = Literal["scales", "lora"]
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Attention and MLP, by the names that Qwen3, Qwen2.5 and Llama share."""
+"""Attention and MLP modules, by the names that Qwen3, Qwen2.5 and Llama share."""
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 _EMBEDDING = "embed_tokens"
 _ROWS = 256
@@ -50,11 +50,11 @@ class ScaledLinear(nn.Module):
         self.register_buffer("first", scales)
         self.register_buffer("codes", q4_0.encode(layer.weight, scales))
         self.change = nn.Parameter(torch.zeros_like(scales))
-        """Of each scale, relative to the first."""
+        """Change of each scale, relative to the initial one."""
         self.bias = layer.bias
 
     def scales(self) -> torch.Tensor:
-        """As they are now, exact in float16; the gradient passes straight through that rounding."""
+        """The current scales, exact in float16; the gradient ignores the rounding."""
         exact = self.first * (1 + self.change)
         return exact + (exact.half().float() - exact).detach()
 
@@ -68,7 +68,7 @@ class RoundedEmbedding(nn.Module):
     """An embedding of Q4_0 weights, which are not trained.
 
     Args:
-        embedding: that of the base; its matrix is not kept.
+        embedding: the base's embedding; its matrix is not kept.
     """
 
     def __init__(self, embedding: nn.Embedding) -> None:
@@ -80,17 +80,17 @@ class RoundedEmbedding(nn.Module):
         self.register_buffer("codes", q4_0.encode(embedding.weight, scales))
 
     def scales(self) -> torch.Tensor:
-        """As they were at first."""
+        """The initial scales."""
         return self.first
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of some tokens."""
+        """The embeddings of the given tokens."""
         rows = q4_0.decode(self.codes[ids].flatten(0, -3), self.first[ids].flatten(0, -2))
         return rows.reshape(*ids.shape, -1)
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """x · Wᵀ with W = codes · scales, which is made anew when needed instead of being kept."""
+    """x · Wᵀ with W = codes · scales; W is recomputed when needed instead of being stored."""
 
     @staticmethod
     def forward(
@@ -114,7 +114,7 @@ class _ScaledProduct(torch.autograd.Function):
 
 
 def attach_scales(base: Any, train_embeddings: bool) -> Any:
-    """Round a base's matrices to Q4_0 and let their scales, the norms and biases be trained.
+    """Round a base's matrices to Q4_0 and make their scales, the norms and biases trainable.
 
     Raises:
         TrainError: a matrix has rows that Q4_0 cannot hold.
@@ -130,7 +130,7 @@ def attach_scales(base: Any, train_embeddings: bool) -> Any:
                 )
             base.set_submodule(name, ScaledLinear(module))
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    # A tied one is kept in a better type, as the head, and one that is trained is kept whole.
+    # A tied embedding is kept in a more precise type, and a trained one in full precision.
     if not (train_embeddings or embedding.weight.equal(head.weight)):
         base.set_input_embeddings(RoundedEmbedding(embedding))
     for name, parameter in base.named_parameters():
@@ -146,7 +146,7 @@ def attach_lora(
     """A base with a fresh LoRA adapter on attention and MLP; embeddings and head frozen.
 
     Raises:
-        TrainError: PEFT knows no LoRA for it.
+        TrainError: PEFT does not support LoRA for it.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -171,14 +171,14 @@ def bare(model: Any) -> Any:
 
 
 def save(model: Any, folder: Path, *, base: str, layers: int | None) -> None:
-    """Write the adapter's two files into a folder, each whole.
+    """Write the adapter's two files into a folder, each atomically.
 
     Args:
-        model: as one of the functions above made it.
-        folder: of the run.
-        base: what export is to look for: a folder or file by its whole path, or a hub name.
-        layers: how many of the base's are kept; None for all. Written in PEFT's own way of
-            saying so, `layer_replication`.
+        model: made by one of the functions above.
+        folder: folder of the run.
+        base: the base for export: the absolute path of a folder or file, or a hub name.
+        layers: how many layers of the base are kept; None for all. Stored in PEFT's own form,
+            `layer_replication`.
     """
     stack = None if layers is None else [[0, layers]]
     made = folder / "adapter.partial"
@@ -202,7 +202,7 @@ def save(model: Any, folder: Path, *, base: str, layers: int | None) -> None:
 
 
 def _save_scales(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
-    """Scales before training, from which the codes follow, and after; norms and biases whole."""
+    """Scales before training (they determine the codes) and after; norms and biases in full."""
     from safetensors.torch import save_file
 
     tensors = {}

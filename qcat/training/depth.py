@@ -1,9 +1,9 @@
-"""How few layers of a base are enough: a training at each depth, from all of them down.
+"""Finds how few layers of a base are enough, by training at decreasing depths.
 
-An adapter heals much of what dropping the deeper layers breaks (Gromov et al. 2024, "The
-unreasonable ineffectiveness of the deeper layers", who keep the very last one; here the first ones
-are kept, so that the model is one that transformers and llama.cpp know). How many a task needs is
-measured, not guessed.
+An adapter repairs much of the damage of dropping the deeper layers (Gromov et al. 2024, "The
+unreasonable ineffectiveness of the deeper layers", who keep the very last one; here only the first
+ones are kept, so that transformers and llama.cpp support the model). The number of layers that a
+task needs is measured, not guessed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from qcat.training.run_folder import DEPTHS, clear, run_folder, write_json
 from qcat.training.settings import Settings
 from qcat.training.train import train
 
-_SHARES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # their sum is what all cost: 3 trainings
+_SHARES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # their sum is the total cost: 3 trainings
 
 
 def depths(layers: int) -> list[int]:
-    """The numbers of layers to try for a base that has so many, all of them first."""
+    """The numbers of layers to try for a base, starting with all of them."""
     return list(dict.fromkeys(max(1, round(layers * share)) for share in _SHARES))
 
 
@@ -39,21 +39,21 @@ def train_shallowest(
     target: Path,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Train at fewer and fewer layers while validation macro-F1 stays near that of all.
+    """Train with fewer and fewer layers while validation macro-F1 stays near that of all.
 
-    The folder ends as `train` leaves it for the depth that is kept: the last before one that loses
-    too much. The same call goes on with an unfinished walk.
+    The folder ends up as `train` would leave it for the depth that is kept: the last one before too
+    much is lost. The same call resumes an unfinished search.
 
     Args:
-        task: what to decide.
-        split: its questions; the test part has no say in the choice.
-        settings: of each training; its `layers` does not matter.
-        max_f1_loss: how much less validation macro-F1, of at most 1, than with all layers will do.
+        task: the task.
+        split: its questions; the test part does not influence the choice.
+        settings: settings of each training; its `layers` is ignored.
+        max_f1_loss: how far validation macro-F1 may fall below that of all layers, at most 1.
         target: folder of the run.
         progress: as for `train`; the steps' names begin with the depth.
 
     Returns:
-        The run's record as `train` gives it, with `max_f1_loss` and the depths `tried`.
+        The run's record as from `train`, with `max_f1_loss` and the depths `tried`.
 
     Raises:
         TrainError, ModelError, DataError, TaskError: as `train`.
@@ -77,7 +77,7 @@ def train_shallowest(
                 break
             kept, record = folder, found
         record = {**record, "max_f1_loss": max_f1_loss, "tried": tried}
-        clear(kept)  # it may have been killed within its last steps
+        clear(kept)  # it may have been killed during its last steps
         for path in sorted(kept.iterdir()):
             if path.name != "run.json":  # stays until all else is in place: a kill loses nothing
                 os.replace(path, target / path.name)

@@ -1,9 +1,9 @@
 """Hidden states of many questions after one prompt prefix, for training.
 
 Every question of a task has the same prefix, often four times as long as the question. It is
-evaluated once a batch and its keys and values are shared, as the runtime does it; gradients flow
-back through them, so the adapter is trained on the very same function. Needs torch and
-transformers, imported when it runs.
+evaluated once per batch and its keys and values are shared, as in the runtime. Gradients flow back
+through them, so the adapter is trained on the same function. Needs torch and transformers, which
+are imported when it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def shared_prefix_states(
     decoder: Any, prefix: Sequence[int], rests: Sequence[Sequence[int]]
 ) -> torch.Tensor:
-    """Last hidden states of `rests`, each as if it alone stood after `prefix`.
+    """Last hidden states of `rests`, each computed as if only it followed `prefix`.
 
     Args:
         decoder: a transformers decoder without its head (`model.model`).
@@ -26,7 +26,7 @@ def shared_prefix_states(
         rests: token ids of each row, at least one each.
 
     Returns:
-        (rows, longest rest, hidden); what lies past the end of a row means nothing.
+        (rows, longest rest, hidden); values past the end of a row are meaningless.
     """
     return _begin(decoder, prefix, rests)[0]
 
@@ -37,16 +37,16 @@ def branch_states(
     rests: Sequence[Sequence[int]],
     paths: Sequence[Sequence[int]],
 ) -> Iterator[torch.Tensor]:
-    """The last hidden state of each row with a path after it, for each path in turn.
+    """The last hidden state of each row followed by a path, for each path in turn.
 
-    Prefix and rows are evaluated once; for each path only its own tokens are, as the runtime does
-    it. For evaluation: without gradients.
+    Prefix and rows are evaluated once; for each path only its own tokens are evaluated, as in the
+    runtime. For evaluation only: without gradients.
 
     Args:
-        decoder: as for `shared_prefix_states`, as are the next two.
-        prefix: see there.
-        rests: see there.
-        paths: token ids; an empty one stands for the end of the row itself.
+        decoder: as for `shared_prefix_states`.
+        prefix: as for `shared_prefix_states`.
+        rests: as for `shared_prefix_states`.
+        paths: token ids; an empty path means the end of the row itself.
 
     Yields:
         (rows, hidden).
@@ -64,7 +64,7 @@ def branch_states(
         after: torch.Tensor = decoder(
             input_ids=ids,
             attention_mask=torch.cat([mask, torch.ones_like(ids)], 1),
-            # What lies between a short row's end and its path is masked, and takes no place.
+            # The gap between a short row's end and its path is masked, and takes no positions.
             position_ids=len(prefix) + lengths[:, None] + torch.arange(len(path)).to(ids),
             cache=cache,
             use_cache=True,
@@ -76,12 +76,12 @@ def branch_states(
 def _begin(
     decoder: Any, prefix: Sequence[int], rests: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, Any, torch.Tensor]:
-    """Hidden states of the rows, the cache after them, and which of its cells are of a token."""
+    """Hidden states of the rows, the cache after them, and which of its cells hold a token."""
     import torch
     from transformers import DynamicCache
 
     device = decoder.device
-    # One that keeps all tokens, also for layers with a window: the masks see to that.
+    # A cache that keeps all tokens, also for layers with a window: the masks handle those.
     cache = DynamicCache()
     decoder(input_ids=torch.tensor([list(prefix)], device=device), cache=cache, use_cache=True)
     cache.batch_repeat_interleave(len(rests))

@@ -1,6 +1,6 @@
 """The training loop: steps, epochs, checkpoints, and the questions in batches.
 
-Every step seeds its own random numbers, so that a run that was resumed ends as one that was not.
+Every step seeds its own random numbers, so that a resumed run ends with the same result.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from qcat.training.objective import Encoded, Scorer
 from qcat.training.run_folder import CHECKPOINT
 from qcat.training.settings import Settings
 
-_SAVE_SECONDS = 300  # what a kill costs at most, besides the checkpoint at the end of each epoch
+_SAVE_SECONDS = 300  # between checkpoints, besides the one at the end of each epoch
 _EVALUATED_TOKENS = 4096  # in one forward pass, the prefix counted in each row: the cache's size
-_TRAINED_TOKENS = 512  # in one backward pass: their activations are what training's memory goes to
+_TRAINED_TOKENS = 512  # in one backward pass: their activations take most of the memory
 _SCALES_RATE = 3e-3
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """How the model stood after an epoch."""
+    """Results of the model after an epoch."""
 
     epoch: int
     """From 1."""
@@ -45,7 +45,7 @@ class Epoch:
 
 @dataclass
 class _State:
-    """What a checkpoint holds besides the optimizer's state."""
+    """Contents of a checkpoint besides the optimizer's state."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _State:
 
 
 class Loop:
-    """The model, the optimizer and where training stands."""
+    """The model, the optimizer and the state of the training."""
 
     def __init__(
         self, model: Any, prefix: list[int], trie: LabelTrie, settings: Settings, target: Path
@@ -68,7 +68,7 @@ class Loop:
         self.device = device()
         self.model = model.to(self.device)
         width = int(model.config.hidden_size)
-        # LoRA's best rate falls about as the width grows; 2e-4 is what is used at 1024.
+        # LoRA's best rate is roughly inversely proportional to the width; 2e-4 is used at 1024.
         usual = _SCALES_RATE if settings.method == "scales" else 2e-4 * 1024 / width
         self.rate = settings.rate or usual
         self.settings = settings
@@ -93,7 +93,7 @@ class Loop:
         validation: list[Encoded],
         progress: Progress,
     ) -> None:
-        """Train to the end, and put the best epoch's adapter into the model."""
+        """Train to the end, then load the best epoch's adapter into the model."""
         import torch
 
         per_epoch = -(-len(train) // self.settings.batch)
@@ -137,7 +137,7 @@ class Loop:
         return loss, float(accuracy_score(truth, said)), float(macro_f1)
 
     def save(self) -> None:
-        """Write the checkpoint: the old one stays until the new one is whole."""
+        """Write the checkpoint; the old one stays until the new one is complete."""
         import torch
 
         partial = self._file.with_suffix(".partial")
@@ -152,12 +152,12 @@ class Loop:
         try:
             torch.save(state, partial)
             os.replace(partial, self._file)
-        except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             partial.unlink(missing_ok=True)
             raise TrainError(f"{self._file}: cannot be written: {first_line(error)}") from None
 
     def load(self) -> None:
-        """Go on from the checkpoint, if the run had come so far."""
+        """Resume from the checkpoint, if there is one."""
         import torch
 
         if not self._file.is_file():
@@ -185,7 +185,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         whole = 0.0
         for part in _parts(batch, _TRAINED_TOKENS):
-            # On a CPU every new shape would be compiled anew for bfloat16, which costs more.
+            # On a CPU every new shape would be recompiled for bfloat16, which costs more.
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
             ):
@@ -232,14 +232,14 @@ class Loop:
 
 
 def _thinned(example: Example, share: float, chance: random.Random) -> Example:
-    """The example with about this share of its words left out; at least one stays."""
+    """The example with about this share of its words left out; at least one word stays."""
     words = example.text.split()
     kept = [word for word in words if chance.random() >= share]
     return replace(example, text=" ".join(kept or words))
 
 
 def _batches(rows: list[Encoded], size: int, chance: random.Random) -> list[list[Encoded]]:
-    """All rows once, in random batches of like length: little of a batch is padding."""
+    """All rows once, in random batches of similar length, so that there is little padding."""
     mixed = chance.sample(rows, len(rows))
     window = 32 * size
     mixed = [
@@ -253,7 +253,7 @@ def _batches(rows: list[Encoded], size: int, chance: random.Random) -> list[list
 
 
 def _parts(rows: Sequence[Encoded], tokens: int, prefix: int = 0) -> Iterator[list[Encoded]]:
-    """Rows by length, in parts of at most so many tokens with their padding, or of one row."""
+    """Rows by length, in parts of at most this many tokens with padding, or of one row."""
     part: list[Encoded] = []
     for row in sorted(rows, key=lambda row: len(row.rest)):
         if part and (len(part) + 1) * (prefix + len(row.rest)) > tokens:

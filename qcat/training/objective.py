@@ -1,10 +1,10 @@
-"""What training minimises, and how validation is scored: both on hidden states after a prefix.
+"""The training loss and the validation scores, both computed from hidden states after a prefix.
 
 `answer`: the usual language-model loss, over the whole vocabulary, of the label's tokens and the
 end token. `labels`: the negative log of P(label | question) as the runtime computes it: a softmax
-over the children at each branching node of the label trie, nothing else of the vocabulary (as in
-classification by label-token logits); it teaches neither to write a label nor to stop after it, so
-a model trained on it needs a grammar.
+over the children at each branching node of the label trie, and nothing else of the vocabulary
+(as in classification by label-token logits). It does not teach the model to write a label or to
+stop after it, so a model trained on it needs a grammar.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Objective = Literal["labels", "answer"]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A question in tokens, and its label."""
+    """A question as tokens, and its label."""
 
     rest: tuple[int, ...]
     """Token ids after the prefix, up to the answer."""
@@ -46,11 +46,11 @@ class Scorer:
     def __init__(self, model: Any, prefix: Sequence[int], trie: LabelTrie) -> None:
         self._decoder, self._head = model.model, model.lm_head
         self._prefix, self._trie = list(prefix), trie
-        # For each label the branches on its way: depth, branch, the child that leads on.
+        # For each label the branches on its path: depth, branch, the child to follow.
         self._ways = [_way(trie, sequence) for sequence in trie.sequences]
 
     def loss(self, batch: Sequence[Encoded], objective: Objective) -> torch.Tensor:
-        """Mean loss of a batch: a scalar with gradients, nats a question."""
+        """Mean loss of a batch: a scalar with gradients, in nats per question."""
         return self._label_loss(batch) if objective == "labels" else self._answer_loss(batch)
 
     def _label_loss(self, batch: Sequence[Encoded]) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Scorer:
 
 
 def _float_product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Logits in float32, also under autocast: in bfloat16 labels would tie."""
+    """Logits in float32, also under autocast, because labels would tie in bfloat16."""
     import torch
 
     with torch.autocast(states.device.type, enabled=False):

@@ -1,7 +1,8 @@
-"""Retraining with more questions: which of them to train on, and whether the new model may serve.
+"""Retraining with more questions: which to train on, and whether the new model may be used.
 
-A question stays where it once was. What a model was trained on can measure nothing any more, and
-what measures must never be trained on: otherwise a comparison of old and new proves nothing.
+A question stays in its part. Questions that a model was trained on can no longer measure it, and
+questions used for measuring must never be trained on. Otherwise comparing the old and the new model
+would prove nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from qcat.task import Task
 from qcat.training.settings import Settings
 
 HELD_BACK = 5
-"""One in so many new families of questions is held back, to see what was learned of their kind."""
+"""One in this many new families is held back, to measure what was learned about such questions."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training was given."""
+    """The inputs of a training."""
 
     task: Task
     """With its codes, if it uses them."""
@@ -39,7 +40,7 @@ class Run:
         """Read a finished run.
 
         Raises:
-            TrainError: the folder holds none, or its record is damaged.
+            TrainError: the folder holds no finished run, or its record is damaged.
             TaskError, DataError: its task or its questions are absent or damaged.
         """
         if not folder.is_dir():
@@ -53,9 +54,9 @@ class Run:
             raise TrainError(f"{folder}: holds no run.json: name a folder that `qcat train` made")
         try:
             said = json.loads(path.read_text("utf-8"))["settings"]
-            settings = Settings(**{"method": "lora"} | said)  # all there was before it was named
+            settings = Settings(**{"method": "lora"} | said)  # the only one before it was recorded
             adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-            # By its whole path: `settings.base` may be relative to where the run was made.
+            # By its absolute path: `settings.base` may be relative to the folder of that time.
             settings = replace(settings, base=str(adapter["base_model_name_or_path"]))
         except (OSError, ValueError, KeyError, TypeError):
             raise TrainError(
@@ -66,7 +67,7 @@ class Run:
         return cls(task, settings, Split.read(folder, task))
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the folder holds this very run, finished."""
+        """Whether the folder holds this same run, finished."""
         if not (folder / "run.json").is_file():
             return False
         there = Run.read(folder)
@@ -79,38 +80,38 @@ class Run:
 
 @dataclass(frozen=True)
 class Addition:
-    """What becomes of added questions. Each is in one of the first four lists."""
+    """What happens to added questions. Each is in one of the first four lists."""
 
     joined: list[Example]
-    """Now trained on."""
+    """Questions that are now trained on."""
     held_back: list[Example]
     """New test questions."""
     left_out: list[Example]
-    """Not used: they, or others of their family, belong to a question that measures."""
+    """Not used: they, or others of their family, are connected to a question that measures."""
     known: list[Example]
-    """Not used: they stand in the run, or before in the same file, with the same label."""
+    """Not used: they are already in the run, or earlier in the same file, with the same label."""
     contradicting: list[Example]
-    """Of those left out, the ones that give a question that measures another label."""
+    """Of those left out, the ones that contradict the label of a question that measures."""
     replaced: list[Example]
-    """Questions trained on until now that `joined` gives another label: no longer trained on."""
+    """Questions trained on so far to which `joined` gives another label: no longer trained on."""
     split: Split
-    """The old split with all that."""
+    """The old split with these changes."""
 
 
 def add_questions(old: Split, added: Sequence[Example], *, seed: int, name: str) -> Addition:
     """Decide by family what to do with added questions.
 
-    A family is what a chain of added rows with the same group, the same text, or nearly the same
-    text (`qcat.data.near`) and the same label holds together. One that is tied so to a validation,
-    test or reviewed question is left out; one tied to training questions joins them. Of the others
-    one in `HELD_BACK` is held back, as far as possible of each label. Validation and test
-    questions stay as they are.
+    A family consists of added rows that are connected by the same group, the same text, or nearly
+    the same text (`qcat.data.near`) and the same label. A family that is connected in this way to a
+    validation, test or reviewed question is left out; one connected to training questions joins
+    them. Of the others, one in `HELD_BACK` is held back, if possible from each label. Validation
+    and test questions do not change.
 
     Args:
         old: the questions of the run.
-        added: more of them.
-        seed: of the draw.
-        name: of the file with the added ones, for messages.
+        added: the added questions.
+        seed: seed for drawing.
+        name: name of the file with the added questions, for messages.
 
     Raises:
         DataError: the file has one question under two labels, or nothing new to train on.
@@ -148,13 +149,13 @@ def add_questions(old: Split, added: Sequence[Example], *, seed: int, name: str)
 
 
 def refusal(what: str, found: Comparison, questions: int, max_loss: float = 0.0) -> str | None:
-    """Why a new model may not take the old one's place; None if it is not worse.
+    """Why a new model may not replace the old one; None if it is not worse.
 
     Args:
         what: kind of the questions, for the message.
-        found: the new model against the old one.
-        questions: how many both were asked.
-        max_loss: the share of them that it may get wrong more than the old one does.
+        found: comparison of the new model with the old one.
+        questions: how many questions both were asked.
+        max_loss: the share of them by which it may get more wrong than the old one.
     """
     lost = found.broken - found.fixed
     if lost / questions <= max_loss:
@@ -168,7 +169,7 @@ def _key(example: Example) -> str:
 
 
 def _new(there: Sequence[Example], added: Sequence[Example], name: str) -> list[bool]:
-    """Whether each added question says something that neither the run nor a row before it does."""
+    """Whether each added question is new, compared with the run and the rows before it."""
     labels: defaultdict[str, set[int]] = defaultdict(set)
     for example in there:
         labels[_key(example)].add(example.label)
@@ -188,12 +189,12 @@ def _new(there: Sequence[Example], added: Sequence[Example], name: str) -> list[
 def _ties(
     added: Sequence[Example], measuring: Sequence[Example], train: Sequence[Example]
 ) -> tuple[list[int], set[int], set[int]]:
-    """The family of each added question; the families tied to questions that measure; those tied
-    to questions trained on.
+    """The family of each added question; the families connected to questions that measure; and
+    those connected to questions trained on.
     """
     rows = [*added, *measuring, *train]
     near = near_texts([e.text for e in added], [e.text for e in rows[len(added) :]])
-    # Nearly the same text under another label is no paraphrase: it differs in what matters.
+    # Nearly the same text with another label is not a paraphrase: the difference matters.
     near = [
         [number for number in found if rows[number].label == example.label]
         for example, found in zip(added, near, strict=True)
@@ -215,7 +216,7 @@ def _ties(
 
 
 def _names(example: Example) -> list[tuple[str, str]]:
-    """What ties an example to another one that has it too."""
+    """The keys that connect an example to others that share one."""
     group = [("group", example.group)] if example.group else []
     return [("text", _key(example)), *group]
 

@@ -1,7 +1,7 @@
-"""The folder of a run while it is trained: locked, planned, never two runs in one.
+"""The folder of a run during training: locked, with a plan, and never with two runs in it.
 
-`plan.json` says what is being trained, so that only the very same is gone on with; `run.json`, the
-last file, says that the run is whole.
+`plan.json` describes the training, so that only the same training is resumed. `run.json` is written
+last and marks the run as complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qcat.task import Task
 
 CHECKPOINT = "checkpoint.pt"
 DEPTHS = "depths"
-"""Folder of the runs at several depths (`qcat.training.depth`), while they last."""
+"""Temporary folder of the runs at several depths (`qcat.training.depth`)."""
 _TRANSIENT = ("plan.json", "plan.partial", CHECKPOINT, "checkpoint.partial")
 
 
@@ -30,19 +30,19 @@ _TRANSIENT = ("plan.json", "plan.partial", CHECKPOINT, "checkpoint.partial")
 def run_folder(
     target: Path, settings: Mapping[str, Any], task: Task, split: Split
 ) -> Iterator[bool]:
-    """The folder of a run, locked and with its plan and its split in it.
+    """Lock the folder of a run, and write its plan and its split.
 
     Args:
-        target: the folder; made if it is not there.
-        settings: of the training, as JSON has them.
+        target: the folder; created if it does not exist.
+        settings: settings of the training, as JSON values.
         task: as the user gave it.
         split: its questions.
 
     Yields:
-        Whether an unfinished run of the very same settings, task and questions was found.
+        Whether an unfinished run with the same settings, task and questions was found.
 
     Raises:
-        TrainError: the folder holds something else or cannot be written; or memory does not do.
+        TrainError: the folder holds something else or cannot be written; or memory is too small.
     """
     import torch
     from safetensors import SafetensorError
@@ -56,9 +56,9 @@ def run_folder(
         try:
             yield _begin(target, settings, task, split)
         except (OSError, SafetensorError) as error:
-            written = getattr(error, "filename", None)  # None where safetensors or torch wrote it
+            written = getattr(error, "filename", None)  # None if safetensors or torch wrote it
             if written is not None and target not in Path(written).parents:
-                raise  # of a file that training only reads: those were checked before
+                raise  # of a file that is only read: those were checked before
             raise TrainError(
                 f"{target}: cannot be written: {first_line(error)}: rerun the command when it can"
             ) from None
@@ -69,9 +69,9 @@ def run_folder(
 
 
 def _begin(target: Path, settings: Mapping[str, Any], task: Task, split: Split) -> bool:
-    """Write the plan and the split; return whether there is something to go on from."""
+    """Write the plan and the split; return whether there is a run to resume."""
     if (target / "run.json").exists():
-        clear(target)  # it may have been killed within its last steps
+        clear(target)  # it may have been killed during its last steps
         raise TrainError(f"{target}: holds a finished run: remove it or choose another folder")
     plan = target / "plan.json"
     wanted = {
@@ -102,14 +102,14 @@ def _begin(target: Path, settings: Mapping[str, Any], task: Task, split: Split) 
 
 
 def clear(target: Path) -> None:
-    """Remove what is of use only until a run is finished."""
+    """Remove the files that are needed only until a run is finished."""
     for name in _TRANSIENT:
         (target / name).unlink(missing_ok=True)
     shutil.rmtree(target / DEPTHS, ignore_errors=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file that is whole or not there."""
+    """Write a JSON file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
     os.replace(partial, path)

@@ -1,9 +1,9 @@
 """Fine-tuning of a base model on a task's questions.
 
-A run is a folder. It holds the split, and `plan.json` and `checkpoint.pt` while it lasts; at the
-end the task with its codes, the best adapter, `metrics.csv` and `run.json`: all that export needs.
-Every step seeds its own random numbers, so a run that was killed and resumed ends as one that was
-not (on a GPU but for the order of its sums). Knows nothing of GGUF.
+A run is a folder. It holds the split and, during training, `plan.json` and `checkpoint.pt`; at the
+end it holds the task with its codes, the best adapter, `metrics.csv` and `run.json`: everything
+that export needs. Every step seeds its own random numbers, so a resumed run ends with the same
+result as an uninterrupted one (on a GPU, except for the order of sums). Independent of GGUF.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def train(
     target: Path,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Train into a folder, or resume the unfinished run of the same settings in it.
+    """Train into a folder, or resume an unfinished run with the same settings in it.
 
     Returns:
         The run's record, as in `run.json`.
@@ -91,12 +91,12 @@ def _encode(example: Example, task: EncodedTask) -> Encoded:
 
 
 def _adapted(folder: Path, settings: Settings) -> Any:
-    """The base with what is to be trained of it."""
+    """The base with the weights to train attached."""
     import torch
 
     from qcat.training.adapters import attach_lora, attach_scales
 
-    # The codes of scales have to follow from the very numbers of the checkpoint.
+    # The codes must be derived from the exact numbers of the checkpoint.
     half = device().type == "cuda" and settings.method == "lora"
     base = load_base(folder, torch.bfloat16 if half else torch.float32, settings.layers)
     torch.manual_seed(settings.seed)
@@ -112,7 +112,7 @@ def _adapted(folder: Path, settings: Settings) -> Any:
 
 
 def _finish(target: Path, run: Loop, task: Task, record: dict[str, Any]) -> None:
-    """The adapter and the record; the last file is the one that says that the run is whole."""
+    """Write the adapter and the record; the last file marks the run as complete."""
     from qcat.report.figures import training_png
     from qcat.training.adapters import save
 
@@ -122,7 +122,7 @@ def _finish(target: Path, run: Loop, task: Task, record: dict[str, Any]) -> None
         writer.writeheader()
         writer.writerows(record["history"])
     (target / "curves.png").write_bytes(training_png(record["history"], run.best_epoch))
-    # What export looks for: a folder or file by its whole path, so that it works from anywhere.
+    # For export: the absolute path of a folder or file, so that it works from anywhere.
     base = run.settings.base
     name = str(Path(base).resolve()) if Path(base).exists() else base
     save(run.model, target, base=name, layers=run.settings.layers)

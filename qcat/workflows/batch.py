@@ -1,7 +1,8 @@
-"""A table of questions in, the same table with their answers out; resumes where it was killed.
+"""Adds answers to a table of questions; resumes where it was interrupted.
 
-The answers are kept in a journal beside the output (`OUT.part`) while they are made. When all are
-there the table is read again and written with them under another name, then renamed.
+While the questions are asked, the answers are kept in a journal beside the output (`OUT.part`).
+When all answers are there, the table is read again, written with them under another name, and
+renamed.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ COLUMNS: dict[str, Kind] = {
     "truncated": "bool",
     "error": "text",
 }
-"""The columns added, the fields of an `Answer`. Where a row cannot be asked `error` says why,
-`abstained` is true, `truncated` false, and the others are missing."""
+"""The added columns: the fields of an `Answer`. If a row cannot be asked, `error` says why,
+`abstained` is true, `truncated` is false, and the others are missing."""
 
 
 @dataclass
@@ -53,14 +54,14 @@ class Summary:
 
     rows: int
     before: int
-    """Of these, how many were asked by the command that was killed."""
+    """How many of these were asked before an interruption."""
     answered: int = 0
     abstained: int = 0
-    """Left to a person."""
+    """Rows on which the model abstained."""
     failed: int = 0
-    """Could not be asked."""
+    """Rows that could not be asked."""
     truncated: int = 0
-    """Were cut."""
+    """Rows whose question was cut."""
 
     def count(self, answer: Answer) -> None:
         """Add a row."""
@@ -71,10 +72,10 @@ class Summary:
 
 
 def check_paths(source: Path, target: Path) -> None:
-    """Refuse what cannot be the input or the output of a batch, before any work.
+    """Check the input and output paths of a batch before any work starts.
 
     Raises:
-        DataError: saying what is wrong with which.
+        DataError: a path cannot be used; the message says which one and why.
     """
     format_read(source)
     format_written(target)
@@ -91,7 +92,7 @@ def check_paths(source: Path, target: Path) -> None:
         raise DataError(f"{source}: is no file: name one, since it is read more than once")
     if same:
         raise DataError(f"{target}: is the input: name another output")
-    if not begun:  # else the work may be done but for the last step: only its journal can tell
+    if not begun:  # otherwise only the last step may be missing: the journal shows whether it is
         _check_absent(target)
 
 
@@ -104,25 +105,25 @@ def batch(
     prefix: str = "",
     progress: Progress = silent,
 ) -> Summary:
-    """Ask a model each row of a table, and write the table with the answers.
+    """Ask a model each question of a table, and write the table with the answers.
 
-    Killed, or ended by an error, it goes on from there when called again with the same model,
-    input and options. Rows are held in memory a few thousand at a time, whatever their number.
+    After a kill or an error, calling it again with the same model, input and options resumes the
+    work. However many rows there are, only a few thousand are in memory at a time.
 
     Args:
-        classifier: the model. Its answers are not recorded: after a kill a row would count twice.
+        classifier: the model. No `Recorder` is used: after a kill a row would be counted twice.
         source: CSV, JSONL or Parquet, by suffix.
-        target: likewise. It must not exist, and appears when it is whole. What a kill just after
-            that has left is put in order.
+        target: likewise. It must not exist, and appears only when it is complete. Files left by a
+            kill just after that are cleaned up.
         column: of the questions.
-        prefix: before the names of `COLUMNS`, where the table has such columns of its own.
+        prefix: put before the names of `COLUMNS`, for a table that already has such columns.
         progress: called as the work goes on.
 
     Raises:
-        DataError: the input cannot be read, has a row that cannot be read, or has changed under
-            the work; the output exists or cannot be written; the half-done work found is that of
-            another model, input or option; another process is at it.
-        ServerError: the server does not answer, naming the row.
+        DataError: the input or one of its rows cannot be read, or the input changed meanwhile; the
+            output exists or cannot be written; the unfinished work found belongs to another model,
+            input or option; another process is working on it.
+        ServerError: the server does not answer; names the row.
         ModuleNotFoundError: pyarrow is not installed and one of the files is Parquet.
     """
     check_paths(source, target)
@@ -137,7 +138,7 @@ def batch(
         column = _columns(table, column, tuple(names))
         about = _about(classifier, fingerprint, source.suffix.lower(), column)
         summary = Summary(table.count, journal.begin(about))
-        if summary.before > table.count:  # the input had more while it was worked on
+        if summary.before > table.count:  # the input had more rows while it was processed
             raise DataError(
                 f"{journal.path}: has more answers than {source} has rows: delete it and give the "
                 "same command again"
@@ -157,7 +158,7 @@ def batch(
 
 
 def _about(classifier: Classifier, fingerprint: str, kind: str, column: str) -> dict[str, str]:
-    """All that the answers depend on."""
+    """Everything that the answers depend on."""
     settings = [classifier.calibration.to_dict(), classifier.coverage, classifier.strict]
     said = json.dumps(settings, sort_keys=True).encode()
     return {
@@ -170,7 +171,7 @@ def _about(classifier: Classifier, fingerprint: str, kind: str, column: str) -> 
 
 
 def _real(target: Path) -> Path:
-    """What is to be written: a link goes on pointing to it."""
+    """The file to write, with links resolved, so that a link still points to it."""
     return Path(os.path.realpath(target))
 
 
@@ -181,7 +182,7 @@ def _part(target: Path) -> Path:
 
 @contextmanager
 def _unchanged(source: Path, fingerprint: str, journal: Journal) -> Iterator[None]:
-    """Tell of a change of the input, rather than of what comes of it."""
+    """Report a change of the input itself instead of an error that follows from it."""
 
     def check() -> None:
         if _digest(source) != fingerprint:
@@ -204,10 +205,10 @@ def _check_absent(path: Path) -> None:
 
 
 def _columns(table: Table, column: str, names: tuple[str, ...]) -> str:
-    """The column of the questions, by its name in the table.
+    """The name of the question column in the table.
 
     Raises:
-        DataError: there is none, or there are columns of the answers' names.
+        DataError: there is none, or columns with the names of the answer columns exist.
     """
     try:
         found = find_column(table.columns, column)
@@ -236,9 +237,9 @@ def _ask(
     done: int,
     progress: Progress,
 ) -> None:
-    """Put the answers that are not in the journal yet there."""
+    """Ask the remaining questions and add their answers to the journal."""
     progress("questions", done, table.count)
-    # A question's neighbours round its probabilities: the same ones, whether stopped or not.
+    # The other questions of a batch affect rounding: batches are the same after a restart.
     again = done % WINDOW if done < table.count else 0
     asked = islice(table.values(column), done - again, None)
     try:
@@ -289,15 +290,15 @@ def _write(
 
 
 def _publish(half: Path, target: Path) -> None:
-    """Give what was written its name; the disk has that before this returns."""
+    """Rename the written file to its final name, and sync the folder before returning."""
     with _explained(target, "read"):
-        # The same is there if a kill came between the renaming and the journal's removal.
+        # It is already there if a kill came between the rename and the journal's removal.
         if target.exists() and filecmp.cmp(half, target, shallow=False):
             return
     _check_absent(target)
     with _explained(target, "written"):
         half.replace(target)
-    with suppress(OSError):  # the file is there, whether or not its folder can be forced
+    with suppress(OSError):  # the file exists, whether or not its folder can be synced
         folder = os.open(target.parent, os.O_RDONLY | PLAIN)
         try:
             os.fsync(folder)
@@ -313,7 +314,7 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _explained(path: Path, done: str) -> Iterator[None]:
-    """What the system says of a file, in words of ours."""
+    """The system's error for a file, as a message of ours."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""The whole way from labelled questions to a proven model, each finished step kept.
+"""All steps from labelled questions to a verified model; each finished step is kept.
 
-Beside the bundle DIR stands `DIR.build` with what leads to it: `build.json` (what each step was
-asked for), `task.toml`, the run, and `evaluation.json`, which comes last. The same call resumes; a
-step that has not begun may be asked for something else.
+Beside the bundle DIR, the folder `DIR.build` holds the intermediate results: `build.json` (the
+options of each step), `task.toml`, the run, and `evaluation.json`, which is written last. The same
+call resumes. Options may change for steps that have not started.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EVALUATION = "evaluation.json"
 
 
 class LintError(DataError):
-    """Questions that lint finds errors in; `report` has them."""
+    """Lint found errors in the questions; `report` holds them."""
 
     def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class LintError(DataError):
 
 @dataclass(frozen=True)
 class Built:
-    """What a build left."""
+    """The result of a build."""
 
     bundle: Path
     """Folder with the GGUF, Modelfile, grammar, model card and report."""
@@ -76,30 +76,31 @@ def build(
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda step: None,
 ) -> Built:
-    """Make a model of labelled questions: task, lint, training, export with proof, evaluation.
+    """Make a model from labelled questions: task, lint, training, verified export, evaluation.
 
     Args:
         questions: labelled, JSONL, CSV or Parquet.
         output: folder of the bundle.
-        task: its task.toml; None takes the one beside the questions, or makes one of their labels.
-        base: as for `train`, as are the next four.
+        task: path of a task.toml; None uses the one beside the questions, or makes one from their
+            labels.
+        base: as for `train`, like the next four.
         method: see there.
         epochs: see there.
         learning_rate: see there.
         layers: see there.
-        quantization: as for `export`, as are the next two.
+        quantization: as for `export`, like the next two.
         merges: see there.
         max_flips: see there.
-        max_error: also set the threshold above which at most this share of the answers is wrong,
-            on the test questions.
+        max_error: also set the threshold above which at most this share of the answers is wrong;
+            the test questions are used for this.
         seed: for training and for the split.
         progress: called as the work goes on.
-        announce: called with each step before it begins, or with what is kept of it.
+        announce: called with each step before it starts, or with its stored result.
 
     Raises:
         LintError: the questions have errors.
-        ArgumentError: the folder holds a build of something else.
-        DataError, TaskError, ModelError, TrainError, ExportError: as the steps do.
+        ArgumentError: the folder holds a build with other questions, task or options.
+        DataError, TaskError, ModelError, TrainError, ExportError: as raised by the steps.
     """
     source, bundle = Path(questions), Path(output)
     work = _work_folder(bundle)
@@ -135,7 +136,7 @@ def build(
 
 
 def _work_folder(bundle: Path) -> Path:
-    """Where the steps are kept. Raises ArgumentError: the bundle has no name of its own."""
+    """The folder for the steps. Raises ArgumentError if the bundle's path has no name."""
     if bundle.name in ("", ".."):
         raise ArgumentError(f"{bundle}: name the folder to make, such as house")
     return bundle.with_name(f"{bundle.name}.build")
@@ -143,15 +144,15 @@ def _work_folder(bundle: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What each step that has begun was asked for."""
+    """The options of each step that has started."""
 
     path: Path
 
     def check(self, step: str, wanted: Mapping[str, Any], *, begun: bool) -> None:
-        """Write down what a step is asked for; if it has begun, see that that was the very same.
+        """Store the options of a step; if it has already started, check that they are the same.
 
         Raises:
-            ArgumentError: it was not.
+            ArgumentError: they differ.
         """
         plan = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}
         if begun and plan.get(step) != wanted:
@@ -163,7 +164,7 @@ class _Plan:
 
 
 def _identity(questions: Path, task: Task) -> dict[str, Any]:
-    """What tells a training from others, besides its options."""
+    """What identifies a training, besides its options."""
     with questions.open("rb") as file:  # lint has read it
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"task": task.to_dict(), "questions": digest}
@@ -175,7 +176,7 @@ def _task(
     work: Path,
     announce: Callable[[str], None],
 ) -> Task:
-    """The task that is named, lies beside the questions, or follows from their labels."""
+    """The given task, the one beside the questions, or one made from their labels."""
     if not questions.name:
         raise DataError(f"{questions}: is no file of questions: name one")
     path = Path(named) if named is not None else questions.with_name("task.toml")
@@ -229,7 +230,7 @@ def _export(
         return section(there.header, REPORT_KEY, there.path)
     from qcat.workflows.export import export_run
 
-    (work / EVALUATION).unlink(missing_ok=True)  # it was of another bundle
+    (work / EVALUATION).unlink(missing_ok=True)  # it belonged to another bundle
     announce("export: merge, convert, quantize, prove, calibrate")
     return export_run(run, bundle, progress=progress, **options)
 
@@ -242,7 +243,7 @@ def _evaluate(
     announce: Callable[[str], None],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Set the threshold, if one is asked for, and measure; what was measured is kept."""
+    """Set the threshold, if requested, and evaluate; the evaluation is stored."""
     file = work / EVALUATION
     if file.is_file():
         announce(f"evaluation: kept, {file}")

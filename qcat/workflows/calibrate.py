@@ -1,6 +1,6 @@
 """Calibrate a bundle: ask it labelled questions as `qcat ask` does, and fit.
 
-Knows nothing of the command line.
+Independent of the command line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qcat.progress import Count
 
 @dataclass(frozen=True)
 class Asked:
-    """Labelled questions and what the uncalibrated model says of them."""
+    """Labelled questions and the uncalibrated model's answers to them."""
 
     labels: tuple[str, ...]
     """The task's."""
@@ -44,11 +44,11 @@ class Asked:
     """As in `Example`."""
 
     def one_of_each(self) -> Asked:
-        """One question of each group: a bound that counts paraphrases apart says too much."""
+        """One question of each group; counting every paraphrase would overstate a bound."""
         return self.part(one_of_each(self.groups))
 
     def part(self, rows: Sequence[int]) -> Asked:
-        """Some of the questions."""
+        """A subset of the questions."""
         return Asked(
             self.labels,
             tuple(self.predictions[row] for row in rows),
@@ -57,15 +57,15 @@ class Asked:
         )
 
     def probabilities(self, temperature: float = 1.0) -> Floats:
-        """Of the labels, shape (questions, labels)."""
+        """Probabilities of the labels, shape (questions, labels)."""
         return temper(log_shares(label_matrix(self.predictions, self.labels)), temperature)
 
     def answers(self, calibration: Calibration) -> list[Prediction]:
-        """What the model says with a calibration."""
+        """The model's answers under a calibration."""
         return [recalibrated(p, calibration, self.labels) for p in self.predictions]
 
     def judged(self, calibration: Calibration) -> Judged:
-        """Which of these answers are right, and which may be given at all."""
+        """Which of these answers are right, and which the model may give at all."""
         found = self.answers(calibration)
         truth = [self.labels[number] for number in self.truth]
         return Judged(
@@ -82,7 +82,7 @@ class Asked:
         """Set thresholds by `qcat.calibration.thresholds.promise_threshold`, one question a group.
 
         Raises:
-            DataError: the promise cannot be made.
+            DataError: the promise is not possible.
         """
         judged = self.one_of_each().judged(calibration)
         return promise_threshold(
@@ -97,7 +97,7 @@ class Asked:
         )
 
     def fit(self) -> Fitted:
-        """See `qcat.calibration.fit.fit`. Raises DataError: too few questions."""
+        """See `qcat.calibration.fit.fit`. Raises DataError if there are too few questions."""
         return fit(self.predictions, self.truth, self.labels)
 
     def reliability(self, temperature: float = 1.0) -> Reliability:
@@ -107,7 +107,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a calibrated model answers; arrays of shape (questions,)."""
+    """A calibrated model's answers; arrays of shape (questions,)."""
 
     labels: list[str]
     confidence: Floats
@@ -118,7 +118,7 @@ class Judged:
     """Whether it is answered under the thresholds."""
 
     def curve(self) -> RiskCoverage:
-        """Error by share answered, at every threshold. Raises DataError: there is none."""
+        """Error against share answered, at every threshold. Raises DataError if there is none."""
         rows = self.answerable
         if not rows.any():
             raise DataError("all questions are called off-topic: a curve needs others")
@@ -128,19 +128,19 @@ class Judged:
 def carry_threshold(
     model: Path, old: Calibration, questions: Sequence[Example], progress: Count
 ) -> Calibration:
-    """Give a model the threshold of the one that it is to replace: the same promise, if it was one.
+    """Give a model the threshold of the model it will replace, or the same promise if it had one.
 
     Args:
         model: GGUF of the new model; whatever threshold it has is replaced.
         old: calibration of the old one.
-        questions: held out.
+        questions: held-out questions.
         progress: as in `ask_all`.
 
     Returns:
         The new model's calibration.
 
     Raises:
-        DataError: the new model cannot keep the promise; the file is as it was.
+        DataError: the new model cannot keep the promise; the file is unchanged.
     """
     known = read_calibration(Bundle.read(model))
     known = replace(known, threshold=None, label_thresholds={}, promise=None, gate=old.gate)
@@ -159,12 +159,12 @@ def carry_threshold(
 
 
 def ask_all(model: Path, questions: Sequence[Example], progress: Count) -> Asked:
-    """Ask a bundle without its calibration, one question at a time: the path that serves.
+    """Ask a bundle without its calibration, one question at a time, as in normal use.
 
     Args:
         model: the GGUF.
         questions: with their right labels.
-        progress: told how many of them have been asked.
+        progress: called with how many of them have been asked.
 
     Raises:
         BundleError, ModelError: the GGUF cannot be used.
@@ -184,11 +184,11 @@ def ask_all(model: Path, questions: Sequence[Example], progress: Count) -> Asked
 
 
 def sections(calibration: Calibration, asked: Asked) -> dict[str, dict[str, Any]]:
-    """What goes into the GGUF: the calibration, and how a reference period looks to `qcat drift`.
+    """What is stored in the GGUF: the calibration, and the reference for `qcat drift`.
 
     Args:
         calibration: of the model.
-        asked: questions that stand for such a time.
+        asked: questions that represent a reference period.
     """
     truth = [asked.labels[number] for number in asked.truth]
     reference = Reference.of(
@@ -198,12 +198,12 @@ def sections(calibration: Calibration, asked: Asked) -> dict[str, dict[str, Any]
 
 
 def summary(fitted: Fitted, fitted_on: Asked, measured: Asked | None) -> dict[str, Any]:
-    """What a report says of a calibration.
+    """The description of a calibration in a report.
 
     Args:
         fitted: the calibration.
-        fitted_on: the questions that it was found on.
-        measured: held-out questions to measure it by; None measures it on its own.
+        fitted_on: the questions that it was fitted on.
+        measured: held-out questions to measure it on; None uses the questions it was fitted on.
     """
     temperature = fitted.calibration.temperature
     asked = measured or fitted_on

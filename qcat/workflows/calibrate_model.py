@@ -1,4 +1,4 @@
-"""Calibrating a model in place, or setting the threshold under which it abstains."""
+"""Calibrating a model in place, or setting the threshold below which it abstains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qcat.workflows.calibrate import Asked, Judged, ask_all, sections
 
 @dataclass(frozen=True)
 class Measured:
-    """Labelled questions, and how the calibrated model does on them."""
+    """Labelled questions, and the calibrated model's results on them."""
 
     asked: Asked
     judged: Judged
@@ -32,7 +32,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What is in the model now, and what that was found from."""
+    """What the model now contains, and what it was computed from."""
 
     calibration: Calibration
     measured: Measured | None
@@ -59,15 +59,15 @@ def calibrate(
         questions: labelled, in a file; not needed to set a threshold by hand.
         max_error: set the threshold above which at most this share of the answers is wrong.
         confidence: the confidence with which that holds.
-        by_label: thresholds of their own for labels with enough questions.
-        threshold: set it by hand.
-        plot: PNG to write: the error of the answered questions by their share.
+        by_label: separate thresholds for labels with enough questions.
+        threshold: set this threshold by hand.
+        plot: PNG to write: the error of the answered questions against their share.
         progress: called as the questions are asked.
 
     Raises:
-        ArgumentError: options that do not go together.
+        ArgumentError: options contradict each other.
         BundleError, DataError: the model or the questions cannot be used, or the promise cannot be
-            kept; the model is as it was then.
+            kept; the model is then unchanged.
     """
     if max_error is not None and threshold is not None:
         raise ArgumentError("a largest error or a threshold, not both")
@@ -105,7 +105,7 @@ def calibrate(
         )
     judged = asked.judged(calibration)
     picture = _picture(judged, calibration) if plot else None
-    # A few questions that only measure a threshold are no better reference than the one there is.
+    # A few questions that only measure a threshold are no better than the existing reference.
     found = sections(calibration, asked)
     few = found[REFERENCE_KEY]["questions"] < _reference(bundle).get("questions", 0)
     write_sections(bundle.path, _unmeasured(bundle, calibration) if few and not anew else found)
@@ -123,7 +123,7 @@ def _picture(judged: Judged, calibration: Calibration) -> bytes:
 
 
 def _calibration_before(bundle: Bundle, anew: bool) -> Calibration:
-    """The model's calibration; one that cannot be read is no hindrance to a new one."""
+    """The model's calibration; an unreadable one does not prevent a new one."""
     try:
         return read_calibration(bundle)
     except BundleError:
@@ -137,7 +137,7 @@ def _reference(bundle: Bundle) -> dict[str, Any]:
 
 
 def _unmeasured(bundle: Bundle, calibration: Calibration) -> dict[str, dict[str, Any]]:
-    """As `sections`, with the reference that there is: what it abstains on is not known."""
+    """Like `sections`, but with the existing reference, without what the model abstains on."""
     kept = {CALIBRATION_KEY: calibration.to_dict()}
     if reference := _reference(bundle):
         kept[REFERENCE_KEY] = {**reference, "rule": None}

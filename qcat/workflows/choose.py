@@ -1,6 +1,6 @@
-"""Which quantization to take: each one asked the held-out questions, the fastest that passes kept.
+"""Choosing a quantization: each is run on the held-out questions; the fastest that passes is kept.
 
-Knows no files but the GGUFs it is given.
+Reads no files other than the given GGUFs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Trial:
-    """How one quantization did on this machine."""
+    """The results of one quantization on this machine."""
 
     kind: str
     bytes: int
@@ -50,13 +50,14 @@ def kinds_to_make(wanted: str | None, *, scales: bool, proved: bool) -> tuple[st
     """The quantizations to make, of which one is kept.
 
     Args:
-        wanted: one of `QUANTIZATIONS`, `AUTO`, or None for the default: what an adapter of scales
-            was trained in; else `AUTO`, or Q4_K_M where there is nothing to compare by.
+        wanted: one of `QUANTIZATIONS`, `AUTO`, or None for the default: for an adapter of scales
+            the format it was trained in; otherwise `AUTO`, or Q4_K_M without held-out questions.
         scales: whether the adapter is one of scales.
         proved: whether there are held-out questions.
 
     Raises:
-        ExportError: another kind than an adapter of scales is in; or `AUTO` without questions.
+        ExportError: a kind other than the one an adapter of scales was trained in; or `AUTO`
+            without questions.
     """
     if scales:
         if wanted not in (None, AUTO, TRAINED_FOR):
@@ -76,10 +77,10 @@ def kinds_to_make(wanted: str | None, *, scales: bool, proved: bool) -> tuple[st
 
 
 def within_size(files: Mapping[str, Path], limit: float | None) -> dict[str, Path]:
-    """The files of at most so many megabytes; all of them without a limit.
+    """The files within a limit in megabytes; all of them if there is no limit.
 
     Raises:
-        ExportError: none is.
+        ExportError: no file is within the limit.
     """
     sizes = {kind: path.stat().st_size / 1e6 for kind, path in files.items()}
     small = {kind: path for kind, path in files.items() if limit is None or sizes[kind] <= limit}
@@ -93,14 +94,14 @@ def within_size(files: Mapping[str, Path], limit: float | None) -> dict[str, Pat
 
 
 def choose(trials: Sequence[Trial], questions: int, max_flips: float) -> Trial:
-    """The fastest of those that change few enough labels; if none does, the one with the fewest.
+    """The fastest that changes few enough labels; if there is none, the one that changes fewest.
 
-    Equal ones are told apart by the smaller file, then by their order.
+    Ties go to the smaller file, then to the earlier one.
 
     Args:
         trials: at least one.
-        questions: that each of them was asked.
-        max_flips: the largest share of them that may change their label.
+        questions: number of questions that each was asked.
+        max_flips: the largest share of questions whose label may change.
     """
     passing = [trial for trial in trials if trial.flips / questions <= max_flips]
     if passing:
@@ -115,17 +116,17 @@ def try_all(
     truth: Sequence[int],
     progress: Count,
 ) -> tuple[list[Trial], dict[str, Floats]]:
-    """Ask all files all questions.
+    """Run all questions through all files.
 
-    The files take turns, each loaded for a share of the questions and then closed: what slows the
-    machine down for a while slows all of them, and no more than one is in memory.
+    The files take turns; each is loaded for a part of the questions and then closed. A temporary
+    slowdown of the machine therefore affects all of them, and only one is in memory at a time.
 
     Args:
         files: the GGUF of each kind.
-        ask: replays the questions of these numbers through a file.
-        reference: of the merged model, shape (questions, labels).
+        ask: replays the questions with these indices through a file.
+        reference: label log-probabilities of the merged model, shape (questions, labels).
         truth: index of the right label, for each question.
-        progress: called with questions asked and in all.
+        progress: called with the number of questions asked and the total.
 
     Returns:
         What was measured, and each kind's label log-probabilities, shape (questions, labels).

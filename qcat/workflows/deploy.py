@@ -1,7 +1,7 @@
-"""A bundle onto an Ollama server, proved there before it gets its name.
+"""Deploys a bundle to an Ollama server and verifies it there before it gets its final name.
 
-The model is created under a name for the time being, asked, compared, and only then given the name
-wanted, so that what was there before stays until the new one is known to be right.
+The model is created under a temporary name, asked questions and compared. Only then does it get the
+requested name, so that an earlier model stays in place until the new one is known to be correct.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qcat.shell import quoted
 from qcat.task import Task
 
 NEAR_TIE = 0.1
-"""Margin below which a label may differ: Ollama's attention sums otherwise (docs/ollama.md)."""
+"""Margin below which a label may differ: Ollama's attention rounds differently (docs/ollama.md)."""
 MAX_QUESTIONS = 100
 _TRIAL = "qcat-trial-"
 _AWKWARD = (
@@ -42,16 +42,16 @@ _AWKWARD = (
 
 @dataclass(frozen=True)
 class Deployment:
-    """What was proved on the server."""
+    """What was verified on the server."""
 
     name: str
     address: str
     questions: int
-    """Asked there and here; each got the training prompt, token for token."""
+    """Number of questions asked there and here; each got the training prompt, token for token."""
     near_ties: int
-    """Questions with another label there, where the best two labels are close here."""
+    """Questions with a different label there, whose two best labels are close here."""
     unspoken: int
-    """Questions that the model, unconstrained as under `ollama run`, answers with no label."""
+    """Questions that the model does not answer with a label if unconstrained (`ollama run`)."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class _Bundle:
 
 
 def check_server(name: str, task: Task, timeout: float) -> None:
-    """See that a server is there, and that a model of this task may have the name.
+    """Check that a server answers, and that a model of this task may have the name.
 
     Raises:
-        ServerError: no server, a name that it refuses, or another model under that name.
+        ServerError: no server answers, it rejects the name, or the name belongs to another model.
     """
     server = Server(timeout)
     try:
@@ -84,25 +84,25 @@ def deploy(
     timeout: float,
     progress: Progress = silent,
 ) -> Deployment:
-    """Make an Ollama model of a bundle, and prove it.
+    """Make an Ollama model from a bundle, and verify it.
 
     Args:
-        folder: what `qcat export` wrote.
-        name: of the model; the task's name if None.
-        questions: to ask for the proof, at most `MAX_QUESTIONS` of them; if none, made up from
-            the labels.
-        timeout: seconds that the server may keep silent.
-        progress: called with a step's name, and how much of it is done of how much.
+        folder: a bundle that `qcat export` wrote.
+        name: name of the model; the task's name if None.
+        questions: questions for the verification, of which at most `MAX_QUESTIONS` are asked; if
+            there are none, they are made up from the labels.
+        timeout: seconds to wait for the server's response.
+        progress: called with a step's name, how much of it is done, and the total.
 
     Raises:
-        BundleError: the folder holds no bundle, or its Modelfile is not the GGUF's.
-        ExportError: the proof failed. The server then is as it was.
-        ServerError: the server does not answer, or refuses. Likewise.
+        BundleError: the folder holds no bundle, or its Modelfile does not belong to the GGUF.
+        ExportError: the verification failed. The server is then unchanged.
+        ServerError: the server does not answer, or rejects a request. It is then unchanged.
     """
     bundle = _read(folder)
     name = name or bundle.task.name
     server = Server(timeout)
-    trial = f"{_TRIAL}{bundle.task.name[:40]}-{secrets.token_hex(4)}"  # two may deploy at once
+    trial = f"{_TRIAL}{bundle.task.name[:40]}-{secrets.token_hex(4)}"  # two may run at once
     try:
         _check_name(server, name, bundle.task)
         files = {bundle.gguf.name: server.upload(bundle.gguf, progress)}
@@ -122,7 +122,7 @@ def deploy(
 
 
 def _read(folder: Path) -> _Bundle:
-    """The parts of a bundle, checked: the GGUF, and that the Modelfile beside it is its own."""
+    """The GGUF of a bundle, after checking that the Modelfile beside it belongs to it."""
     gguf = find_gguf(folder)
     bundle = Bundle.read(gguf)
     task = bundle.task
@@ -170,10 +170,10 @@ def _check_name(server: Server, name: str, task: Task) -> None:
 
 
 def _sample(questions: Sequence[str], bundle: _Bundle, model: LlamaModel) -> list[str]:
-    """Questions for the proof, evenly spaced over those given.
+    """Questions for the verification, evenly spaced over those given.
 
-    Without those that are too long or hold a special token's text: only qcat asks these as it
-    was trained.
+    Questions that are too long or contain the text of a special token are left out, because only
+    qcat itself handles them as in training.
     """
     given = questions or [f"What about the {label}?" for label in bundle.task.labels]
     kept = []
@@ -194,10 +194,10 @@ def _prove_prompts(
     questions: Sequence[str],
     progress: Progress,
 ) -> int:
-    """Compare what the server makes of each question with the training prompt.
+    """Compare the server's prompt for each question with the training prompt.
 
     Returns:
-        How many questions the model, left to itself, answers with something else than a label.
+        For how many questions the model, unconstrained, answers with something other than a label.
     """
     said = server.show(name) or {}
     if said.get("capabilities", ["completion"]) != ["completion"]:
@@ -210,8 +210,8 @@ def _prove_prompts(
         expected = encode_segments((*bundle.prompt.prefix, *bundle.prompt.rest(question)), model)
         debug = server.generate(name, question, _debug_render_only=True).get("_debug_info")
         answer = server.generate(name, question)
-        # Token ids of prompt and answer in one piece, by the server's own hand: the last of
-        # the prompt may have joined the first of the answer.
+        # The server returns the token ids of prompt and answer as one sequence: the last token
+        # of the prompt may be merged with the first of the answer.
         read = answer.get("context")
         rendered = (debug or {}).get("rendered_template")
         if rendered is None and read is None:
@@ -266,7 +266,7 @@ def _prove_labels(
 
 
 def _forget(server: Server, name: str) -> None:
-    """Remove the trial model; on a server that is gone it stays, for `ollama rm`."""
+    """Remove the trial model; if the server is gone, the model stays until `ollama rm`."""
     try:
         server.delete(name)
     except ServerError:

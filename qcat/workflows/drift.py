@@ -1,4 +1,4 @@
-"""Drift: a log of answers against the reference of the model that gave them."""
+"""Drift: compares a log of answers with the reference of the model that gave them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from qcat.progress import Progress, silent
 from qcat.shell import quoted
 
 WINDOW = 500
-"""Answers that are judged by default, the last ones of the log."""
+"""Number of answers tested by default, from the end of the log."""
 PLOTTED = 200
-"""Windows in a plot, the last ones of the log."""
+"""Number of windows in a plot, from the end of the log."""
 
 
 @dataclass(frozen=True)
 class LogDrift:
-    """What `drift` finds in a log."""
+    """The findings of `drift` in a log."""
 
     model: str
-    """Identity of the model whose answers were judged, as the log names it."""
+    """Identity of the model whose answers were tested, as stored in the log."""
     drift: Drift
     window: LogWindow
     plotted: bool
-    """Whether the plot was written: a log of fewer than `FEWEST` answers has nothing to plot."""
+    """Whether the plot was written: a log with fewer than `FEWEST` answers cannot be plotted."""
 
 
 def drift(
@@ -54,19 +54,19 @@ def drift(
 
     Args:
         log: file that `qcat ask --log` or a `Recorder` wrote.
-        model: the GGUF that answered; the reference that it carries is compared with.
-        reference: a log of a reference period, in place of `model`.
-        window: judge the last so many answers, `WINDOW` by default.
-        since: judge all answers from this time on, in place of `window`.
-        data: file of labelled questions to ask the model now, whose accuracy is compared too.
+        model: the GGUF that answered; its stored reference is used.
+        reference: a log of a reference period, used instead of `model`.
+        window: test this many of the last answers, `WINDOW` by default.
+        since: test all answers from this time on, instead of `window`.
+        data: file of labelled questions to ask the model now; the accuracy is compared too.
         level: the most windows without drift that may be called drifted, as a share.
-        plot: PNG to write of the last `PLOTTED` windows.
+        plot: path of a PNG to write, which shows the last `PLOTTED` windows.
         progress: called as the work goes on.
 
     Raises:
-        ArgumentError: arguments that do not go together.
-        DataError: a file cannot be read, or no answer in the log is the model's.
-        BundleError, ModelError: the GGUF cannot be used, or carries no reference.
+        ArgumentError: arguments contradict each other.
+        DataError: a file cannot be read, or no answer in the log is from the model.
+        BundleError, ModelError: the GGUF cannot be used, or contains no reference.
     """
     log = Path(log)
     if (model is None) == (reference is None):
@@ -82,7 +82,7 @@ def drift(
     if reference is not None:
         name, expected = _reference_log(Path(reference))
     else:
-        assert model is not None  # one of both is there
+        assert model is not None  # one of the two is given
         name, expected = _model_reference(os.fspath(model))
     size = window or WINDOW
     found = read_log(log, model=name, since=since, last=None if since else size)
@@ -104,7 +104,7 @@ def drift(
 
 
 def _model_reference(model: str) -> tuple[str, Reference]:
-    """The identity of a GGUF and the reference that it carries."""
+    """The identity of a GGUF and the reference stored in it."""
     if model.startswith(PREFIX):
         raise ArgumentError(
             f"{model} is on a server, whose probabilities may be bounds: name its GGUF with -m, or "
@@ -127,7 +127,7 @@ def _model_reference(model: str) -> tuple[str, Reference]:
 
 
 def _reference_log(path: Path) -> tuple[str, Reference]:
-    """The model that a log ends with, and its answers there."""
+    """The model of the last record in a log, and that model's answers."""
     records = read_log(path).records
     if not records:
         raise DataError(f"{path}: no answers in it: name a log written by `qcat ask --log`")
@@ -136,7 +136,7 @@ def _reference_log(path: Path) -> tuple[str, Reference]:
 
 
 def _accuracy(model: str, path: Path, reference: Reference, progress: Progress) -> Accuracy:
-    """Ask a model labelled questions."""
+    """Measure a model's accuracy on labelled questions."""
     if reference.right is None:
         raise BundleError(
             f"{model}: its reference has no accuracy to compare with: run `qcat calibrate "

@@ -1,4 +1,4 @@
-"""Evaluation: a model on a file of labelled questions."""
+"""Evaluates a model on a file of labelled questions."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def evaluate(
 
     Args:
         model: a GGUF, the folder of a bundle, or `ollama:NAME`.
-        questions: file of them: JSONL, CSV or Parquet.
-        decode: `label` under the grammar, or `free`, where what is no label counts as wrong.
+        questions: file of labelled questions: JSONL, CSV or Parquet.
+        decode: `label` under the grammar, or `free`, where any other text counts as wrong.
         off_topic: file of texts that belong to no label.
-        compare: another model with the same labels, named likewise.
-        train_data: training questions for the TF-IDF baseline; without them there is none.
-        timed: at most so many questions are timed.
+        compare: another model with the same labels, given in the same way.
+        train_data: training questions for the TF-IDF baseline; None for no baseline.
+        timed: the largest number of questions to time.
         progress: called as the work goes on.
 
     Raises:
-        DataError: a file cannot be read, or a label is not the model's.
+        DataError: a file cannot be read, or the model lacks a label.
         BundleError, ModelError: a GGUF cannot be used.
-        ServerError: a server does not answer, or shows no probabilities.
+        ServerError: a server does not answer, or returns no probabilities.
     """
     request = Request(
         os.fspath(model),

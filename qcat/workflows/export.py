@@ -1,7 +1,7 @@
-"""Export: the order of the steps, in a temporary folder beside the target, renamed at the end.
+"""Export: runs the steps in a temporary folder beside the target and renames it at the end.
 
-The target is whole or absent, also when the process is killed: what a killed export left behind
-is cleared away by the next one.
+The target is either complete or absent, even if the process is killed. The next export removes
+what a killed one left behind.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ def export(
     progress: Progress = silent,
     converter: Callable[[], AbstractContextManager[Convert]] = lambda: nullcontext(convert),
 ) -> dict[str, Any]:
-    """Merge, convert, quantize, prove; leave a folder with GGUF, Modelfile, grammar and card.
+    """Merge, convert, quantize and verify; write a folder with GGUF, Modelfile, grammar and card.
 
     Args:
         request: what to export.
         progress: called as the work goes on.
-        converter: opens what does the part that needs torch: `convert` itself here; with
-            `convert_apart` a process of its own, which begins at once and whose memory is given
-            back before the rest.
+        converter: runs the part that needs torch: `convert` runs it in this process;
+            `convert_apart` starts a separate process at once, whose memory is released before
+            the remaining steps.
 
     Returns:
         The report, as in `report.json`.
 
     Raises:
-        ExportError: with nothing left at the target; after too many flips the report is kept
-            beside it as `NAME.report.json`.
+        ExportError: the export failed; nothing is left at the target. After too many flips, the
+            report is kept beside it as `NAME.report.json`.
     """
     target = request.target
     if target.exists():
@@ -87,7 +87,7 @@ def export_run(
         run: the folder.
         output: folder to make; it must not exist.
         progress: called as the work goes on.
-        options: as `qcat.workflows.export_job.read_request` takes them.
+        options: the arguments of `qcat.workflows.export_job.read_request`.
 
     Returns:
         The report, as in `report.json`.
@@ -99,7 +99,7 @@ def export_run(
 
 
 def convert_apart() -> AbstractContextManager[Convert]:
-    """`convert` in a process of its own."""
+    """Run `convert` in a separate process."""
     return apart(convert, prepare_process)
 
 
@@ -110,7 +110,7 @@ def _export_into(
     progress: Progress,
     converter: Callable[[], AbstractContextManager[Convert]],
 ) -> dict[str, Any]:
-    trials_folder = folder / "trials"  # apart from the bundle's files, which a task may name so too
+    trials_folder = folder / "trials"  # so that it cannot collide with the bundle's files
     trials_folder.mkdir()
     full = trials_folder / f"full.{request.precision}.gguf"
     with converter() as run:
@@ -162,7 +162,7 @@ def _quantize(
     base: ServedBase | None,
     progress: Progress,
 ) -> tuple[dict[str, Path], dict[str, Quantized]]:
-    """Make the files to choose from; with a base the one file is an adapter beside it."""
+    """Make the files to choose from; with a base, the only file is an adapter beside it."""
     files = {kind: full.with_name(f"{kind}.gguf") for kind in kinds}
     made = {}
     progress("quantize", 0, len(files))
@@ -187,7 +187,7 @@ def _finish(
     request: Request,
     progress: Progress,
 ) -> None:
-    """Calibrate, complete the report, and write what stands beside the GGUF."""
+    """Calibrate, complete the report, and write the files beside the GGUF."""
     learned: dict[str, dict[str, Any]] = {}
     if request.validation:
         report["calibration"], learned = _calibrate(gguf, request, progress)
@@ -207,7 +207,7 @@ def _finish(
 def _modelfile(
     full: Path, gguf: str, served: Served, request: Request, base: ServedBase | None
 ) -> tuple[str, int]:
-    """The Modelfile, its tokens checked; and how many questions spell a special token."""
+    """The checked Modelfile, and how many questions spell a special token."""
     encoded = served.encoded
     with LlamaModel(base.path if base else full, vocab_only=True) as model:
         runtime = EncodedTask.served(Bundle.read(full).task, model, str(full))
@@ -223,7 +223,7 @@ def _modelfile(
             parameters=parameters(runtime, model),
             base=base.in_ollama if base else None,
         )
-        if served.rows is not None:  # no other program has these tokens: look at all there is
+        if served.rows is not None:  # no other program has these tokens: check everything
             check_questions(encoded.prompt, served.tokenizer, model, request.training)
         questions = [*PROBES, *(example.text for example in request.held_out)]
         special = check_tokens(
@@ -239,7 +239,7 @@ def _spelled(encoded: EncodedTask) -> tuple[Any, ...]:
 def _calibrate(
     gguf: Path, request: Request, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Calibrate the file on the validation questions: what the report says, what goes inside."""
+    """Calibrate the file on the validation questions; return its report and metadata."""
 
     def ask(questions: Sequence[Example], step: str) -> Asked:
         return ask_all(gguf, questions, partial(progress, step))

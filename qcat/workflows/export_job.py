@@ -1,6 +1,6 @@
-"""What an export is asked for, and what follows from it before anything is merged or written.
+"""The request for an export, and everything derived from it before anything is merged or written.
 
-The task in tokens, the vocabulary that the GGUF gets, and the job for the converter, in plain data.
+These are the task as tokens, the GGUF's vocabulary, and the converter's job, as plain data.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from qcat.report.modelfile import chat_template
 from qcat.task import Task
 
 PROBES = ("When was it replaced?", "12 'é'…", "ok")
-"""Questions so that tokens are compared without data too."""
-_IMATRIX_QUESTIONS = 512  # more change the matrix by less than the quantizer's own noise
+"""Questions for comparing tokens even without data."""
+_IMATRIX_QUESTIONS = 512  # more questions change the matrix by less than the quantizer's own noise
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,27 @@ class Request:
     adapter: Path | None = None
     """PEFT folder; None exports the base as it is."""
     base: str | None = None
-    """Local folder or hub name; None takes the one that the adapter names."""
+    """Local folder or hub name; None uses the one named in the adapter."""
     quantization: str | None = None
-    """One of `QUANTIZATIONS`, or `AUTO` (see `qcat_convert.quantize`): the fastest here of
-    `CANDIDATES` that changes no more labels than `max_flips`. None: what `kinds_to_make` says."""
+    """One of `QUANTIZATIONS`, or `AUTO` (see `qcat_convert.quantize`): the fastest of
+    `CANDIDATES` on this machine within `max_flips`. None: the default of `kinds_to_make`."""
     precision: Precision = "f16"
     """Of the GGUF that is quantized."""
     merges: int | None = None
-    """Trim the vocabulary to its first so many merges, the words of the texts' language and what
-    the task and its training questions need; None keeps all of it."""
+    """Trim the vocabulary to this many of its first merges, the words of the texts' language, and
+    the tokens that the task and its training questions need; None keeps all tokens."""
     held_out: tuple[Example, ...] = ()
-    """For the proof."""
+    """Questions for the verification."""
     validation: tuple[Example, ...] = ()
-    """For the calibration; they may have helped to choose the epoch."""
+    """Questions for the calibration; they may have been used to choose the epoch."""
     training: tuple[str, ...] = ()
     """Questions (cleaned) for the importance matrix."""
     beside: bool = False
-    """Leave the base as it is, a GGUF, and write the LoRA adapter as a file beside it."""
+    """Leave the GGUF base unchanged, and write the LoRA adapter as a file beside it."""
     max_flips: float = 0.05
-    """The largest share of held-out questions that may change their label."""
+    """The largest share of held-out questions whose label may change."""
     max_mb: float | None = None
-    """The largest file that may be made, in megabytes; None for any size."""
+    """The largest allowed file, in megabytes; None for no limit."""
 
 
 def read_request(
@@ -83,25 +83,25 @@ def read_request(
     max_flips: float = 0.05,
     max_mb: float | None = None,
 ) -> Request:
-    """What to export, with the files of the run in the place of those that are not named.
+    """What to export; files that are not given are taken from the run.
 
     Args:
-        run: folder that `train` left, or one with a PEFT adapter or a checkpoint.
+        run: folder that `train` wrote, or one with a PEFT adapter or a checkpoint.
         output: folder to make.
-        task: its task.toml.
-        base: a folder, a hub name, a GGUF file, or `ollama:NAME`; None for what the adapter names.
+        task: path of the task.toml.
+        base: a folder, a hub name, a GGUF file, or `ollama:NAME`; None for the adapter's own base.
         data: held-out questions.
-        train_data: those that it was trained on.
-        validation_data: those for the calibration.
-        quantization: as in `Request`, as are all below.
-        beside: see there.
-        precision: see there.
-        merges: see there.
-        max_flips: see there.
-        max_mb: see there.
+        train_data: the questions it was trained on.
+        validation_data: the questions for the calibration.
+        quantization: see `Request`.
+        beside: see `Request`.
+        precision: see `Request`.
+        merges: see `Request`.
+        max_flips: see `Request`.
+        max_mb: see `Request`.
 
     Raises:
-        ExportError, TaskError, DataError: the folder holds no finished run, or a file is absent
+        ExportError, TaskError, DataError: the folder holds no finished run, or a file is missing
             or damaged.
     """
     if not run.is_dir():
@@ -147,22 +147,22 @@ def _examples(named: str | os.PathLike[str] | None, default: Path, task: Task) -
 
 @dataclass(frozen=True)
 class Served:
-    """The vocabulary that the GGUF has: the whole one, or a trimmed one with ids of its own."""
+    """The GGUF's vocabulary: the full one, or a trimmed one with its own ids."""
 
     encoded: EncodedTask
     tokenizer: HubTokenizer
     vocabulary: Vocabulary
     rows: tuple[int, ...] | None = None
-    """Of embedding and head that are kept; None for all."""
+    """The rows of embedding and head to keep; None for all."""
     report: dict[str, Any] | None = None
-    """What was trimmed, and how many questions have other tokens for it."""
+    """What was trimmed, and how many questions have different tokens as a result."""
 
 
 def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
-    """All that is needed to merge and write the model, and what serves it; none takes torch."""
+    """Everything needed to merge, write and serve the model; this does not load torch."""
     source = locate(request.adapter, request.base)
     with ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(fingerprint, source.folder, source.adapter)  # seconds of work
+        hashed = pool.submit(fingerprint, source.folder, source.adapter)  # takes seconds
         check_weights(source.folder, source.layers)
         fitted = check_base(
             source.folder,
@@ -172,7 +172,7 @@ def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
         )
         encoded = fitted.encoded
         served = _served(fitted, request)
-        # Of an adapter of scales nothing is left to round but the embedding, by itself.
+        # With an adapter of scales, at most the embedding is left to round, separately.
         rounded = not (source.scales or request.beside)
         texts = spread(request.training, _IMATRIX_QUESTIONS) if rounded else ()
         training = [encoded.rest(text) for text in texts]
@@ -195,7 +195,7 @@ def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
 
 
 def _served(fitted: Fitted, request: Request) -> Served:
-    """Trim the vocabulary, if that is wanted and there is something to leave out."""
+    """Trim the vocabulary, if requested and if any token can be left out."""
     whole, tokenizer, vocabulary = fitted.encoded, fitted.tokenizer, fitted.vocabulary
     if request.merges is None:
         return Served(whole, tokenizer, vocabulary)
@@ -213,7 +213,7 @@ def _served(fitted: Fitted, request: Request) -> Served:
 
     held_out = [example.text for example in request.held_out]
     for question in held_out:
-        cut.rest(question)  # now, not after the merge, if smaller tokens do not fit
+        cut.rest(question)  # fails now and not after the merge, if smaller tokens do not fit
     trained = compared(request.training)
     report = {
         "tokens": len(trimmed.rows),

@@ -1,4 +1,4 @@
-"""A task out of labelled questions: the labels that they have, most frequent first."""
+"""Makes a task from labelled questions: their labels, the most frequent first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qcat.task import DEFAULT_INSTRUCTION, Task
 
 @dataclass(frozen=True)
 class Initialized:
-    """A task made of a file of questions."""
+    """A task made from a file of questions."""
 
     task: Task
     counts: dict[str, int]
@@ -29,16 +29,16 @@ class Initialized:
 def init_task(
     questions: Path, *, name: str | None = None, instruction: str = DEFAULT_INSTRUCTION
 ) -> Initialized:
-    """Make a task of the labels in a file.
+    """Make a task from the labels in a file.
 
     Args:
-        questions: labelled, JSONL, CSV or Parquet.
-        name: of the task; None takes the file's.
+        questions: labelled questions, JSONL, CSV or Parquet.
+        name: name of the task; None for the file's name.
         instruction: the first lines of the prompt.
 
     Raises:
         DataError: the file cannot be read.
-        TaskError: its labels make no task.
+        TaskError: its labels do not form a valid task.
     """
     spellings: dict[str, Counter[str]] = {}
     for row in read_rows(questions):
@@ -57,7 +57,7 @@ def init_task(
 
 
 def write_task(task: Task, path: Path) -> None:
-    """Write a new task.toml. Raises DataError: the file is there already, or cannot be written."""
+    """Write a new task.toml. Raises DataError if the file exists or cannot be written."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(task.to_toml())
@@ -70,17 +70,17 @@ def write_task(task: Task, path: Path) -> None:
 
 
 def task_name(questions: Path) -> str:
-    """A name that files and models can have, out of that of a file of questions."""
+    """A name that is valid for files and models, derived from that of a file of questions."""
     plain = unicodedata.normalize("NFKD", questions.stem).encode("ascii", "ignore").decode()
     name = re.sub(r"[^a-z0-9._-]+", "-", plain.lower()).strip("-._")
     return name[:64] or "task"
 
 
 def find_task(questions: Path, named: Path | None) -> Path:
-    """The task of a file of questions: the one that is named, or task.toml beside the file.
+    """The task for a file of questions: the given one, or task.toml beside the file.
 
     Raises:
-        TaskError: none is named and none lies there.
+        TaskError: none is given and there is none beside the file.
     """
     if not questions.name:
         raise TaskError(f"{questions}: is no file of questions: name one")

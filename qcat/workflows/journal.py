@@ -1,9 +1,9 @@
-"""The journal of a long job: what was answered so far, a line each, so that a kill loses nothing.
+"""The journal of a long job: one line for each answer so far, so that a kill loses nothing.
 
-The first line says what the job is; each other is the answer to the next row, in order. A line is
-one `write`, so what was added is there after `kill -9`; it is forced to the disk every second. A
-line that was torn (a kill, a full disk) is cut off when the job goes on. Whoever has the journal
-open has it alone.
+The first line describes the job; each other line is the answer to the next row, in order. A line
+is one `write`, so it survives `kill -9`; lines are forced to the disk every second. An incomplete
+line (after a kill or a full disk) is cut off when the job resumes. Only one process at a time can
+have the journal open.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from qcat.errors import DataError
 from qcat.files import PLAIN, lock_open_file
 
 SYNC = 1.0
-"""Seconds after which what was added is forced to the disk."""
+"""Seconds after which added lines are forced to the disk."""
 _START = b'{"qcat batch": 1, '
 _MAX_HEAD = 1 << 16  # bytes of the first line
 
 
 class Answer(NamedTuple):
-    """What became of a row; all but `error` as in `Prediction`."""
+    """The result for a row; all fields but `error` are as in `Prediction`."""
 
     label: str | None
-    """None where the row could not be asked."""
+    """None if the row could not be asked."""
     confidence: float | None
     abstained: bool
     reason: str | None
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 class Journal:
-    """A journal, open. Close it, or use it in a `with` statement; empty, it is removed then."""
+    """An open journal. Close it, or use it in a `with` statement; an empty one is then removed."""
 
     def __init__(self, path: Path, file: int) -> None:
         self.path = path
@@ -51,7 +51,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open a journal, or make it.
+        """Open a journal, or create it.
 
         Raises:
             DataError: another process has it open, or it cannot be written or locked.
@@ -72,7 +72,7 @@ class Journal:
                         f"{path}: another process is at this work: wait for it, or name another "
                         "output"
                     )
-                # Between the two calls its last user may have removed it.
+                # Its last user may have removed it between the two calls.
                 if os.path.samestat(os.stat(path), os.fstat(file)):
                     return cls(path, file)
             except FileNotFoundError:
@@ -88,16 +88,16 @@ class Journal:
             os.close(file)
 
     def begin(self, about: Mapping[str, str]) -> int:
-        """Begin the job, or resume it.
+        """Start the job, or resume it.
 
         Args:
-            about: all that the answers depend on.
+            about: everything that the answers depend on.
 
         Returns:
             How many answers there are already.
 
         Raises:
-            DataError: the journal is that of another job, or no journal; or it cannot be written.
+            DataError: the file is the journal of another job, not a journal, or not writable.
         """
         with self.path.open("rb") as file:
             head = file.readline(_MAX_HEAD)
@@ -122,10 +122,10 @@ class Journal:
         return count
 
     def add(self, answer: Answer) -> None:
-        """Append the answer to the next row. It is there if the process is killed now.
+        """Append the answer to the next row. From then on it survives if the process is killed.
 
         Raises:
-            DataError: it cannot be written: the disk is full, say.
+            DataError: it cannot be written, for example because the disk is full.
         """
         self._write(json.dumps(answer).encode() + b"\n")
         self._empty = False
@@ -133,7 +133,7 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """Force what was added to the disk. Raises DataError if that fails."""
+        """Force the added lines to the disk. Raises DataError if that fails."""
         try:
             os.fsync(self._file)
         except OSError as error:
@@ -160,11 +160,11 @@ class Journal:
             self.path.unlink()
         except FileNotFoundError:
             pass
-        except OSError:  # Windows deletes no open file
+        except OSError:  # Windows does not delete open files
             self._unwanted = True
 
     def close(self) -> None:
-        """Close the file, and delete it if it holds no answer. Harmless a second time."""
+        """Close the file, and delete it if it holds no answer. May be called more than once."""
         if self._file >= 0:
             if self._empty:
                 self.remove()
@@ -209,7 +209,7 @@ class Journal:
 
 
 def _answer(line: bytes) -> Answer | None:
-    """The answer in a line; None for anything else."""
+    """The answer in a line; None if it is not an answer."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -1,7 +1,7 @@
-"""What a model costs on this machine: cold start, latency, throughput, threads, memory.
+"""Measures a model on this machine: cold start, latency, throughput, threads, memory.
 
-Everything is asked through the public face. Each question is a new one to the model: nothing but
-the prompt's prefix is shared between them.
+All questions go through the public interface. Each question is new to the model: the questions
+share only the prompt's prefix.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SHAPES = (
 
 @dataclass(frozen=True)
 class Spread:
-    """Milliseconds of one kind of thing, measured several times."""
+    """Milliseconds for one operation, measured several times."""
 
     median: float
     p95: float
@@ -46,13 +46,13 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
-        """From measurements in seconds."""
+        """Build it from measurements in seconds."""
         return cls(median(seconds) * 1e3, float(np.percentile(seconds, 95)) * 1e3, len(seconds))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that `measure` finds. Times are milliseconds, sizes bytes."""
+    """All results of `measure`. Times are in milliseconds, sizes in bytes."""
 
     model: str
     bytes: int
@@ -62,21 +62,21 @@ class Measured:
     physical: int
     quota: float | None
     load: tuple[float, ...]
-    """Load averages of the machine before anything was measured; other work spoils the rest."""
+    """Load averages of the machine before measuring; other work distorts all other figures."""
     threads: int
-    """That everything but `by_threads` was measured with."""
+    """Number of threads for everything except `by_threads`."""
     tokens: float
-    """Of a question and the words after it, the median."""
+    """Median number of tokens of a question and the words after it."""
     cold: Spread
-    """Fresh `qcat ask` processes, after one that filled the caches."""
+    """New `qcat ask` processes, after one that filled the caches."""
     peak_memory: int | None
-    """Of such a process, resident, the mapped model included; None where it cannot be had."""
+    """Peak resident memory of such a process, including the mapped model; None if unknown."""
     warm: Spread
     """`Classifier.ask`."""
     by_batch: dict[int, float]
-    """A question, by how many are given to `Classifier.ask_many` at once."""
+    """Time per question, by how many are given to `Classifier.ask_many` at once."""
     by_threads: dict[int, float]
-    """`Classifier.ask`, the median, by the number of threads."""
+    """Median of `Classifier.ask`, by the number of threads."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -84,7 +84,7 @@ class Measured:
 
 
 def questions_for(labels: Sequence[str], count: int) -> list[str]:
-    """Questions of usual lengths that name a task's labels, for want of others."""
+    """Questions of usual lengths that name a task's labels, used if there are no others."""
     return [
         _SHAPES[number // len(labels) % len(_SHAPES)].format(labels[number % len(labels)])
         for number in range(count)
@@ -95,9 +95,9 @@ def measure(model: Path, questions: Sequence[str], progress: Progress) -> Measur
     """Measure a GGUF on this machine, one thing after another.
 
     Args:
-        model: the file.
-        questions: to ask, at least as many as a batch has.
-        progress: called with what is measured, and how much of it is done of how much.
+        model: the GGUF file.
+        questions: questions to ask, at least as many as there are in a batch.
+        progress: called with what is measured, how much of it is done, and the total.
 
     Raises:
         BundleError, ModelError, QuestionError: as `Classifier.open` and `ask`.
@@ -139,7 +139,7 @@ def measure(model: Path, questions: Sequence[str], progress: Progress) -> Measur
 
 
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """The processor's name, as reported by the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -163,7 +163,7 @@ def _ask_all(classifier: Classifier, questions: Sequence[str], progress: Count) 
 def _by_batch(
     classifier: Classifier, questions: Sequence[str], progress: Progress
 ) -> dict[int, float]:
-    """Median milliseconds a question; the sizes take turns, so that a slow moment hits them all."""
+    """Median milliseconds a question; the sizes take turns, so a slowdown affects all of them."""
     found: dict[int, list[float]] = {size: [] for size in BATCHES}
     turns = max(3, len(questions) // max(BATCHES))
     for turn in range(turns):
@@ -179,14 +179,14 @@ def _by_batch(
 
 
 def _cold(model: Path, question: str, progress: Progress) -> tuple[Spread, int | None]:
-    """Fresh processes of the command, one after another; and the most memory that one had.
+    """Times of new processes of the command, run in sequence, and the peak memory of any of them.
 
-    Linux counts the memory of the process that starts one as its own too: so this comes first,
-    while there is little here.
+    Linux also counts the memory of the starting process as that of the new one. So this is measured
+    first, while this process uses little memory.
     """
     program = [sys.executable, "-m", "qcat"]
     command = [*program, "ask", "-m", str(model), "--threshold", "0", "--", question]
-    environment = os.environ | {"QCAT_REVIEW": ""}  # the user's own is left alone
+    environment = os.environ | {"QCAT_REVIEW": ""}  # the user's own is not touched
     seconds, peak = [], 0
     for turn in range(1 + COLD_STARTS):
         start = time.perf_counter()
@@ -198,14 +198,14 @@ def _cold(model: Path, question: str, progress: Progress) -> tuple[Spread, int |
             peak = max(peak, _wait(process))
         if process.returncode:
             raise ModelError(f"{model}: `qcat ask` failed: {said.strip()[-300:]}")
-        if turn:  # the first brings the files into memory and fills the cache folder
+        if turn:  # the first run loads the files into memory and fills the cache folder
             seconds.append(time.perf_counter() - start)
         progress("cold starts", turn + 1, 1 + COLD_STARTS)
     return Spread.of(seconds), peak or None
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process; its peak resident memory in bytes, 0 where the system does not say."""
+    """Wait for a process; return its peak resident memory in bytes, 0 if unknown."""
     if not hasattr(os, "wait4"):
         process.wait()
         return 0

@@ -1,9 +1,9 @@
-"""Putting a new bundle in the place of one that serves, and keeping the old one.
+"""Replaces the bundle in use by a new one, and keeps the old one.
 
-Beside a bundle DIR stand `DIR.candidate`, the one that may take its place, and `DIR.previous`, the
-one whose place it took. Two renames promote: DIR to DIR.previous, DIR.candidate to DIR. A process
-killed between them leaves no DIR but both others whole; `reserved` then takes the first rename
-back. At every other moment DIR is whole.
+Beside a bundle DIR there may be `DIR.candidate`, which may replace it, and `DIR.previous`, which it
+replaced. A promotion is two renames: DIR to DIR.previous, then DIR.candidate to DIR. If the process
+is killed between them, DIR is missing, but the other two are complete; `reserved` then undoes the
+first rename. At every other moment DIR is complete.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from qcat.gguf.bundle import find_gguf
 
 
 def candidate_of(bundle: Path) -> Path:
-    """Where the bundle stands that may take this one's place."""
+    """Path of the bundle that may replace this one."""
     return bundle.with_name(f"{bundle.name}.candidate")
 
 
 def previous_of(bundle: Path) -> Path:
-    """Where the bundle stands whose place this one took."""
+    """Path of the bundle that this one replaced."""
     return bundle.with_name(f"{bundle.name}.previous")
 
 
 @contextmanager
 def reserved(bundle: Path) -> Iterator[bool]:
-    """Keep other promotions away; yields whether one that was cut short had to be taken back.
+    """Lock out other promotions; yields whether an interrupted promotion had to be undone.
 
     Raises:
-        ExportError: another one is under way; a folder that is no bundle stands where the
-            candidate or the previous one should; or nothing can be written there.
+        ExportError: another promotion is running; the candidate's or the previous bundle's path is
+            a folder that is not a bundle; or nothing can be written there.
     """
     if bundle.name in ("", ".."):
         raise ExportError(f"{bundle}: cannot be renamed: name the bundle's folder by its own name")
@@ -50,13 +50,13 @@ def reserved(bundle: Path) -> Iterator[bool]:
 
 
 def clear(folder: Path) -> None:
-    """Remove a bundle, if it is there: at once for a reader, by a rename.
+    """Remove a bundle, if it exists. Readers see it vanish at once, by a rename.
 
     Raises:
-        ExportError: what is there is no bundle, or cannot be removed.
+        ExportError: the folder is not a bundle, or cannot be removed.
     """
     gone = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(gone, ignore_errors=True)  # of a process killed just here
+    shutil.rmtree(gone, ignore_errors=True)  # left by a process that was killed right here
     _check_ours(folder)
     if folder.exists():
         _rename(folder, gone)
@@ -64,10 +64,10 @@ def clear(folder: Path) -> None:
 
 
 def promote(bundle: Path) -> None:
-    """Let the candidate take the bundle's place; the bundle becomes the previous one.
+    """Replace the bundle by the candidate; the bundle becomes the previous one.
 
     Raises:
-        ExportError: a folder cannot be renamed; the bundle is where it was.
+        ExportError: a folder cannot be renamed; the bundle is still in its place.
     """
     previous = previous_of(bundle)
     clear(previous)

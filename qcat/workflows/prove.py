@@ -1,4 +1,4 @@
-"""The proof of an export: which file is kept, and whether it changes few enough labels."""
+"""Verifies an export: which file is kept, and whether it changes few enough labels."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ def prove(
     progress: Progress,
     base: Path | None,
 ) -> tuple[dict[str, Any], list[Trial] | None, str]:
-    """Ask the held-out questions, and choose where there are several quantized files.
+    """Ask the held-out questions, and choose one if there are several quantized files.
 
     Args:
         full: the unquantized GGUF.
-        files: the quantized ones by their kind.
-        encoded: the task in the tokens that they have.
+        files: the quantized files by their kind.
+        encoded: the task in the files' tokens.
         reference: label log-probabilities of the merged model in torch, shape (questions, labels).
         request: what is exported, with the questions.
         progress: called as the work goes on.
-        base: what the files lie beside, if they are adapters.
+        base: the base of the files, if they are adapters.
 
     Returns:
-        The proof; if there are several files, how each did; and the kind to keep.
+        The verification's results; if there are several files, the results of each; and the kind
+        to keep.
     """
     truth = [example.label for example in request.held_out]
     rests = [encoded.rest(example.text) for example in request.held_out]
@@ -73,7 +74,7 @@ def prove(
 
 
 def check_flips(report: Mapping[str, Any], request: Request) -> None:
-    """Refuse too many flips before more work is done; the report is kept beside the target."""
+    """Fail on too many flips before more work is done; the report is kept beside the target."""
     proof = report["proof"]
     flips, questions = proof["quantized"]["flips"], proof["questions"]
     if flips / questions <= request.max_flips:
@@ -90,7 +91,7 @@ def check_flips(report: Mapping[str, Any], request: Request) -> None:
 
 
 def _way_out(request: Request, report: Mapping[str, Any]) -> str:
-    """What may lose less, and was not tried."""
+    """Options that may lose less and were not tried."""
     ways = []
     if request.merges is not None and report["proof"]["f16"]["flips"]:
         ways.append("--vocab full")
@@ -112,5 +113,5 @@ def _tried(report: Mapping[str, Any]) -> str:
 
 
 def report_json(report: Mapping[str, Any]) -> str:
-    """The report as `report.json` has it."""
+    """The report in the form of `report.json`."""
     return json.dumps(report, indent=1, ensure_ascii=False)

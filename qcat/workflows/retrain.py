@@ -1,6 +1,6 @@
-"""Retraining: more questions to a new model, which takes the old one's place if it is not worse.
+"""Retraining with more questions: the new model replaces the old one if it is not worse.
 
-What happens on the way is reported as events, plain data, in order.
+Progress is reported as a sequence of events, which are plain data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qcat.workflows.promote import candidate_of, clear, previous_of, promote, re
 
 @dataclass(frozen=True)
 class Restored:
-    """A promotion had been cut short: the bundle before it is back."""
+    """An interrupted promotion was undone: the previous bundle is back."""
 
     bundle: Path
 
@@ -54,7 +54,7 @@ class Added:
 
 @dataclass(frozen=True)
 class Kept:
-    """A step was done before the workflow was stopped."""
+    """A step was already done before the workflow was interrupted."""
 
     folder: Path
     step: str
@@ -71,7 +71,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Exported:
-    """The new model's bundle is made."""
+    """The new model's bundle has been made."""
 
     request: Request
     report: Mapping[str, Any]
@@ -80,7 +80,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class ThresholdCarried:
-    """The new model has the old one's threshold, or one for the same promise."""
+    """The new model has the old model's threshold, or one for the same promise."""
 
     before: Calibration
     now: Calibration
@@ -88,7 +88,7 @@ class ThresholdCarried:
 
 @dataclass(frozen=True)
 class Compared:
-    """Both models have been asked a part of the questions."""
+    """Both models have been tested on one part of the questions."""
 
     part: str
     """`test` or `reviewed`."""
@@ -100,18 +100,18 @@ class Compared:
 
 @dataclass(frozen=True)
 class NotHeldBack:
-    """A part of the questions has none yet."""
+    """One part has no questions yet."""
 
     part: str
 
 
 @dataclass(frozen=True)
 class Done:
-    """The new model serves."""
+    """The new model is now in use."""
 
     bundle: Path
     previous: Path | None
-    """Where the old one is; None if the bundle was that of the new run already."""
+    """Path of the old bundle; None if the bundle in use already belonged to the new run."""
 
 
 Event = (
@@ -131,15 +131,15 @@ def retrain(
 ) -> Done:
     """Train a task again with more questions; promote the result if it is not worse.
 
-    The same call goes on with one that was stopped.
+    The same call resumes an interrupted one.
 
     Args:
         run: folder of the old run.
         add: file of labelled questions.
         output: folder of the new run.
-        bundle: the one that serves, exported from `run`.
-        max_loss: share of the test and of the reviewed questions that the new model may get wrong
-            more than the old one does.
+        bundle: the bundle in use, exported from `run`.
+        max_loss: share of the test questions, and of the reviewed questions, by which the new model
+            may get more wrong than the old one.
         progress: called as the work goes on.
         report: called with each event.
 
@@ -162,14 +162,14 @@ def retrain(
         if new.is_in(new_run):
             report(Kept(new_run, "trained"))
         else:
-            # From the base, not from the old adapter: one recipe for the first model and the
-            # tenth, which anyone can repeat from the questions, and no drift from tuning on tuning.
+            # From the base, not from the old adapter: every model is made by the same recipe, can
+            # be reproduced from the questions, and does not drift by repeated fine-tuning.
             report(Trained(train(new.task, new.split, new.settings, new_run, progress)))
         weights = fingerprint(base_folder(new.settings.base), new_run)
         if _source(serving) == weights:
             return _done(Done(place, None), report)
         candidate = _candidate(place, new_run, weights, recipe, progress, report)
-        # Again, since hours may have passed: its threshold is carried as it is now.
+        # Read again, since hours may have passed and its threshold may have changed.
         serving = _serving(place, old, old_run, new_run)
         problems = _carry_threshold(serving, candidate, new_run, progress, report)
         problems |= _compare(new_run, candidate, serving.path, max_loss, progress, report)
@@ -190,14 +190,14 @@ def _done(done: Done, report: Callable[[Event], None]) -> Done:
 
 
 def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
-    """The bundle that serves, once it is known that it can be replaced by one of `output`."""
+    """The bundle in use, after checking that a bundle of `output` may replace it."""
     serving = Bundle.read(find_gguf(bundle))
     if serving.task != old.task:
         raise BundleError(
             f"{bundle}: its task is not that of {run}: name the bundle exported from there"
         )
     base = base_folder(old.settings.base)
-    # Of `output` if this very command has promoted it before.
+    # It belongs to `output` if this same command has promoted it before.
     runs = [run, *([output] if (output / "run.json").is_file() else [])]
     if _source(serving) not in [fingerprint(base, folder) for folder in runs]:
         name = section(serving.header, SOURCE_KEY, serving.path).get("adapter")
@@ -207,7 +207,7 @@ def _serving(bundle: Path, old: Run, run: Path, output: Path) -> Bundle:
             f"{bundle}: was not made of {run} as it is now{named}: begin from the run that it was "
             "made of, or that run's questions are lost"
         )
-    read_calibration(serving)  # damage is reported before the training
+    read_calibration(serving)  # damage is reported before training starts
     return serving
 
 
@@ -219,7 +219,7 @@ def _candidate(
     progress: Progress,
     report: Callable[[Event], None],
 ) -> Path:
-    """The GGUF of the new run's bundle, exported unless it is there already."""
+    """The GGUF of the new run's bundle; exported if it does not exist yet."""
     folder = candidate_of(bundle)
     if folder.exists():
         there = Bundle.read(find_gguf(folder))
@@ -239,13 +239,13 @@ def _carry_threshold(
     progress: Progress,
     report: Callable[[Event], None],
 ) -> dict[str, str]:
-    """Give the new model the old one's threshold, or its promise; what speaks against it if not."""
+    """Give the new model the old one's threshold or promise; returns the reason if impossible."""
     before = read_calibration(serving)
     questions = read_examples(run / "test.jsonl", serving.task)
     try:
         now = carry_threshold(candidate, before, questions, partial(progress, "threshold"))
     except DataError as error:
-        # Less its advice, which names an option of `qcat calibrate`.
+        # Without its advice, which names an option of `qcat calibrate`.
         why = str(error).partition(": ")[0]
         return {"promise": f"no threshold that keeps the old one's promise ({why})"}
     report(ThresholdCarried(before, now))
@@ -260,7 +260,7 @@ def _compare(
     progress: Progress,
     report: Callable[[Event], None],
 ) -> dict[str, str]:
-    """Ask both models, and return what speaks against the new one, by part."""
+    """Test both models, and return the reasons against the new one, by part."""
     problems = {}
     for part in ("test", "reviewed"):
         data = run / f"{part}.jsonl"
@@ -278,7 +278,7 @@ def _compare(
 
 
 def _way_out(problems: Iterable[str], serving: Path) -> str:
-    """What to do about what speaks against a new model."""
+    """Advice on what to do about the reasons against a new model."""
     promise = (
         f"set another promise with `qcat calibrate {quoted(serving)} QUESTIONS --max-error SHARE` "
         "and "
@@ -291,7 +291,7 @@ def _way_out(problems: Iterable[str], serving: Path) -> str:
 
 
 def _recipe(serving: Bundle) -> dict[str, Any]:
-    """How a bundle was exported; what it does not say was the default."""
+    """How a bundle was exported; missing entries mean the default."""
     report = section(serving.header, REPORT_KEY, serving.path)
     defaults = {"quantization": "q4_k_m", "precision": "f16", "max_flips": 0.02}
     recipe = {key: report.get(key, default) for key, default in defaults.items()}
@@ -300,7 +300,7 @@ def _recipe(serving: Bundle) -> dict[str, Any]:
             f"{serving.path}: is an adapter beside its base, which is not replaced in place: train "
             "with all questions, and export that with --beside"
         )
-    vocabulary = report.get("vocabulary")  # absent if it is whole
+    vocabulary = report.get("vocabulary")  # absent if the vocabulary is complete
     recipe["merges"] = vocabulary.get("merges") if isinstance(vocabulary, dict) else None
     if (
         recipe["quantization"] not in QUANTIZATIONS
@@ -315,5 +315,5 @@ def _recipe(serving: Bundle) -> dict[str, Any]:
 
 
 def _source(bundle: Bundle) -> Any:
-    """The fingerprint of the weights that a bundle was made of."""
+    """The fingerprint of the weights from which a bundle was made."""
     return section(bundle.header, SOURCE_KEY, bundle.path).get("fingerprint")

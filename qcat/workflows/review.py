@@ -1,4 +1,4 @@
-"""Review: the questions of a queue to people, and their answers back."""
+"""Review: gives the questions of a queue to people, and imports their answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qcat.monitor.review import ReviewQueue
 
 
 def write_page(queue: ReviewQueue, path: Path) -> int:
-    """Write a self-contained web page to answer in; return how many questions it has.
+    """Write a self-contained web page for answering; return its number of questions.
 
     Raises:
         QcatError: the page cannot be written.
@@ -24,7 +24,7 @@ def write_page(queue: ReviewQueue, path: Path) -> int:
 
 
 def write_csv(queue: ReviewQueue, path: Path) -> int:
-    """Write a CSV with a column to fill in; return how many questions it has.
+    """Write a CSV with a column to fill in; return its number of questions.
 
     Raises:
         QcatError: the file cannot be written.
@@ -37,7 +37,7 @@ def write_csv(queue: ReviewQueue, path: Path) -> int:
 
 
 def import_answers(queue: ReviewQueue, path: Path) -> int:
-    """Take answers from what the page saved or a filled-in CSV, all or none; return how many.
+    """Import all answers from a saved page or a filled-in CSV, or none; return how many.
 
     Raises:
         DataError, ReviewError: the file cannot be read, or an answer does not fit the queue.
@@ -61,12 +61,12 @@ class Exported:
 
 
 def export_answers(queue: ReviewQueue, path: Path, *, off_topic: Path | None = None) -> Exported:
-    """Write the answered questions with their labels as JSONL that `train` takes.
+    """Write the answered questions with their labels as JSONL for `train`.
 
     Args:
-        queue: with answers in it.
-        path: of the JSONL.
-        off_topic: JSONL to write of the questions that no label fits.
+        queue: the review queue.
+        path: path of the JSONL.
+        off_topic: path of a JSONL to write with the questions that no label fits.
 
     Raises:
         QcatError: a file cannot be written.

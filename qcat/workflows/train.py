@@ -42,25 +42,25 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune a base on labelled questions, split 70/15/15 by group.
 
-    The same call goes on with a training that was stopped.
+    The same call resumes an interrupted training.
 
     Args:
-        questions: file of them: JSONL, CSV or Parquet.
-        task: what to decide, or its task.toml.
-        output: folder of the run; `qcat.export` takes it.
+        questions: file of labelled questions: JSONL, CSV or Parquet.
+        task: the task, or the path of its task.toml.
+        output: folder of the run, for `qcat.export`.
         base: a folder, a hub name, a GGUF file, or `ollama:NAME`.
-        checkpoint: folder to keep the dequantized checkpoint of a GGUF base in; None for the cache
+        checkpoint: folder for the dequantized checkpoint of a GGUF base; None for the cache
             folder.
-        epochs: at most so many passes over the data; stops two after the best.
-        batch_size: questions a step.
-        learning_rate: the highest, after the warm-up; None for `Settings.rate`'s default.
-        rank: of the LoRA matrices.
+        epochs: the largest number of passes over the data; stops two after the best.
+        batch_size: questions per step.
+        learning_rate: the peak rate, after the warm-up; None for `Settings.rate`'s default.
+        rank: rank of the LoRA matrices.
         objective: `answer` to write the label and stop, `labels` to choose among them.
         method: `scales` or `lora`.
-        train_embeddings: train the token embeddings too, and save them whole.
-        word_dropout: share of a question's words that is left out in training.
-        layers: how many of the base's to keep; `auto` tries fewer and fewer.
-        max_f1_loss: with `auto`, validation macro-F1 that fewer layers may lose.
+        train_embeddings: also train the token embeddings, and save them in full.
+        word_dropout: share of a question's words that are left out in training.
+        layers: how many layers of the base to keep; `auto` tries fewer and fewer.
+        max_f1_loss: with `auto`, the validation macro-F1 that fewer layers may lose.
         seed: for training and for the split.
         progress: called as the work goes on.
 
@@ -68,7 +68,7 @@ def train(
         The run's record, as in `run.json`.
 
     Raises:
-        ArgumentError: options that do not go together, or more layers than the base has.
+        ArgumentError: options contradict each other, or the base has fewer layers.
         DataError, TaskError, ModelError, TrainError: questions, task or base cannot be used.
     """
     task = task if isinstance(task, Task) else Task.read(Path(task))
@@ -109,20 +109,20 @@ def prepare_base(
     task: Task,
     texts: Sequence[str],
 ) -> str:
-    """See that a base can be trained and exported, before hours of work; download it if need be.
+    """Check that a base can be trained and exported, before hours of work; download it if needed.
 
     Args:
-        base: as for `train`, as are the next two.
-        checkpoint: see there.
-        layers: how many are to be kept; None for all.
-        task: what is to be decided.
-        texts: cleaned questions, which llama.cpp has to split as training does.
+        base: as for `train`.
+        checkpoint: as for `train`.
+        layers: how many layers to keep; None for all.
+        task: the task.
+        texts: cleaned questions, which llama.cpp must tokenize in the same way as training.
 
     Returns:
         The base to train on: the same, or the folder of the checkpoint.
 
     Raises:
-        ArgumentError, ModelError, ExportError, TaskError: what does not fit.
+        ArgumentError, ModelError, ExportError, TaskError: the base or the task does not fit.
     """
     from qcat_convert.gate import check_shapes, check_weights
 
@@ -136,7 +136,7 @@ def prepare_base(
             raise ArgumentError("--checkpoint is for a GGUF base")
         base = str(gguf_checkpoint(base, Path(checkpoint)))
     folder = check_trainable(base, task, layers, texts)
-    weights = base_folder(base)  # which may be downloaded only now
+    weights = base_folder(base)  # which may only now be downloaded
     check_weights(weights, layers)
     check_shapes(weights, layers)
     if gguf:
@@ -147,19 +147,19 @@ def prepare_base(
 def check_trainable(
     base: str, task: Task, layers: int | None = None, texts: Sequence[str] = ()
 ) -> Path:
-    """See, without its weights, that a base can be trained for a task and exported.
+    """Check, without its weights, that a base can be trained for a task and exported.
 
     Args:
         base: as for `train`.
-        task: what is to be decided.
-        layers: how many are to be kept; None for all.
-        texts: cleaned questions, which llama.cpp has to split as training does.
+        task: the task.
+        layers: how many layers to keep; None for all.
+        texts: cleaned questions, which llama.cpp must tokenize in the same way as training.
 
     Returns:
         The folder of its configuration and tokenizer.
 
     Raises:
-        ArgumentError, ModelError, ExportError, TaskError: what does not fit.
+        ArgumentError, ModelError, ExportError, TaskError: the base or the task does not fit.
     """
     from qcat_convert.gate import check_base, check_config, check_splitting, check_weights
 
