@@ -120,7 +120,7 @@ def check_splitting(fitted: Fitted, texts: Sequence[str]) -> None:
         with LlamaModel(path, vocab_only=True) as served:
             prompt = fitted.encoded.prompt
             words = [segment.text for segment in prompt.prefix if not segment.special]
-            check_texts("training", fitted.tokenizer, served, [*words, *texts])
+            check_texts("training", fitted.tokenizer, served, words)
             check_questions(prompt, fitted.tokenizer, served, texts)
 
 

@@ -101,7 +101,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         if config.get(key):
             raise ExportError(f"{path}: sets {key}, which cannot be merged: train without it")
     for module in config.get("modules_to_save") or ():
-        if str(module).rsplit(".", 1)[-1] not in _SAVED_MODULES:
+        if module.rsplit(".", 1)[-1] not in _SAVED_MODULES:
             raise ExportError(
                 f"{path}: modules_to_save holds {module!r}: only lm_head and embed_tokens "
                 "can be exported"
