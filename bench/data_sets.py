@@ -1,6 +1,8 @@
 """Questions that benchmarks on real weights train and measure on, the same ones each time.
 
 The household questions come with qcat; CLINC150 and Banking77 are looked for under QCAT_SHARED.
+A number after the name of a set (`banking77-10`) is how many questions a label has to train on;
+`banking77-1000` has that many in all.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 SHARED = Path(os.environ.get("QCAT_SHARED", ROOT.parent / "shared")) / "data"
 LABELS, PER_LABEL, FEWER_PER_LABEL = 18, 45, 20
 HELD_OUT = 1500
+IN_ALL = 1000
 
 
 def questions(data: str) -> tuple[Task, Split]:
@@ -38,6 +42,24 @@ def questions(data: str) -> tuple[Task, Split]:
 
 def household() -> tuple[Task, list[list[Example]]]:
     """The example questions: whole groups, 867 of them or a few more to train on."""
+    task, parts = _household()
+    return task, parts[:3]
+
+
+def household_choice() -> tuple[Task, list[list[Example]]]:
+    """The same to train on; other questions are held out, so that choices are not made on those."""
+    task, (train, validation, _, choice) = _household()
+    return task, [train, validation, choice]
+
+
+def household_few(count: int) -> tuple[Task, list[list[Example]]]:
+    """As `household`, with so many of each label's questions to train on, whole groups first."""
+    task, (train, validation, held_out, _) = _household()
+    few = [e for label in range(len(task.labels)) for e in _of(train, label)[:count]]
+    return task, [few, validation, held_out]
+
+
+def _household() -> tuple[Task, list[list[Example]]]:
     from qcat.data.dataset import read_examples
     from qcat.task import Task
 
@@ -48,13 +70,18 @@ def household() -> tuple[Task, list[list[Example]]]:
         groups.setdefault(str(example.group), []).append(example)
     names = sorted(groups)
     random.Random(0).shuffle(names)
-    parts: list[list[Example]] = [[], [], []]
+    sizes = (867, 300, HELD_OUT, HELD_OUT)
+    parts: list[list[Example]] = [[] for _ in sizes]
     for name in names:
-        for part, size in zip(parts, (867, 300, HELD_OUT), strict=True):
+        for part, size in zip(parts, sizes, strict=True):
             if len(part) < size:
                 part += groups[name]
                 break
     return task, parts
+
+
+def _of(examples: Sequence[Example], label: int) -> list[Example]:
+    return [example for example in examples if example.label == label]
 
 
 def clinc150() -> tuple[Task, list[list[Example]]]:
@@ -73,8 +100,8 @@ def clinc150() -> tuple[Task, list[list[Example]]]:
     return task, parts
 
 
-def banking77() -> tuple[Task, list[list[Example]]]:
-    """All 77 intents, 20 questions of each to train on."""
+def banking77(count: int = FEWER_PER_LABEL) -> tuple[Task, list[list[Example]]]:
+    """All 77 intents, so many questions of each to train on, or all but four of a rare one's."""
     train, test = (_rows("banking77", part) for part in ("train", "test"))
     names = sorted({row["label"] for row in train})
     task = _task("banking77", names, "Classify the bank customer's question into exactly one")
@@ -82,8 +109,29 @@ def banking77() -> tuple[Task, list[list[Example]]]:
     for name in names:
         mine = [row for row in train if row["label"] == name]
         random.Random(name).shuffle(mine)
-        parts[0] += _examples(task, mine[:FEWER_PER_LABEL])
-        parts[1] += _examples(task, mine[FEWER_PER_LABEL : FEWER_PER_LABEL + 4])
+        few = min(count, len(mine) - 4)
+        parts[0] += _examples(task, mine[:few])
+        parts[1] += _examples(task, mine[few : few + 4])
+    return task, parts
+
+
+def banking77_in_all() -> tuple[Task, list[list[Example]]]:
+    """1,000 of Banking77's training questions at random, as few-shot papers draw them."""
+    task, (train, validation, held_out) = banking77(count=10**6)
+    return task, [random.Random(0).sample(train, IN_ALL), validation, held_out]
+
+
+def clinc150_whole(count: int) -> tuple[Task, list[list[Example]]]:
+    """All 150 intents, so many questions of each to train on; a third of the test is held out."""
+    rows = [_rows("clinc150", part) for part in ("train", "valid", "test")]
+    names = sorted({row["label"] for row in rows[0]})
+    task = _task("clinc150", names, "Classify the request to an assistant into exactly one")
+    train, validation, test = rows
+    parts: list[list[Example]] = [[], _examples(task, validation[::10]), _examples(task, test[::3])]
+    for name in names:
+        mine = [row for row in train if row["label"] == name]
+        random.Random(name).shuffle(mine)
+        parts[0] += _examples(task, mine[:count])
     return task, parts
 
 
@@ -111,4 +159,15 @@ def _examples(task: Task, rows: Sequence[dict[str, str]]) -> list[Example]:
     return [Example(clean_question(r["text"]), labels.index(_shown(r["label"])), 1) for r in rows]
 
 
-DATA_SETS = {"household": household, "clinc150": clinc150, "banking77": banking77}
+DATA_SETS: dict[str, Callable[[], tuple[Task, list[list[Example]]]]] = {
+    "household": household,
+    "household-10": partial(household_few, 10),
+    "household-choice": household_choice,
+    "clinc150": clinc150,
+    "clinc150-10": partial(clinc150_whole, 10),
+    "clinc150-50": partial(clinc150_whole, 50),
+    "banking77": banking77,
+    "banking77-10": partial(banking77, 10),
+    "banking77-50": partial(banking77, 50),
+    "banking77-1000": banking77_in_all,
+}

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from bases import base_of, title
-from data_sets import DATA_SETS, questions
+from data_sets import questions
 
 from qcat.cli.output import Bars, table
 from qcat.evaluation.metrics import mcnemar
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 OUT = Path(__file__).resolve().parent.parent / "build" / "four_bits"
 METHODS = ("scales", "lora")
 FEW = 100
+DATA = ("household", "clinc150", "banking77")
 PRETRAINED = ("smollm2", "qwen2.5-coder")
 ROUNDED = ("q4_0", "q4_k_m", "q5_k_m", "q8_0")
 """What the merged LoRA adapter is quantized to, after the training."""
@@ -248,7 +249,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("what", choices=["train", "measure", "table"])
     parser.add_argument("--models", default=",".join(PRETRAINED))
-    parser.add_argument("--data", default=",".join(DATA_SETS))
+    parser.add_argument("--data", default=",".join(DATA))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--ways", default=",".join(WAYS), help="of the merged LoRA adapter")
     parser.add_argument("--epochs", type=int, default=1)
