@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -47,12 +47,15 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its result."""
-        return f"{self.table}-{self.model}-{self.data}-{self.row}".replace(",", "").replace(" ", "_")
+        row = self.row.replace(",", "").replace(" ", "_")
+        return f"{self.table}-{self.model}-{self.data}-{row}"
 
     @property
     def run(self) -> str:
         """Name of its training: cells of the same training share one."""
-        told = {k: v for k, v in asdict(self).items() if k in ("task", "settings")}
+        usual = {"verbalizer": "name", "style": "plain"}
+        task = {key: value for key, value in self.task.items() if value != usual[key]}
+        told = {"task": task, "settings": self.settings}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
         data = self.data.removesuffix("-choice")  # they differ in what is held out alone
         return f"{self.model}-{data}-{digest}"
@@ -106,9 +109,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 def _defaults() -> Iterator[Cell]:
     for row, settings in CHOICES.items():
         export = {"quantization": "q8_0"} if settings.get("method") == "lora" else {}
-        yield Cell(
-            "defaults", "gemma3", "household-choice", row, settings=settings, export=export
-        )
+        yield Cell("defaults", "gemma3", "household-choice", row, settings=settings, export=export)
 
 
 def _classics() -> Iterator[Cell]:
@@ -119,7 +120,8 @@ def _classics() -> Iterator[Cell]:
         settings = FEW_RECIPE if few else SMALL_RECIPE
         yield Cell("classics", "small", data, "small base", settings=settings)
     for data in ("household-10", "banking77-10", "banking77-1000"):
-        yield Cell("classics", "gemma3", data, "qcat", settings={"epochs": 6 if "-10" in data else 2})
+        settings = {"epochs": 6} if data.endswith("-10") else TWO
+        yield Cell("classics", "gemma3", data, "qcat", settings=settings)
 
 
 def _trust() -> Iterator[Cell]:

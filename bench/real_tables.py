@@ -1,4 +1,4 @@
-"""Tables of what `real_weights.py` and `classics.py` measured, as Markdown, and one line of JSON."""
+"""Tables of what `real_weights.py` and `classics.py` measured: Markdown, and one line of JSON."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def classics(found: Found) -> Iterator[tuple[str, Rows]]:
     """Systems down, data sets across: accuracy and weighted F1."""
     systems: dict[str, dict[str, str]] = {}
     for name, result in found.items():
-        if name.startswith("classics-"):
+        if name.startswith("baselines-"):
             for row in result["systems"]:
                 told = f"{row['accuracy']:.3f} / {row['weighted_f1']:.3f}"
                 systems.setdefault(row["system"], {})[result["data"]] = told

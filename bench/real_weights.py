@@ -197,7 +197,7 @@ def _figures(whole: Any) -> dict[str, Any]:
     """What the tables need of an evaluation; `wrong` are the numbers of the wrong answers."""
     wrong = [n for n, answer in enumerate(whole.answers) if answer.answer != answer.truth]
     sure = [whole.answers[n].confidence for n in wrong]
-    signals = {s.name: s.detection.auroc for s in whole.off_topic.signals} if whole.off_topic else {}
+    signals = whole.off_topic.signals if whole.off_topic else ()
     return {
         "questions": whole.questions,
         "accuracy": whole.quality.accuracy.value,
@@ -211,7 +211,7 @@ def _figures(whole: Any) -> dict[str, Any]:
         "p95_ms": whole.latency.p95_ms,
         "mass": [whole.label_mass.median, whole.label_mass.p5],
         "wrong_confidence": np.quantile(sure, (0.1, 0.5, 0.9)).tolist() if sure else [],
-        "auroc": signals,
+        "auroc": {signal.name: signal.detection.auroc for signal in signals},
         "wrong": wrong,
     }
 

@@ -14,6 +14,7 @@ _EXTRAS = {
     "ollama": "ollama",
     "pyarrow": "parquet",
     "scipy": "eval",
+    "sentence_transformers": "embeddings",
     "sklearn": "eval",
 }
 

@@ -211,7 +211,7 @@ def easy_run(easy_job: tuple[Path, tuple[Any, ...]]) -> tuple[Path, Any]:
     return folder / "run", done
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def qcat() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the installed command: `qcat("ask", "-m", file, "…", input="…")`."""
     program = Path(sys.executable).with_name("qcat")

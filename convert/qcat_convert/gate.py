@@ -87,14 +87,7 @@ def check_base(
             )
     vocabulary = read_vocabulary(tokenizer, count)
     encoded = EncodedTask.build(task, tokenizer)
-    for text, known in (*encoded.prompt.prefix, *encoded.prompt.rest("?")):
-        if not known and tokenizer.encode(text, special=True) != tokenizer.encode(
-            text, special=False
-        ):
-            raise TaskError(
-                f"task {task.name!r}: its text spells a special token, such as <|im_end|>, which "
-                "Ollama would read as one: write labels, descriptions and instruction without it"
-            )
+    check_text(encoded, tokenizer)
     if len(encoded.prefix) + QUESTION_ROOM > context:
         raise ModelError(
             f"base {folder}: has a context of {context} tokens, and the prompt takes "
@@ -102,6 +95,19 @@ def check_base(
             "instruction and the descriptions, or take a base with a longer context"
         )
     return Fitted(named_architecture(config["architectures"]), encoded, tokenizer, vocabulary)
+
+
+def check_text(encoded: EncodedTask, tokenizer: HubTokenizer) -> None:
+    """Check that a task's text spells no special token. Raises TaskError if it does."""
+    for text, known in (*encoded.prompt.prefix, *encoded.prompt.rest("?")):
+        if not known and tokenizer.encode(text, special=True) != tokenizer.encode(
+            text, special=False
+        ):
+            raise TaskError(
+                f"task {encoded.task.name!r}: its text spells a special token, such as "
+                "<|im_end|>, which Ollama would read as one: write labels, descriptions and "
+                "instruction without it"
+            )
 
 
 def check_splitting(fitted: Fitted, texts: Sequence[str]) -> None:

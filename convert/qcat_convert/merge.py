@@ -180,29 +180,15 @@ class Merger:
 
     def _adapted(self, model: Any, adapter: Path, tied: bool) -> Any:
         """The model with the adapter on its layers, and merged into embedding and head."""
-        from peft import LoraConfig, PeftModel, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-        said = read_adapter_config(adapter)
-        tensors = read_lora_tensors(adapter, said)
-        config = LoraConfig(**known_fields(adapter, said))
-        config.layer_replication = None  # the layers are picked already; PEFT merges no others
-        config.inference_mode = True
-        try:
-            tuned = PeftModel(model, config, low_cpu_mem_usage=True)
-        except ValueError as error:  # no module of the names that it was trained on
-            raise ExportError(
-                f"adapter {adapter}: does not fit the base {self._source.base}: {first_line(error)}"
-            ) from None
-        self._check_tensors(tuned, tensors)
-        set_peft_model_state_dict(tuned, tensors, low_cpu_mem_usage=True)
-        model = tuned.eval().get_base_model()
+        model = attach(model, adapter, self._source.base).eval().get_base_model()
         for parent, name in ((model.model, "embed_tokens"), (model, "lm_head")):
             module = getattr(parent, name)
             if isinstance(module, BaseTunerLayer):
                 if tied:
-                    raise _changed(adapter)
+                    raise changed(adapter)
                 self._read(module)
                 self._merge_checked(parent, name, adapter)
             elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -237,7 +223,7 @@ class Merger:
                 "training diverged: lower its learning rate"
             )
         if not float((after - before).abs().max()) <= _TOLERANCE * float(before.abs().max()):
-            raise _changed(adapter)
+            raise changed(adapter)
 
     def _read(self, module: Any) -> None:
         """Fill a module's parameters, if they have not been read from the checkpoint yet."""
@@ -263,35 +249,62 @@ class Merger:
         origin = self._unread.get(module.weight)
         return self._checkpoint.rows(origin, count) if origin else Rows(module.weight.data, count)
 
-    def _check_tensors(self, tuned: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Check that adapter and model have the same tensors, because PEFT ignores others."""
-        from peft import get_peft_model_state_dict
 
-        wanted = {
-            name: tuple(tensor.shape)
-            for name, tensor in get_peft_model_state_dict(
-                tuned, save_embedding_layers=False
-            ).items()
-        }
-        where = f"adapter {self._source.adapter}: does not fit the base {self._source.base}"
-        # PEFT may also have saved the layers of the base that are trained whole.
-        places = {name.replace(".default.", ".") for name in tuned.state_dict()}
-        stored_only = sorted(tensors.keys() - wanted.keys() - places)
-        absent = sorted(wanted.keys() - tensors.keys())
-        if stored_only or absent:
-            what = [f"it stores {stored_only[0]}"] if stored_only else []
-            what += [f"{absent[0]} is expected"] if absent else []
+def attach(model: Any, adapter: Path, base: str) -> Any:
+    """A model with a LoRA adapter's tensors, none of them left over and none missing.
+
+    Args:
+        model: the base; parameters on the meta device may get their values later.
+        adapter: folder of the adapter. Its `layer_replication` is ignored: the model has the layers
+            already, and PEFT merges no others.
+        base: name of the base, for messages.
+
+    Raises:
+        ExportError: the adapter does not fit the model.
+    """
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
+    said = read_adapter_config(adapter)
+    tensors = read_lora_tensors(adapter, said)
+    config = LoraConfig(**known_fields(adapter, said))
+    config.layer_replication = None
+    config.inference_mode = True
+    where = f"adapter {adapter}: does not fit the base {base}"
+    try:
+        tuned = PeftModel(model, config, low_cpu_mem_usage=True)
+    except ValueError as error:  # no module of the names that it was trained on
+        raise ExportError(f"{where}: {first_line(error)}") from None
+    _check_tensors(tuned, tensors, where)
+    set_peft_model_state_dict(tuned, tensors, low_cpu_mem_usage=True)
+    return tuned
+
+
+def _check_tensors(tuned: Any, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Check that adapter and model have the same tensors, because PEFT ignores others."""
+    from peft import get_peft_model_state_dict
+
+    wanted = {
+        name: tuple(tensor.shape)
+        for name, tensor in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()
+    }
+    # PEFT may also have saved the layers of the base that are trained whole.
+    places = {name.replace(".default.", ".") for name in tuned.state_dict()}
+    stored_only = sorted(tensors.keys() - wanted.keys() - places)
+    absent = sorted(wanted.keys() - tensors.keys())
+    if stored_only or absent:
+        what = [f"it stores {stored_only[0]}"] if stored_only else []
+        what += [f"{absent[0]} is expected"] if absent else []
+        raise ExportError(
+            f"{where}: {len(stored_only) + len(absent)} tensors are in one of them alone: "
+            f"{', and '.join(what)}: name the base that it was trained on with --base, or save "
+            "the adapter anew"
+        )
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != wanted.get(name, tuple(tensor.shape)):
             raise ExportError(
-                f"{where}: {len(stored_only) + len(absent)} tensors are in one of them alone: "
-                f"{', and '.join(what)}: name the base that it was trained on with --base, or save "
-                "the adapter anew"
+                f"{where}: {name} has the shape {tuple(tensor.shape)}, not {wanted[name]}: "
+                "name the base that it was trained on with --base"
             )
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != wanted.get(name, tuple(tensor.shape)):
-                raise ExportError(
-                    f"{where}: {name} has the shape {tuple(tensor.shape)}, not {wanted[name]}: "
-                    "name the base that it was trained on with --base"
-                )
 
 
 def _merge_child(parent: Any, name: str) -> None:
@@ -317,7 +330,8 @@ def _probe(layer: Any) -> torch.Tensor:
     return torch.randn(_PROBES, layer.in_features, generator=torch.Generator().manual_seed(0))
 
 
-def _changed(adapter: Path) -> ExportError:
+def changed(adapter: Path) -> ExportError:
+    """The error of an adapter that cannot be merged without a loss."""
     return ExportError(
         f"adapter {adapter}: merging changes what the model computes, as LoRA on a tied head "
         "or embedding does: train without lm_head and embed_tokens in target_modules"

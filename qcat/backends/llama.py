@@ -111,6 +111,11 @@ class LlamaModel:
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self.handle)
         self.end: int = llama_cpp.llama_vocab_eos(self._vocab)
+        self.keeps_state = bool(
+            llama_cpp.llama_model_is_recurrent(self.handle)
+            or llama_cpp.llama_model_is_hybrid(self.handle)
+        )
+        """Whether it sums up what it has read in a state, beside or instead of attention."""
         bos = llama_cpp.llama_vocab_bos(self._vocab)
         sentencepiece = llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_SPM
         self.begin = self.decode([bos]) if sentencepiece and bos >= 0 else None

@@ -21,6 +21,8 @@ from qcat.errors import ModelError
 
 MAX_BATCH = 16
 """Questions in one forward pass."""
+_FEW = 4
+"""Questions, or branches, in one pass of a model that keeps a state for each: megabytes each."""
 PASS_TOKENS = 128
 """Tokens in one forward pass, unless one question has more. With more, the weights are read less
 often, but each token attends to the cells of all the others: bench/speed.py."""
@@ -73,7 +75,10 @@ class LlamaScorer:
         self._stack, self._context_stack = ExitStack(), ExitStack()
         deep = trie.deep_branches
         paths = [len(branch.path) for branch in deep]
-        self._n_sequences = 1 + MAX_BATCH + min(_MAX_DEEP, MAX_BATCH * len(deep))
+        self._max_batch, self._max_deep = MAX_BATCH, min(_MAX_DEEP, MAX_BATCH * len(deep))
+        if model.keeps_state:
+            self._max_batch, self._max_deep = _FEW, min(_FEW, self._max_deep)
+        self._n_sequences = 1 + self._max_batch + self._max_deep
         self._deep_cells = max(min(_DEEP_CELLS, MAX_BATCH * sum(paths)), *paths, 0)
         self._most_tokens = room + _FREE_TOKENS
         cells = self._cells(self._most_tokens)
@@ -188,7 +193,7 @@ class LlamaScorer:
         for rest in rests:
             if len(rest) > self._room:
                 raise ModelError(f"a question of {len(rest)} tokens, room for {self._room}")
-            if group and (len(group) == MAX_BATCH or size + len(rest) > PASS_TOKENS):
+            if group and (len(group) == self._max_batch or size + len(rest) > PASS_TOKENS):
                 yield from self._score_group(group)
                 group, size = [], 0
             group.append(rest)
@@ -232,7 +237,7 @@ class LlamaScorer:
             rows = [
                 self._extend(
                     1 + number,
-                    1 + MAX_BATCH + slot,
+                    1 + self._max_batch + slot,
                     self._n_prefix + len(group[number]),
                     branch.path,
                 )
@@ -242,7 +247,7 @@ class LlamaScorer:
             for at, (number, branch) in zip(rows, chunk, strict=True):
                 found[number].logits.append(self._finite(self._row(at)[branch.tokens]))
             for slot in range(len(chunk)):
-                llama_cpp.llama_memory_seq_rm(self._memory, 1 + MAX_BATCH + slot, -1, -1)
+                llama_cpp.llama_memory_seq_rm(self._memory, 1 + self._max_batch + slot, -1, -1)
 
     def _deep_chunks(
         self, jobs: Iterator[tuple[int, Branch]]
@@ -251,7 +256,7 @@ class LlamaScorer:
         while waiting is not None:
             chunk: list[tuple[int, Branch]] = []
             cells = self._deep_cells
-            while waiting and len(chunk) < _MAX_DEEP and len(waiting[1].path) <= cells:
+            while waiting and len(chunk) < self._max_deep and len(waiting[1].path) <= cells:
                 chunk.append(waiting)
                 cells -= len(waiting[1].path)
                 waiting = next(jobs, None)

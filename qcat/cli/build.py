@@ -117,7 +117,7 @@ def command(
 
 def _summary(built: Built) -> dict[str, Any]:
     quality = built.evaluation["quality"]
-    baseline = built.evaluation["baseline"]["quality"]
+    baseline = built.evaluation["baselines"][0]["quality"]
     return {
         "bundle": str(built.bundle),
         "task": built.task.name,
@@ -143,7 +143,7 @@ def _lines(built: Built) -> Iterator[str]:
     figures = (("accuracy", "accuracy"), ("macro-F1", "macro_f1"))
     yield from table(
         [
-            ("", "this model", built.evaluation["baseline"]["name"]),
+            ("", "this model", built.evaluation["baselines"][0]["name"]),
             *(
                 (name, f"{summary[key]['value']:.3f}", f"{summary['baseline'][key]['value']:.3f}")
                 for name, key in figures

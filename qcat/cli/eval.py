@@ -10,13 +10,23 @@ from typing import Any
 import click
 
 from qcat.cli.eval_report import evaluation_text
-from qcat.cli.output import Bars
+from qcat.cli.output import Bars, given
 from qcat.errors import DataError
+from qcat.evaluation.baseline import EMBEDDER, NAMES, Kind
 from qcat.evaluation.results import Evaluation
 from qcat.files import check_writable, write_whole
 from qcat.workflows.evaluate import evaluate
 
 _FILE = click.Path(path_type=Path)
+
+
+def _kinds(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[Kind, ...]:
+    """Names with commas between, each once, in the order given."""
+    names = dict.fromkeys(part.strip() for part in value.split(",")) if value else {}
+    for name in names:
+        if name not in NAMES:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}")
+    return tuple(kind for name in names for kind in NAMES if kind == name)
 
 
 @click.command()
@@ -47,13 +57,25 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--compare", metavar="MODEL", help="Another model: which questions change label?")
 @click.option(
-    "--baseline", type=click.Choice(["tfidf"]), help="Train TF-IDF with a linear SVM and compare."
+    "--baseline",
+    "baselines",
+    metavar="KIND,…",
+    callback=_kinds,
+    help="Train simple classifiers and compare: tfidf (with a linear SVM), embeddings (of "
+    "sentences, with logistic regression), knn (their nearest neighbours).",
 )
 @click.option(
     "--train-data",
     metavar="FILE",
     type=_FILE,
-    help="Its training questions.  [default: train.jsonl beside QUESTIONS]",
+    help="Their training questions.  [default: train.jsonl beside QUESTIONS]",
+)
+@click.option(
+    "--embedder",
+    metavar="MODEL",
+    default=EMBEDDER,
+    show_default=True,
+    help="Embedding model: a folder or a hub name.",
 )
 def command(
     model: str,
@@ -65,8 +87,9 @@ def command(
     decode: Any,
     off_topic: Path | None,
     compare: str | None,
-    baseline: str | None,
+    baselines: tuple[Kind, ...],
     train_data: Path | None,
+    embedder: str,
 ) -> None:
     """Measure MODEL on labelled QUESTIONS: JSONL, CSV or Parquet with text and label.
 
@@ -78,12 +101,17 @@ def command(
       qcat eval house.gguf test.jsonl --baseline tfidf --train-data train.jsonl --html report.html
       qcat eval new.gguf test.jsonl --compare old.gguf
     """
-    if train_data and not baseline:
+    if train_data and not baselines:
         raise click.UsageError("--train-data is for --baseline")
+    embedded = bool({"embeddings", "knn"} & {*baselines})
+    if given("embedder") and not embedded:
+        raise click.UsageError("--embedder is for --baseline embeddings and knn")
     pictures = [path for path in (html, plot_reliability, plot_confusion) if path]
     for path in pictures:
         check_writable(path)
-    for library in ["sklearn", *["matplotlib"] * bool(pictures), *["jinja2"] * bool(html)]:
+    needed = {"sklearn": True, "matplotlib": pictures, "jinja2": html}
+    needed["sentence_transformers"] = embedded
+    for library in filter(needed.get, needed):
         importlib.import_module(library)  # its absence is reported before the questions are asked
     with Bars() as bars:
         found = evaluate(
@@ -92,7 +120,9 @@ def command(
             decode=decode,
             off_topic=off_topic,
             compare=compare,
-            train_data=_training(train_data, questions) if baseline else None,
+            baselines=baselines,
+            train_data=_training(train_data, questions) if baselines else None,
+            embedder=embedder,
             progress=bars.show,
         )
     _write_reports(found, html, plot_reliability, plot_confusion)

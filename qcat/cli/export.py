@@ -88,6 +88,13 @@ _FILE = click.Path(path_type=Path)
     metavar="N",
     help="With --vocab trim: how many of the tokenizer's first merges to keep besides.",
 )
+@click.option(
+    "--converter",
+    metavar="DIR",
+    type=_FILE,
+    help="Source tree of llama.cpp: where qcat does not know the base's architecture, the "
+    "convert_hf_to_gguf.py in it converts the merged model.",
+)
 @max_flips_option
 @click.option(
     "--max-mb",
@@ -115,6 +122,7 @@ def command(
     precision: Any,
     vocab: str,
     merges: int,
+    converter: Path | None,
     max_flips: float,
     max_mb: float | None,
     ollama_name: str | None,
@@ -134,9 +142,7 @@ def command(
     if not ollama_name and given("timeout"):
         raise click.UsageError("--timeout is for --ollama")
     if beside and (quant or max_mb or vocab == "trim" or ollama_name):
-        raise click.UsageError(
-            "--beside goes with none of --quant, --max-mb, --vocab trim and --ollama"
-        )
+        raise click.UsageError("--beside: not with --quant, --max-mb, --vocab trim, --ollama")
     if vocab == "full" and given("merges"):
         raise click.UsageError("--merges is for --vocab trim")
     request = read_request(
@@ -151,6 +157,7 @@ def command(
         beside=beside,
         precision=precision,
         merges=merges if vocab == "trim" else None,
+        converter=converter,
         max_flips=max_flips,
         max_mb=max_mb,
     )

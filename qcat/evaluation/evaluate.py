@@ -23,8 +23,7 @@ from qcat.classifier import Classifier
 from qcat.data.dataset import Example, read_examples, read_texts
 from qcat.encoding.scoring import log_shares, temper
 from qcat.errors import DataError, ServerError
-from qcat.evaluation.baseline import NAME as BASELINE_NAME
-from qcat.evaluation.baseline import tfidf_predictions
+from qcat.evaluation.baseline import EMBEDDER, NAMES, Kind, baseline_predictions
 from qcat.evaluation.metrics import INVALID, confusion, label_scores, mcnemar, quality
 from qcat.evaluation.results import (
     WARM_UP,
@@ -65,8 +64,12 @@ class Request:
     """JSONL of texts that belong to no label."""
     compare: str | None = None
     """Another model with the same labels, given in the same way."""
+    baselines: tuple[Kind, ...] = ()
+    """Which baselines learn from the training questions and answer the same questions."""
     train_data: Path | None = None
-    """Training questions for the baseline; None for no baseline."""
+    """Their training questions."""
+    embedder: str = EMBEDDER
+    """Folder or hub name of the embedding model of those that need one."""
     timed: int = LATENCY_QUESTIONS
     """Largest number of questions to time, spread evenly over the file; at least 1."""
 
@@ -84,12 +87,11 @@ def evaluate(request: Request, progress: Progress = silent) -> Evaluation:
     """
     task = read_model(request.model).task
     examples = read_examples(request.data, task)
+    texts = [example.text for example in examples]
     strangers = read_texts(request.off_topic) if request.off_topic else []
     if request.compare and set(read_model(request.compare).task.labels) != set(task.labels):
         raise DataError(f"{request.compare}: its labels are not those of {request.model}")
-    train = read_examples(request.train_data, task) if request.train_data else []
-
-    texts = [example.text for example in examples]
+    beside = _baselines(request, task, texts)
     truth = np.array([example.label for example in examples])
     with Classifier.open(request.model) as classifier:
         calibration = classifier.calibration
@@ -103,14 +105,11 @@ def evaluate(request: Request, progress: Progress = silent) -> Evaluation:
     def measured(answers: npt.NDArray[np.int_]) -> Quality:
         return quality(truth, answers, families)
 
-    comparison = baseline = None
+    comparison = None
     if request.compare:
         other, said_there = _other(request.compare, task, texts, request.decode, progress)
         left = _abstaining(said_there, other == truth)
         comparison = _comparison(request, task, examples, chosen, other, measured(other), left)
-    if request.train_data:
-        found = np.array(tfidf_predictions(train, texts))
-        baseline = Baseline(BASELINE_NAME, str(request.train_data), len(train), measured(found))
     answers = _answers(task, examples, predictions, chosen, said)
     masses = np.array([prediction.label_mass for prediction in predictions], np.float64)
     wrong = [a for a in answers if a.confidence is not None and a.answer != a.truth]
@@ -134,7 +133,10 @@ def evaluate(request: Request, progress: Progress = silent) -> Evaluation:
         abstaining=_abstaining(predictions, chosen == truth),
         off_topic=_off_topic(str(request.off_topic), predictions, off) if strangers else None,
         comparison=comparison,
-        baseline=baseline,
+        baselines=tuple(
+            Baseline(NAMES[kind], str(request.train_data), count, measured(found))
+            for kind, count, found in beside
+        ),
         answers=answers,
     )
 
@@ -145,6 +147,17 @@ def labels_said(task: Task, said: Sequence[str]) -> npt.NDArray[np.int_]:
     # The trained form comes last, so that a code takes precedence over an equal label.
     numbers |= {answer: number for number, answer in enumerate(task.answers)}
     return np.array([numbers.get(text, INVALID) for text in said])
+
+
+def _baselines(
+    request: Request, task: Task, texts: Sequence[str]
+) -> list[tuple[Kind, int, npt.NDArray[np.int_]]]:
+    """Each baseline, the number of its training questions, and its answers as label indices."""
+    if not (request.baselines and request.train_data):
+        return []
+    train = read_examples(request.train_data, task)
+    found = baseline_predictions(request.baselines, train, texts, request.embedder)
+    return [(kind, len(train), np.array(said)) for kind, said in found.items()]
 
 
 def _ask(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from qcat.encoding.prompt import QUESTION_ROOM
 from qcat.encoding.scoring import Floats, label_log_probabilities
 from qcat.progress import Count, uncounted
 from qcat.threads import default_threads
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def quality(found: Floats, reference: Floats, truth: Sequence[int]) -> Quality:
     )
 
 
-def spread(questions: Sequence[str], most: int) -> tuple[str, ...]:
+def spread(questions: Sequence[Item], most: int) -> tuple[Item, ...]:
     """At most `most` questions, evenly spaced, so that sorted files also cover all labels."""
     step = max(1.0, len(questions) / most)
     return tuple(questions[int(i * step)] for i in range(min(most, len(questions))))

@@ -227,7 +227,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The baseline's quality on the same questions."""
+    """A baseline's quality on the same questions."""
 
     name: str
     train_data: str
@@ -262,13 +262,13 @@ class Evaluation:
     abstaining: Abstaining
     off_topic: OffTopic | None
     comparison: Comparison | None
-    baseline: Baseline | None
+    baselines: tuple[Baseline, ...]
     answers: tuple[Answer, ...]
 
     def systems(self) -> list[tuple[str, Quality]]:
         """The model and those it is compared with, by name."""
         others = [(c.model, c.quality) for c in (self.comparison,) if c]
-        others += [(b.name, b.quality) for b in (self.baseline,) if b]
+        others += [(b.name, b.quality) for b in self.baselines]
         return [(self.model, self.quality), *others]
 
     def to_dict(self) -> dict[str, Any]:

@@ -119,7 +119,10 @@ def named_architecture(names: object) -> Architecture:
     name = names[0] if isinstance(names, list) and names else "(none)"
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ExportError(f"architecture {name} cannot be converted: {known} can")
+        raise ExportError(
+            f"architecture {name} cannot be converted: {known} can; `qcat export --converter` "
+            "exports others with the converter of llama.cpp"
+        )
     return ARCHITECTURES[name]
 
 

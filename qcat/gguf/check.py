@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 from qcat.errors import BundleError
 from qcat.gguf.header import SCORES, TOKENS, TYPES, DamagedError, Header, shown
+from qcat.gguf.sections import SOURCE_KEY
 
 # What `qcat_convert.writer` writes of a model, with the largest number that makes sense
 _TOKENIZERS = {"qwen3": "gpt2", "qwen2": "gpt2", "llama": "gpt2", "gemma3": "llama"}
@@ -24,6 +26,8 @@ _COUNTS = {
     "rope.dimension_count": 1 << 12,
     "vocab_size": 1 << 24,
 }
+_OTHER_TOKENIZERS = ("gpt2", "llama")
+"""What an architecture that llama.cpp's own converter converted may have."""
 _RATES = ("rope.freq_base", "attention.layer_norm_rms_epsilon")
 
 
@@ -49,8 +53,34 @@ def unfit(header: Header) -> str | None:
 def _check_model(header: Header) -> None:
     metadata = header.metadata
     arch = metadata.get("general.architecture")
-    if arch not in _TOKENIZERS:
+    if arch in _TOKENIZERS:
+        _check_known(header, arch)
+    elif not made_by_converter(header):
         raise DamagedError(f"architecture {shown(arch)} is not one that qcat makes")
+    elif metadata.get("tokenizer.ggml.model") not in _OTHER_TOKENIZERS:
+        raise DamagedError(
+            f"tokenizer {shown(metadata.get('tokenizer.ggml.model'))} is not one that qcat knows"
+        )
+    if metadata.get("tokenizer.ggml.model") == "llama" and any(
+        metadata.get(key) != metadata.get(TOKENS) for key in (SCORES, TYPES)
+    ):
+        raise DamagedError("not every token has a score and a type")
+    if metadata.get(TOKENS) != header.distinct_tokens:
+        raise DamagedError("a token stands twice in the vocabulary, is empty, or holds a NUL")
+
+
+def made_by_converter(header: Header) -> bool:
+    """Whether `qcat export --converter` made the file: qcat does not know its architecture."""
+    try:
+        source = json.loads(header.metadata.get(SOURCE_KEY, "{}"))
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return isinstance(source, dict) and bool(source.get("converter"))
+
+
+def _check_known(header: Header, arch: str) -> None:
+    """Of an architecture that qcat's own converter writes, every number is known."""
+    metadata = header.metadata
     for key, value in metadata.items():
         if key == "tokenizer.ggml.model" and value != _TOKENIZERS[arch]:
             raise DamagedError(f"tokenizer {shown(value)} is not one that qcat makes")
@@ -74,9 +104,3 @@ def _check_model(header: Header) -> None:
         kind = tensor.name.removesuffix(".weight").rpartition(".")[2]
         if kind in rows and len(tensor.shape) == 2 and tensor.shape[1] != rows[kind]:
             raise DamagedError(f"tensor {shown(tensor.name)} does not fit the number of heads")
-    if metadata.get("tokenizer.ggml.model") == "llama" and any(
-        metadata.get(key) != metadata.get(TOKENS) for key in (SCORES, TYPES)
-    ):
-        raise DamagedError("not every token has a score and a type")
-    if metadata.get(TOKENS) != header.distinct_tokens:
-        raise DamagedError("a token stands twice in the vocabulary, is empty, or holds a NUL")

@@ -25,8 +25,8 @@ from qcat.files import check_pulled
 TOKENS = "tokenizer.ggml.tokens"
 """Key of the vocabulary."""
 SCORES, TYPES = "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
-STRING = 8
-"""GGUF's number for a text."""
+BOOLEAN, STRING = 7, 8
+"""GGUF's numbers for a truth value and a text."""
 _MAGIC = b"GGUF"
 _ARRAY = 9
 # GGUF value types to struct formats: u8 i8 u16 i16 u32 i32 f32 bool, then u64 i64 f64

@@ -11,7 +11,7 @@ from typing import Any
 
 from qcat.errors import BundleError
 from qcat.files import whole_file
-from qcat.gguf.header import STRING, Cursor, Header, alignment_of, read_header
+from qcat.gguf.header import BOOLEAN, STRING, Cursor, Header, alignment_of, read_header
 
 TASK_KEY = "qcat.task"
 SOURCE_KEY = "qcat.source"
@@ -49,11 +49,18 @@ def write_sections(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> Non
     Raises:
         BundleError: the file cannot be read, or not written.
     """
-    packed = {
-        key: json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
-        for key, data in sections.items()
-    }
-    _rewrite(path, path, packed)
+    write_metadata(
+        path,
+        {
+            key: json.dumps(data, ensure_ascii=False, allow_nan=False)
+            for key, data in sections.items()
+        },
+    )
+
+
+def write_metadata(path: Path, pairs: Mapping[str, str | bool]) -> None:
+    """Add or replace texts and booleans in a GGUF's metadata, as `write_sections` does objects."""
+    _rewrite(path, path, {key: _packed_value(value) for key, value in pairs.items()})
 
 
 def copy_without(path: Path, target: Path, key: str) -> None:
@@ -61,8 +68,8 @@ def copy_without(path: Path, target: Path, key: str) -> None:
     _rewrite(path, target, {key: None})
 
 
-def _rewrite(path: Path, to: Path, sections: Mapping[str, bytes | None]) -> None:
-    """Write a GGUF with other strings under some keys, or without them, in one step."""
+def _rewrite(path: Path, to: Path, values: Mapping[str, bytes | None]) -> None:
+    """Write a GGUF with other values (packed) under some keys, or without them, in one step."""
     header = read_header(path)
     try:
         mode = path.stat().st_mode & 0o777
@@ -72,13 +79,12 @@ def _rewrite(path: Path, to: Path, sections: Mapping[str, bytes | None]) -> None
             source.seek(8 + 16)
             pairs = source.read(header.metadata_end - 24)
             count = header.n_metadata
-            for key, text in sections.items():
+            for key, value in values.items():
                 left = _without(pairs, key)
-                count += (text is not None) - (len(left) < len(pairs))
+                count += (value is not None) - (len(left) < len(pairs))
                 pairs = left
-                if text is not None:
-                    packed = struct.pack("<I", STRING) + _packed_string(text)
-                    pairs += _packed_string(key.encode()) + packed
+                if value is not None:
+                    pairs += _packed_string(key.encode()) + value
             target.write(start + struct.pack("<QQ", len(header.tensors), count))
             target.write(pairs)
             target.write(source.read(header.table_end - header.metadata_end))
@@ -88,6 +94,13 @@ def _rewrite(path: Path, to: Path, sections: Mapping[str, bytes | None]) -> None
             shutil.copyfileobj(source, target, _COPIED)
     except OSError as error:
         raise BundleError(f"{to}: cannot be written: {error.strerror}: make room") from None
+
+
+def _packed_value(value: str | bool) -> bytes:
+    """A value with its type before it."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", BOOLEAN, value)
+    return struct.pack("<I", STRING) + _packed_string(value.encode())
 
 
 def _packed_string(text: bytes) -> bytes:

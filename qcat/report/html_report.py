@@ -33,7 +33,7 @@ def html_report(evaluation: Evaluation) -> str:
             for name, q in found.systems()
         ],
         figures=_figures(found),
-        baseline_file=_file_name(found.baseline.train_data) if found.baseline else None,
+        baseline_file=_file_name(found.baselines[0].train_data) if found.baselines else None,
         confusion_svg=confusion_svg(found.confusion),
         mistakes=[
             _row(a.text, a.truth, a.answer or "", f"{a.confidence:.3f}") for a in found.mistakes

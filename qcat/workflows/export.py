@@ -10,15 +10,17 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qcat_convert.adapter import ServedBase, served_base, write_adapter
 from qcat_convert.apart import apart
+from qcat_convert.converter import WholeJob, convert_job
 from qcat_convert.quantize import Quantized, quantize
 from qcat_convert.source import is_scales
-from qcat_convert.stream import Job, Measured, convert, prepare_process
+from qcat_convert.stream import Job, Measured, prepare_process
 
 from qcat.backends.llama import LlamaModel
 from qcat.data.dataset import Example
@@ -26,6 +28,7 @@ from qcat.encoding.agreement import check_questions, check_tokens
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.grammar import grammar
 from qcat.errors import DataError, ExportError
+from qcat.evaluation.proof import spread
 from qcat.files import whole_folder
 from qcat.gguf.bundle import Bundle
 from qcat.gguf.sections import REPORT_KEY, write_sections
@@ -36,23 +39,33 @@ from qcat.task import Task
 from qcat.threads import default_threads
 from qcat.workflows.calibrate import Asked, ask_all, sections, summary
 from qcat.workflows.choose import BESIDE, kinds_to_make, within_size
-from qcat.workflows.export_job import PROBES, Request, Served, prepare_job, read_request
+from qcat.workflows.export_job import (
+    PROBES,
+    Request,
+    Served,
+    needs_converter,
+    prepare_job,
+    prepare_whole,
+    read_request,
+)
 from qcat.workflows.prove import check_flips, prove, report_json
 
-Convert = Callable[[Job, Count], Measured]
+Convert = Callable[[Job | WholeJob, Count], Measured]
+_PROVED_WHOLE = 200
+"""Held-out questions of a model that llama.cpp's converter converts: its reference is slow."""
 
 
 def export(
     request: Request,
     progress: Progress = silent,
-    converter: Callable[[], AbstractContextManager[Convert]] = lambda: nullcontext(convert),
+    converter: Callable[[], AbstractContextManager[Convert]] = lambda: nullcontext(convert_job),
 ) -> dict[str, Any]:
     """Merge, convert, quantize and verify; write a folder with GGUF, Modelfile, grammar and card.
 
     Args:
         request: what to export.
         progress: called as the work goes on.
-        converter: runs the part that needs torch: `convert` runs it in this process;
+        converter: runs the part that needs torch: `convert_job` runs it in this process;
             `convert_apart` starts a separate process at once, whose memory is released before
             the remaining steps.
 
@@ -99,8 +112,8 @@ def export_run(
 
 
 def convert_apart() -> AbstractContextManager[Convert]:
-    """Run `convert` in a separate process."""
-    return apart(convert, prepare_process)
+    """Run `convert_job` in a separate process."""
+    return apart(convert_job, prepare_process)
 
 
 def _export_into(
@@ -113,12 +126,15 @@ def _export_into(
     trials_folder = folder / "trials"  # so that it cannot collide with the bundle's files
     trials_folder.mkdir()
     full = trials_folder / f"full.{request.precision}.gguf"
+    whole = needs_converter(request)
+    if whole:
+        request = replace(request, held_out=tuple(spread(request.held_out, _PROVED_WHOLE)))
     with converter() as run:
-        job, served = prepare_job(full, request)
+        job, served = (prepare_whole if whole else prepare_job)(full, request)
         measured = run(job, partial(progress, "merge and convert"))
     task = served.encoded.task
     gguf = folder / f"{task.name}.gguf"
-    base = served_base(job.source, folder) if request.beside else None
+    base = served_base(job.source, folder) if request.beside and isinstance(job, Job) else None
     text, special = _modelfile(full, gguf.name, served, request, base)
 
     files, made = _quantize(full, kinds, job, measured, base, progress)
@@ -157,7 +173,7 @@ def _export_into(
 def _quantize(
     full: Path,
     kinds: Sequence[str],
-    job: Job,
+    job: Job | WholeJob,
     measured: Measured,
     base: ServedBase | None,
     progress: Progress,
@@ -167,7 +183,7 @@ def _quantize(
     made = {}
     progress("quantize", 0, len(files))
     for kind, path in files.items():
-        if base:
+        if base and isinstance(job, Job):
             made[kind] = write_adapter(
                 path, job.source, base=base.file, task=job.task, made_from=job.made_from
             )

@@ -13,7 +13,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qcat_convert.gate import Fitted, check_base, check_weights
+from qcat_convert.converter import (
+    SCRIPT,
+    WholeJob,
+    check_tree,
+    is_known,
+    locate_whole,
+    whole_layers,
+)
+from qcat_convert.gate import Fitted, check_base, check_text, check_weights
 from qcat_convert.source import Source, fingerprint, locate
 from qcat_convert.stream import Job
 from qcat_convert.trim import trim, whole_words
@@ -31,6 +39,7 @@ from qcat.task import Task
 
 PROBES = ("When was it replaced?", "12 'é'…", "ok")
 """Questions for comparing tokens even without data."""
+_PACKAGES = ("llama-cpp-python", "gguf", "torch", "transformers", "peft")
 _IMATRIX_QUESTIONS = 512  # more questions change the matrix by less than the quantizer's own noise
 
 
@@ -61,6 +70,9 @@ class Request:
     """Questions (cleaned) for the importance matrix."""
     beside: bool = False
     """Leave the GGUF base unchanged, and write the LoRA adapter as a file beside it."""
+    converter: Path | None = None
+    """Source tree of llama.cpp, whose converter is used where qcat's does not know the
+    architecture."""
     max_flips: float = 0.05
     """The largest share of held-out questions whose label may change."""
     max_mb: float | None = None
@@ -80,6 +92,7 @@ def read_request(
     beside: bool = False,
     precision: Precision = "f16",
     merges: int | None = None,
+    converter: str | os.PathLike[str] | None = None,
     max_flips: float = 0.05,
     max_mb: float | None = None,
 ) -> Request:
@@ -97,6 +110,7 @@ def read_request(
         beside: see `Request`.
         precision: see `Request`.
         merges: see `Request`.
+        converter: see `Request`.
         max_flips: see `Request`.
         max_mb: see `Request`.
 
@@ -132,6 +146,7 @@ def read_request(
         beside=beside,
         precision=precision,
         merges=merges,
+        converter=Path(converter) if converter else None,
         held_out=tuple(held_out),
         validation=tuple(validation),
         training=tuple(example.text for example in training),
@@ -151,7 +166,6 @@ class Served:
 
     encoded: EncodedTask
     tokenizer: HubTokenizer
-    vocabulary: Vocabulary
     rows: tuple[int, ...] | None = None
     """The rows of embedding and head to keep; None for all."""
     report: dict[str, Any] | None = None
@@ -171,7 +185,7 @@ def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
             rows=source.vocabulary_rows,
         )
         encoded = fitted.encoded
-        served = _served(fitted, request)
+        served, vocabulary = _served(fitted, request)
         # With an adapter of scales, at most the embedding is left to round, separately.
         rounded = not (source.scales or request.beside)
         texts = spread(request.training, _IMATRIX_QUESTIONS) if rounded else ()
@@ -182,7 +196,7 @@ def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
         target=full,
         precision=request.precision,
         task=encoded.task,
-        vocabulary=served.vocabulary,
+        vocabulary=vocabulary,
         rows=served.rows,
         chat_template=chat_template(encoded.prompt),
         made_from=_made_from(source, hashed.result()),
@@ -194,17 +208,17 @@ def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
     return job, served
 
 
-def _served(fitted: Fitted, request: Request) -> Served:
+def _served(fitted: Fitted, request: Request) -> tuple[Served, Vocabulary]:
     """Trim the vocabulary, if requested and if any token can be left out."""
     whole, tokenizer, vocabulary = fitted.encoded, fitted.tokenizer, fitted.vocabulary
     if request.merges is None:
-        return Served(whole, tokenizer, vocabulary)
+        return Served(whole, tokenizer), vocabulary
     texts = [*PROBES, *request.training]
     needed = {*whole.prefix, *chain(*whole.trie.sequences), *chain(*map(whole.ids, texts))}
     needed |= whole_words(tokenizer, [whole.prompt.text(""), *texts])
     trimmed = trim(tokenizer, needed, request.merges)
     if trimmed is None:
-        return Served(whole, tokenizer, vocabulary)
+        return Served(whole, tokenizer), vocabulary
     cut = EncodedTask.build(whole.task, trimmed.tokenizer)
 
     def compared(questions: Sequence[str]) -> dict[str, int]:
@@ -232,11 +246,63 @@ def _served(fitted: Fitted, request: Request) -> Served:
             "export with --vocab full, and please report it with the tokenizer's name"
         )
     kept = read_vocabulary(trimmed.tokenizer, len(trimmed.rows))
-    return Served(cut, trimmed.tokenizer, kept, trimmed.rows, report)
+    return Served(cut, trimmed.tokenizer, trimmed.rows, report), kept
+
+
+def needs_converter(request: Request) -> bool:
+    """Whether llama.cpp's converter is to be used: it is given, and qcat's own does not do.
+
+    Raises:
+        ExportError, ModelError: as `prepare_whole`.
+    """
+    if request.converter is None:
+        return False
+    check_tree(request.converter)
+    folder, _ = locate_whole(request.adapter, request.base)
+    return not is_known(folder)
+
+
+def prepare_whole(full: Path, request: Request) -> tuple[WholeJob, Served]:
+    """As `prepare_job`, for a model that llama.cpp's converter converts.
+
+    Raises:
+        ExportError, ModelError, TaskError: something is missing or does not fit; names it.
+    """
+    if request.beside or request.merges is not None:
+        raise ExportError("--converter goes with neither --beside nor --vocab trim")
+    assert request.converter
+    folder, tokenizer_folder = locate_whole(request.adapter, request.base)
+    tokenizer = HubTokenizer(tokenizer_folder)
+    encoded = EncodedTask.build(request.task, tokenizer)
+    check_text(encoded, tokenizer)
+    adapter, layers = request.adapter, whole_layers(folder)
+    job = WholeJob(
+        tree=request.converter,
+        folder=folder,
+        adapter=adapter,
+        tokenizer_folder=tokenizer_folder,
+        target=full,
+        precision=request.precision,
+        task=encoded.task,
+        chat_template=chat_template(encoded.prompt),
+        made_from={
+            "base": request.base or folder.name,
+            "adapter": adapter.resolve().name if adapter else None,
+            "layers": layers,
+            "base_layers": layers,
+            "method": "lora" if adapter else None,
+            "converter": SCRIPT,
+            "fingerprint": fingerprint(folder, adapter),
+            "versions": versions(*_PACKAGES),
+        },
+        prefix=list(encoded.prefix),
+        trie=encoded.trie,
+        held_out=[encoded.rest(example.text) for example in request.held_out],
+    )
+    return job, Served(encoded, tokenizer)
 
 
 def _made_from(source: Source, digest: str) -> dict[str, Any]:
-    packages = ("llama-cpp-python", "gguf", "torch", "transformers", "peft")
     return {
         "base": Path(source.base).resolve().name if Path(source.base).is_dir() else source.base,
         "adapter": source.adapter.resolve().name if source.adapter else None,
@@ -244,5 +310,5 @@ def _made_from(source: Source, digest: str) -> dict[str, Any]:
         "base_layers": source.base_layers,
         "method": "scales" if source.scales else "lora" if source.adapter else None,
         "fingerprint": digest,
-        "versions": versions(*packages),
+        "versions": versions(*_PACKAGES),
     }

@@ -13,7 +13,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from conftest import EXAMPLE
+from conftest import EXAMPLE, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
@@ -22,7 +22,7 @@ from qcat.classifier import Classifier
 from qcat.data.dataset import Example, read_examples, read_texts
 from qcat.data.split import split_examples
 from qcat.errors import DataError
-from qcat.evaluation.baseline import tfidf_predictions
+from qcat.evaluation.baseline import baseline_predictions
 from qcat.evaluation.evaluate import labels_said
 from qcat.evaluation.metrics import INVALID, confusion, label_scores, quality
 from qcat.evaluation.results import Comparison, Confusion, Flip
@@ -276,14 +276,51 @@ def test_baseline_learns(household):
     split = split_examples(read_examples(EXAMPLE / "questions.jsonl", household), household, seed=0)
     train, test = split.train, split.test
     texts = [example.text for example in test]
-    found = tfidf_predictions(train, texts)
-    assert found == tfidf_predictions(train, texts)
+    found = baseline_predictions(["tfidf"], train, texts)["tfidf"]
+    assert found == baseline_predictions(["tfidf"], train, texts)["tfidf"]
     right = sum(a == example.label for a, example in zip(found, test, strict=True))
     assert right / len(test) > 0.7
     with pytest.raises(DataError, match="at least two labels"):
-        tfidf_predictions([Example("a b", 0, 1)], ["a"])
+        baseline_predictions(["tfidf"], [Example("a b", 0, 1)], ["a"])
     with pytest.raises(DataError, match="cannot learn"):
-        tfidf_predictions([Example("?", 0, 1), Example("!", 1, 2)], ["a"])
+        baseline_predictions(["tfidf"], [Example("?", 0, 1), Example("!", 1, 2)], ["a"])
+
+
+def test_baselines_on_embeddings_learn(household):
+    """The small base as it is, its states averaged, beats chance by far."""
+    base = str(ROOT / "examples" / "base" / "model")
+    split = split_examples(read_examples(EXAMPLE / "questions.jsonl", household), household, seed=0)
+    train, test = split.train[::8], split.test[::8]
+    texts = [example.text for example in test]
+    kinds = ("knn", "embeddings")
+    found = baseline_predictions(kinds, train, texts, base)
+    assert tuple(found) == kinds
+    for said in found.values():
+        right = sum(a == example.label for a, example in zip(said, test, strict=True))
+        assert right / len(test) > 3 / len(household.labels)
+    again = baseline_predictions(["knn"], train, texts, base)
+    assert again["knn"] == found["knn"]
+    few = [Example("pool pump", 0, 1), Example("fence gate", 1, 2)]  # fewer than neighbours
+    said = baseline_predictions(["knn"], few, ["pool pump"], base)
+    assert said["knn"] == [0]
+
+
+def test_eval_with_several_baselines(qcat, house, make_checkpoint, tmp_path):
+    rows = (EXAMPLE / "questions.jsonl").read_text("utf-8").splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(rows[::20]) + "\n", "utf-8")
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[1:1000:50]) + "\n", "utf-8")
+    base = make_checkpoint().base
+    options = ["--baseline", "knn,tfidf,embeddings", "--embedder", base]
+    done = qcat("eval", house, tmp_path / "test.jsonl", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(done.stdout)["baselines"]
+    assert [b["name"].split(" + ")[1] for b in found] == [
+        "5 nearest neighbours",
+        "linear SVM (SGD)",
+        "logistic regression",
+    ]
+    assert {b["train_questions"] for b in found} == {len(rows[::20])}
 
 
 def png_size(data):
@@ -432,6 +469,19 @@ BAD = {
     "a folder": (["HOUSE", "good.jsonl", "--html", "."], ".: is a folder"),
     "long name": (["HOUSE", "good.jsonl", "--html", "x" * 300], "cannot be written"),
     "no training": (["HOUSE", "good.jsonl", "--baseline", "tfidf"], "name the baseline's training"),
+    "no embedder": (
+        [
+            "HOUSE",
+            "good.jsonl",
+            "--baseline",
+            "knn",
+            "--train-data",
+            "two.jsonl",
+            "--embedder",
+            "./none",
+        ],
+        "embedding model './none': cannot be loaded",
+    ),
     "bad off-topic": (["HOUSE", "good.jsonl", "--off-topic", "empty.jsonl"], "empty.jsonl: no"),
     "no other": (["HOUSE", "good.jsonl", "--compare", "none.gguf"], "none.gguf"),
     "poor training": (
@@ -447,6 +497,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, qcat, house, tmp_path):
     good = json.dumps({"text": "pool?", "label": "pool"})
     (tmp_path / "good.jsonl").write_text(good)
     (tmp_path / "bad.jsonl").write_text(good + '\n{"text": "x", "label": "spa"}\n')
+    (tmp_path / "two.jsonl").write_text(good + '\n{"text": "x", "label": "fence"}\n')
     (tmp_path / "empty.jsonl").write_text("\n\n")
     before = sorted(os.listdir(tmp_path))
     if "--html" not in args:
@@ -474,6 +525,14 @@ def test_an_absent_library_is_one_line(library, qcat, house, tmp_path, held_out)
 
 
 def test_usage(qcat, house, held_out):
+    for options, message in (
+        (["--baseline", "tfidf,bert"], "'bert' is none of tfidf, embeddings, knn"),
+        (["--embedder", "x"], "--embedder is for --baseline embeddings and knn"),
+        (["--train-data", "x"], "--train-data is for --baseline"),
+    ):
+        done = qcat("eval", house, held_out, *options)
+        assert done.returncode == 2
+        assert message in done.stderr
     assert qcat("eval", house).returncode == 2
     assert qcat("eval", house, held_out, "--train-data", held_out).returncode == 2
     assert "qcat eval house.gguf test.jsonl" in qcat("eval", "--help").stdout
