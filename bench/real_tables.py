@@ -13,7 +13,7 @@ from qcat.evaluation.metrics import mcnemar
 
 Found = Mapping[str, Mapping[str, Any]]
 Rows = list[tuple[str, ...]]
-REFERENCE = "epochs 2"
+REFERENCE = "epochs 3"
 """The row that the other choices are compared with: they change one thing of it."""
 
 
@@ -109,21 +109,46 @@ def classics(found: Found) -> Iterator[tuple[str, Rows]]:
     )
 
 
+TRUST = {
+    "accuracy": "accuracy",
+    "temperature": "temperature",
+    "calibration error before": "ece before",
+    "calibration error after": "ece after",
+    "what chance alone would show": "ece by chance",
+    **{
+        f"at most {promised:.0%} wrong: {what}": f"{key} {promised}"
+        for promised in (0.02, 0.05, 0.1)
+        for what, key in (
+            ("divisions of 100 that kept it", "kept"),
+            ("answered", "answered"),
+            ("wrong of these", "error"),
+        )
+    },
+    "sets at 0.95: hold the truth": "covered 0.95",
+    "sets at 0.95: labels, mean": "size 0.95",
+    **{
+        f"off-topic AUROC, {signal}": f"AUROC {signal}"
+        for signal in ("top probability", "label mass", "energy", "on-topic score", "TF-IDF")
+    },
+    "called off-topic, of the list": "called off, on",
+    "called off-topic, of the others": "called off, off",
+}
+"""What a row is called, and what `trust.py` calls it."""
+
+
 def trust(found: Found) -> Iterator[tuple[str, Rows]]:
     """What the confidence is worth."""
     measured = list(_measured("trust", found))
-    if not measured:
-        return
-    keys = list(measured[0][1]["trust"])
-    rows = [("", *(f"{title(cell.model)}, {cell.data}" for cell, _ in measured))]
-    rows += [
-        (key, *(f"{result['trust'].get(key, float('nan')):.3f}" for _, result in measured))
-        for key in keys
-    ]
-    for place, part in enumerate(("10 %", "median", "90 %")):
-        figures = (f"{r['label']['wrong_confidence'][place]:.3f}" for _, r in measured)
-        rows.append((f"confidence of wrong answers, {part}", *figures))
-    yield "", rows
+    rows: Rows = [("", *(f"{title(cell.model)}, {cell.data}" for cell, _ in measured))]
+    for name, key in TRUST.items():
+        figures = [result["trust"][key] for _, result in measured]
+        places = 0 if key.startswith("kept") else 3
+        rows.append((name, *("" if f is None or f != f else f"{f:.{places}f}" for f in figures)))
+    for place, part in enumerate(("10th percentile", "median", "90th percentile")):
+        figures = [result["label"]["wrong_confidence"][place] for _, result in measured]
+        rows.append((f"confidence of wrong answers, {part}", *(f"{f:.2f}" for f in figures)))
+    if measured:
+        yield "", rows
 
 
 def smaller(found: Found) -> Iterator[tuple[str, Rows]]:
@@ -145,7 +170,7 @@ def smaller(found: Found) -> Iterator[tuple[str, Rows]]:
 
 
 def costs(found: Found) -> Iterator[tuple[str, Rows]]:
-    """Time and memory of every training, with its export and its file."""
+    """Time and memory of a training, with its export and its file."""
     rows: Rows = [
         (
             "base, questions, cell", "questions a second", "training, min", "peak, MB",

@@ -3,19 +3,20 @@
 # for the tests of `qcat export --converter`. Usage: llama_cpp_tree.sh PYTHON FOLDER
 set -euo pipefail
 
-LLAMA_CPP_PYTHON=0.3.36
-
 python=$1
 folder=$2
-if [ -f "$folder/convert_hf_to_gguf.py" ]; then
+version=$("$python" -c 'from importlib.metadata import version; print(version("llama-cpp-python"))')
+if [ "$(cat "$folder/VERSION" 2>/dev/null)" = "$version" ]; then
     exit
 fi
 mkdir -p "$(dirname "$folder")"
 work=$(mktemp -d "$folder.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python \
-    --dest "$work" "llama-cpp-python==$LLAMA_CPP_PYTHON"
-tree=llama_cpp_python-$LLAMA_CPP_PYTHON/vendor/llama.cpp
+    --dest "$work" "llama-cpp-python==$version"
+tree=llama_cpp_python-$version/vendor/llama.cpp
 tar -xf "$work"/llama_cpp_python-*.tar.gz -C "$work" \
     "$tree"/{convert_hf_to_gguf.py,conversion,gguf-py,models/ggml-vocab-qwen2.gguf}
+echo "$version" >"$work/$tree/VERSION"
+rm -rf "$folder"
 mv -T "$work/$tree" "$folder"

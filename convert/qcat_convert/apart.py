@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from qcat.errors import ExportError, QcatError
 from qcat.progress import Count
 
+_GRACE = 5  # seconds
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
@@ -42,12 +43,15 @@ def apart(
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_work, args=(there, function, prepare), daemon=True)
+    done = False
 
     def call(argument: Argument, progress: Count) -> Result:
+        nonlocal done
         try:
             here.send(argument)
             while True:
                 what, value = here.recv()
+                done = what != "progress"
                 if what == "result":
                     found: Result = value
                     return found
@@ -69,18 +73,26 @@ def apart(
     finally:
         here.close()
         if process.pid is not None:
-            process.kill()  # if it is still running, as after Ctrl-C here
+            if not done:  # as after Ctrl-C here; it ends the programs that it runs itself
+                process.terminate()
+                process.join(_GRACE)
+            process.kill()
             process.join()
 
 
 def _work(pipe: Any, function: Callable[..., Any], prepare: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the waiting process handles it
+    signal.signal(signal.SIGTERM, _leave)
     warnings.simplefilter("ignore")  # from libraries: nothing that a user could act on
     with suppress(Exception):
         prepare()
     with suppress(EOFError, ConnectionError):  # nobody is waiting any more
         argument = pipe.recv()
         pipe.send(_outcome(function, argument, lambda *done: pipe.send(("progress", done))))
+
+
+def _leave(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _outcome(

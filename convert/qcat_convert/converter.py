@@ -16,23 +16,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import RLock
 from typing import Any, ClassVar
 
 import numpy as np
 
-from qcat.base.checkpoint import base_folder, first_line
+from qcat.base.checkpoint import base_folder, first_line, load_model, parse_config
 from qcat.encoding.scoring import Floats, label_log_probabilities
 from qcat.encoding.trie import LabelTrie
 from qcat.errors import ExportError, ModelError
 from qcat.files import read_json
 from qcat.gguf.architecture import ARCHITECTURES
+from qcat.gguf.check import OTHER_TOKENIZERS
+from qcat.gguf.header import read_header
 from qcat.gguf.sections import SOURCE_KEY, TASK_KEY, write_metadata
 from qcat.progress import Count, uncounted
 from qcat.task import Task
 from qcat_convert.merge import attach, changed
-from qcat_convert.peft_adapter import kept_layers, read_adapter_config
+from qcat_convert.peft_adapter import embedding_rows, kept_layers, read_adapter_config
 from qcat_convert.stream import Job, Measured, convert
 from qcat_convert.writer import Precision
 
@@ -48,6 +49,8 @@ class WholeJob:
 
     tree: Path
     """The llama.cpp source tree."""
+    base: str
+    """Its name, for messages."""
     folder: Path
     """Of the base."""
     adapter: Path | None
@@ -67,20 +70,43 @@ class WholeJob:
     """As a `Job` has it; there is no importance matrix here."""
 
 
-def is_known(folder: Path) -> bool:
-    """Whether qcat's own converter knows the architecture of a checkpoint's folder.
+@dataclass(frozen=True)
+class Located:
+    """A base and an adapter on disk, of an architecture that qcat does not know."""
+
+    base: str
+    """As the user or the adapter named it."""
+    folder: Path
+    """Of the base."""
+    tokenizer_folder: Path
+    """The adapter's folder if it has a tokenizer of its own, else the base's."""
+    config: dict[str, Any]
+    """The part of config.json that describes the language model."""
+
+
+def locate_unknown(adapter: Path | None, base: str | None) -> Located | None:
+    """A base whose architecture qcat's own converter does not know; None if it does.
+
+    Args:
+        adapter: folder that PEFT's `save_pretrained` wrote; None exports the base as it is.
+        base: local folder or hub name; None uses the one named in the adapter.
 
     Raises:
-        ModelError: its config.json is absent or damaged.
+        ExportError, ModelError: something is missing, unsupported or damaged; names it.
     """
-    names = _config(folder).get("architectures")
-    return isinstance(names, list) and bool(names) and names[0] in ARCHITECTURES
-
-
-def whole_layers(folder: Path) -> int | None:
-    """How many layers a checkpoint's config.json says it has; None if it does not say."""
-    count = _text_config(_config(folder)).get("num_hidden_layers")
-    return count if isinstance(count, int) else None
+    said = read_adapter_config(adapter) if adapter else {}
+    base = base or said.get("base_model_name_or_path")
+    if not base:
+        raise ExportError(f"{adapter}: names no base model: give one with --base")
+    folder = base_folder(base)
+    config = _config(folder)
+    names = config.get("architectures")
+    if isinstance(names, list) and names and names[0] in ARCHITECTURES:
+        return None
+    if kept_layers(said):
+        raise ExportError(f"{adapter}: is for some of its base's layers: --converter exports all")
+    own = adapter and (adapter / "tokenizer.json").is_file()
+    return Located(base, folder, adapter if adapter and own else folder, _text_config(config))
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -92,28 +118,6 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part that describes the language model: of its own in a model that sees pictures."""
     part = config.get("text_config")
     return part if isinstance(part, dict) else config
-
-
-def locate_whole(adapter: Path | None, base: str | None) -> tuple[Path, Path]:
-    """The folders of a base and of the tokenizer.
-
-    Args:
-        adapter: folder that PEFT's `save_pretrained` wrote; None exports the base as it is.
-        base: local folder or hub name; None uses the one named in the adapter.
-
-    Raises:
-        ExportError, ModelError: something is missing, unsupported or damaged; names it.
-    """
-    config = read_adapter_config(adapter) if adapter else {}
-    base = base or config.get("base_model_name_or_path")
-    if not base:
-        raise ExportError(f"{adapter}: names no base model: give one with --base")
-    if kept_layers(config):
-        raise ExportError(f"{adapter}: is for some of its base's layers: --converter exports all")
-    folder = base_folder(base)
-    if adapter and (adapter / "tokenizer.json").is_file():
-        return folder, adapter
-    return folder, folder
 
 
 def check_tree(tree: Path) -> None:
@@ -141,10 +145,15 @@ def convert_whole(job: WholeJob, progress: Count = uncounted) -> Measured:
         ExportError, ModelError: something cannot be merged or converted; names it.
     """
     model = _merged(job)
-    with TemporaryDirectory(prefix="checkpoint-", dir=job.target.parent) as work:
-        checkpoint = Path(work)
-        _save(model, job, checkpoint)
-        _run_script(job, checkpoint)
+    reference = None
+    if job.held_out:
+        reference = label_distributions(model, job.prefix, job.trie, job.held_out, progress)
+    checkpoint = job.target.with_name("checkpoint")
+    _save(model, job, checkpoint)
+    del model  # the converter needs memory too
+    _run_script(job, checkpoint)
+    shutil.rmtree(checkpoint)
+    _check_tokenizer(job)
     write_metadata(
         job.target,
         {
@@ -157,9 +166,16 @@ def convert_whole(job: WholeJob, progress: Count = uncounted) -> Measured:
             "tokenizer.ggml.add_eos_token": False,
         },
     )
-    if not job.held_out:
-        return Measured(None, None)
-    return Measured(None, label_distributions(model, job.prefix, job.trie, job.held_out, progress))
+    return Measured(None, reference)
+
+
+def _check_tokenizer(job: WholeJob) -> None:
+    found = read_header(job.target).metadata.get("tokenizer.ggml.model")
+    if found not in OTHER_TOKENIZERS:
+        raise ExportError(
+            f"base {job.folder}: its tokenizer ({found}) cannot be used: byte-level BPE and "
+            "SentencePiece can"
+        )
 
 
 def label_distributions(
@@ -201,28 +217,16 @@ def _merged(job: WholeJob) -> Any:
     """The whole model in float32, the adapter merged into it; checked that this changed nothing."""
     import torch
     from tqdm import tqdm
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     tqdm.set_lock(RLock())  # its own is between processes, and remains when this one is killed
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder, adapter = job.folder, job.adapter
-    try:
-        # Code in the folder is never run.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"base {folder}: transformers cannot load it ({first_line(error)}): upgrade it, or "
-            "download the model again"
-        ) from None
-    if getattr(model.config, "quantization_config", None):
-        raise ModelError(f"base {folder}: is quantized: start from the unquantized base")
+    model: Any = load_model(folder, parse_config(folder), torch.float32).eval()
     if adapter is None:
-        return model.eval()
-    tuned = attach(model, adapter, str(folder)).eval()
+        return model
+    rows = embedding_rows(adapter)
+    if rows and rows != model.get_input_embeddings().num_embeddings:  # it has added tokens
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    tuned = attach(model, adapter, job.base).eval()
     ids = torch.tensor([job.prefix])
     with torch.inference_mode():
         before = tuned(ids, use_cache=False).logits
@@ -237,40 +241,56 @@ def _merged(job: WholeJob) -> Any:
 
 def _save(model: Any, job: WholeJob, checkpoint: Path) -> None:
     """Save the merged model with the base's own config.json, from which the converter reads."""
-    model.save_pretrained(checkpoint)
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(checkpoint)
+    except SafetensorError as error:
+        raise ExportError(
+            f"{checkpoint}: cannot be written ({first_line(error)}): make room: the whole model in "
+            "float32 is saved there for a while"
+        ) from None
     config = _config(job.folder)
-    _text_config(config)["vocab_size"] = model.config.get_text_config().vocab_size
+    text, head = _text_config(config), model.get_output_embeddings()
+    text["vocab_size"] = model.get_input_embeddings().num_embeddings
+    tied = head.weight is model.get_input_embeddings().weight
+    text["tie_word_embeddings"] = config["tie_word_embeddings"] = tied
     (checkpoint / "config.json").write_text(json.dumps(config), "utf-8")
-    for pattern in _TOKENIZER_FILES:
-        for path in job.tokenizer_folder.glob(pattern):
-            shutil.copy(path, checkpoint)
+    for folder in (job.folder, job.tokenizer_folder):  # the adapter may bring a part of them
+        for pattern in _TOKENIZER_FILES:
+            for path in folder.glob(pattern):
+                shutil.copy(path, checkpoint)
 
 
 def _run_script(job: WholeJob, checkpoint: Path) -> None:
     # transformers drops the layers for speculative decoding, so the converter must not expect them.
-    for option in ("--no-mtp", None):
-        said = _run_once(job, checkpoint, [option] if option else [])
-        if not said:
+    script = job.tree / SCRIPT
+    for options in (["--no-mtp"], []):
+        status, said = _run_once(job, checkpoint, options)
+        if status == 0 and job.target.is_file():
             return
         if "--no-" not in said:  # it complains of something else than the option
             break
-    raise ExportError(
-        f"{job.tree / SCRIPT}: cannot convert the model ({said[:200]}): try a newer llama.cpp"
-    )
+    if status < 0:
+        raise ExportError(f"{script}: was ended from outside ({status}): was there enough memory?")
+    if "No space left" in said:
+        raise ExportError(f"{job.target}: the disk is full: make room")
+    advice = "try a newer llama.cpp"
+    if "ModuleNotFoundError" in said:
+        advice = f"install what {job.tree / 'requirements'} lists for it"
+    raise ExportError(f"{script}: cannot convert the model ({said[:200]}): {advice}")
 
 
-def _run_once(job: WholeJob, checkpoint: Path, options: Sequence[str]) -> str:
-    """Run the script; what it says last if it fails, else nothing."""
+def _run_once(job: WholeJob, checkpoint: Path, options: Sequence[str]) -> tuple[int, str]:
+    """Run the script; its exit status, and what it says last."""
     command: list[Any] = [sys.executable, job.tree / SCRIPT, checkpoint, "--outfile", job.target]
     done = subprocess.run(
         [*command, "--outtype", job.precision, *options],
-        env={**os.environ, "PYTHONPATH": str(job.tree / "gguf-py"), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
     )
-    if done.returncode == 0 and job.target.is_file():
-        return ""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return (lines or ["no reason given"])[-1]
+    return done.returncode, (lines or ["no reason given"])[-1]

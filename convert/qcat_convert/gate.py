@@ -68,16 +68,27 @@ def check_base(
         ModelError, ExportError, TaskError: something does not fit; names it.
     """
     config = read_config(folder)
+    tokenizer = tokenizer_of(folder, tokenizer_folder or folder)
+    vocabulary = read_vocabulary(tokenizer, rows or config["vocab_size"])
+    encoded = encode_task(folder, tokenizer, task, config["max_position_embeddings"])
+    return Fitted(named_architecture(config["architectures"]), encoded, tokenizer, vocabulary)
+
+
+def tokenizer_of(folder: Path, tokenizer_folder: Path) -> HubTokenizer:
+    """The tokenizer of a base, or the one that an adapter brings, checked to extend the base's.
+
+    Raises:
+        ModelError: it cannot be read, or an adapter lies in the base's folder.
+        ExportError: it is another model's.
+    """
     leftover = folder / "adapter_config.json"
     if leftover.exists():
         raise ModelError(
             f"{leftover}: an adapter lies beside the model, and transformers would apply it in "
             "training alone: remove it, or merge it into the model first"
         )
-    count = rows or config["vocab_size"]
-    context = config["max_position_embeddings"]
-    tokenizer = HubTokenizer(tokenizer_folder or folder)
-    if tokenizer_folder not in (None, folder) and (folder / "tokenizer.json").is_file():
+    tokenizer = HubTokenizer(tokenizer_folder)
+    if tokenizer_folder != folder and (folder / "tokenizer.json").is_file():
         lost = HubTokenizer(folder).tokens().items() - tokenizer.tokens().items()
         if lost:
             raise ExportError(
@@ -85,20 +96,24 @@ def check_base(
                 f"{folder} ({len(lost)} tokens have other ids): remove it, or name the right base "
                 "with --base"
             )
-    vocabulary = read_vocabulary(tokenizer, count)
+    return tokenizer
+
+
+def encode_task(
+    folder: Path, tokenizer: HubTokenizer, task: Task, context: int | None
+) -> EncodedTask:
+    """A task in a base's tokens, checked to spell no special token and to fit the context.
+
+    Args:
+        folder: of the base, for messages.
+        tokenizer: its tokenizer.
+        task: the task.
+        context: tokens that the base has room for; None if unknown.
+
+    Raises:
+        TaskError, ModelError: something does not fit; names it.
+    """
     encoded = EncodedTask.build(task, tokenizer)
-    check_text(encoded, tokenizer)
-    if len(encoded.prefix) + QUESTION_ROOM > context:
-        raise ModelError(
-            f"base {folder}: has a context of {context} tokens, and the prompt takes "
-            f"{len(encoded.prefix)} with {QUESTION_ROOM} for the question: shorten the "
-            "instruction and the descriptions, or take a base with a longer context"
-        )
-    return Fitted(named_architecture(config["architectures"]), encoded, tokenizer, vocabulary)
-
-
-def check_text(encoded: EncodedTask, tokenizer: HubTokenizer) -> None:
-    """Check that a task's text spells no special token. Raises TaskError if it does."""
     for text, known in (*encoded.prompt.prefix, *encoded.prompt.rest("?")):
         if not known and tokenizer.encode(text, special=True) != tokenizer.encode(
             text, special=False
@@ -108,6 +123,13 @@ def check_text(encoded: EncodedTask, tokenizer: HubTokenizer) -> None:
                 "<|im_end|>, which Ollama would read as one: write labels, descriptions and "
                 "instruction without it"
             )
+    if context is not None and len(encoded.prefix) + QUESTION_ROOM > context:
+        raise ModelError(
+            f"base {folder}: has a context of {context} tokens, and the prompt takes "
+            f"{len(encoded.prefix)} with {QUESTION_ROOM} for the question: shorten the "
+            "instruction and the descriptions, or take a base with a longer context"
+        )
+    return encoded
 
 
 def check_splitting(fitted: Fitted, texts: Sequence[str]) -> None:

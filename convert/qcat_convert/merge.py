@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 from qcat.base.checkpoint import first_line, load_config
 from qcat.errors import ExportError, ModelError
 from qcat.gguf.architecture import EMBEDDING, HEAD, architecture
-from qcat_convert.peft_adapter import known_fields, read_adapter_config, read_lora_tensors
+from qcat_convert.peft_adapter import (
+    known_fields,
+    plain_name,
+    read_adapter_config,
+    read_lora_tensors,
+)
 from qcat_convert.scales import Blocks, ScalesAdapter
 from qcat_convert.source import Source
 from qcat_convert.weights import Checkpoint, Rows, Shape
@@ -262,7 +267,12 @@ def attach(model: Any, adapter: Path, base: str) -> Any:
     Raises:
         ExportError: the adapter does not fit the model.
     """
-    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+    from peft import (
+        LoraConfig,
+        PeftModel,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
 
     said = read_adapter_config(adapter)
     tensors = read_lora_tensors(adapter, said)
@@ -274,6 +284,12 @@ def attach(model: Any, adapter: Path, base: str) -> Any:
         tuned = PeftModel(model, config, low_cpu_mem_usage=True)
     except ValueError as error:  # no module of the names that it was trained on
         raise ExportError(f"{where}: {first_line(error)}") from None
+    # A model that sees pictures too has more in its tensors' names, which `plain_name` left out.
+    names = {
+        plain_name(name): name
+        for name in get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    }
+    tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
     _check_tensors(tuned, tensors, where)
     set_peft_model_state_dict(tuned, tensors, low_cpu_mem_usage=True)
     return tuned

@@ -181,7 +181,8 @@ class LlamaScorer:
     def score(self, rests: Sequence[Sequence[int]]) -> Iterator[Scores]:
         """Logits at every branch, for each question in turn.
 
-        Questions share a forward pass, up to `MAX_BATCH` of them and `PASS_TOKENS` tokens; a
+        Questions share a forward pass, up to `MAX_BATCH` of them (fewer if the model keeps a state
+        for each) and `PASS_TOKENS` tokens; a
         longer question gets its own pass. A pass is run when its first result is requested, so
         abandoning the iterator early costs nothing more.
 

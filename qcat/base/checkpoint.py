@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _TOKENIZER_FILES = ["tokenizer*.json", "config.json"]
-_FILES = ["*.safetensors", "*.json", "*.txt"]
+_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
 _NUMBERS = (
     "num_hidden_layers", "vocab_size", "max_position_embeddings", "hidden_size",
     "intermediate_size", "num_attention_heads",
@@ -104,18 +104,8 @@ def load_config(folder: Path, layers: int | None = None) -> Any:
             quantized (merging into a quantized base loses the fine-tune).
         ExportError: an architecture that cannot be converted.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     read_config(folder)
-    try:
-        # Code in the folder is never run, and the user is not asked whether to run it.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as error:  # a value that it does not take
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{folder / 'config.json'}: {reason}: download it again") from None
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"base {folder}: is quantized: start from the unquantized base")
+    config = parse_config(folder)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ModelError(
@@ -129,6 +119,28 @@ def load_config(folder: Path, layers: int | None = None) -> Any:
     return config
 
 
+def parse_config(folder: Path) -> Any:
+    """The transformers configuration of a checkpoint of any architecture.
+
+    Raises:
+        ModelError: there is none that can be read, or the model is quantized.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        # Code in the folder is never run, and the user is not asked whether to run it.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:  # a value that it does not take
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{folder / 'config.json'}: {reason}: download it again, or upgrade transformers"
+        ) from None
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"base {folder}: is quantized: start from the unquantized base")
+    return config
+
+
 def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> Any:
     """The causal language model of a folder, on the CPU.
 
@@ -139,7 +151,21 @@ def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> An
             stay. What is above them is not read.
 
     Raises:
-        ModelError: as `load_config`; or the weights cannot be loaded, or are not whole.
+        ModelError, ExportError: as `load_config` and `load_model`.
+    """
+    return load_model(folder, load_config(folder, layers), dtype)
+
+
+def load_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    """A causal language model of any architecture, on the CPU, with the weights in a folder.
+
+    Args:
+        folder: as `base_folder` gives it.
+        config: its configuration; what it has no place for is not read.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or are not whole.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -148,7 +174,6 @@ def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> An
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call] # the command line draws its own
 
-    config = load_config(folder, layers)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -157,7 +182,7 @@ def load_base(folder: Path, dtype: torch.dtype, layers: int | None = None) -> An
             output_loading_info=True,
             trust_remote_code=False,
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"base {folder}: cannot be loaded: {first_line(error)}") from None
     # transformers fills missing tensors with new random numbers at each load
     model, info = loaded

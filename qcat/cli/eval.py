@@ -22,7 +22,7 @@ _FILE = click.Path(path_type=Path)
 
 def _kinds(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[Kind, ...]:
     """Names with commas between, each once, in the order given."""
-    names = dict.fromkeys(part.strip() for part in value.split(",")) if value else {}
+    names = dict.fromkeys(part.strip() for part in value.split(",")) if value is not None else {}
     for name in names:
         if name not in NAMES:
             raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}")

@@ -6,6 +6,7 @@ import click
 from qcat_convert.quantize import AUTO, QUANTIZATIONS
 
 from qcat.cli.output import FloatRange
+from qcat.training.settings import EPOCHS
 from qcat.workflows.train import DEFAULT_BASE
 
 
@@ -45,7 +46,7 @@ method_option = click.option(
 epochs_option = click.option(
     "--epochs",
     type=click.IntRange(1),
-    default=5,
+    default=EPOCHS,
     show_default=True,
     help="At most so many passes over the data; stops two after the best.",
 )

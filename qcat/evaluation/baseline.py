@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 from qcat.data.dataset import Example
@@ -47,8 +46,11 @@ def baseline_predictions(
 
     Raises:
         DataError: fewer than two labels in the training questions, or no word in them.
-        ModelError: the embedding model cannot be loaded.
+        ModelError: the embedding model cannot be used.
     """
+    for kind in kinds:
+        if kind not in NAMES:
+            raise DataError(f"no baseline {kind!r}: there are {', '.join(NAMES)}")
     labels = [example.label for example in train]
     if len(set(labels)) < 2:
         raise DataError("the baseline needs training questions of at least two labels")
@@ -57,8 +59,7 @@ def baseline_predictions(
     if "tfidf" in kinds:
         found["tfidf"] = _tfidf(learned, labels, texts)
     if {"embeddings", "knn"} & {*kinds}:
-        vectors = partial(_embedded, _embedder(embedder))
-        there, here = vectors(learned), vectors(texts)
+        there, here = _embedded(embedder, learned, texts)
         for kind in ("embeddings", "knn"):
             if kind in kinds:
                 model = _on_embeddings(kind, len(train))
@@ -93,8 +94,9 @@ def _on_embeddings(kind: Kind, questions: int) -> Any:
     )
 
 
-def _embedder(name: str) -> Any:
-    """The embedding model, on the CPU."""
+def _embedded(name: str, *parts: Sequence[str]) -> list[Any]:
+    """Unit vectors of each list of texts, shape (texts, width), computed on the CPU."""
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
@@ -103,15 +105,14 @@ def _embedder(name: str) -> Any:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         # Code in the folder is never run.
-        return SentenceTransformer(name, device="cpu", trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        model = SentenceTransformer(name, device="cpu", trust_remote_code=False)
+        return [
+            model.encode(list(part), normalize_embeddings=True, show_progress_bar=False)
+            for part in parts
+        ]
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"embedding model {name!r}: cannot be loaded ({reason}): check the name and the "
+            f"embedding model {name!r}: cannot be used ({reason}): check the name and the "
             "network, or give a folder with --embedder"
         ) from None
-
-
-def _embedded(model: Any, texts: Sequence[str]) -> Any:
-    """Unit vectors, shape (texts, width)."""
-    return model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)

@@ -26,8 +26,8 @@ _COUNTS = {
     "rope.dimension_count": 1 << 12,
     "vocab_size": 1 << 24,
 }
-_OTHER_TOKENIZERS = ("gpt2", "llama")
-"""What an architecture that llama.cpp's own converter converted may have."""
+OTHER_TOKENIZERS = ("gpt2", "llama")
+"""What a model that llama.cpp's own converter converted may have: byte-level BPE, SentencePiece."""
 _RATES = ("rope.freq_base", "attention.layer_norm_rms_epsilon")
 
 
@@ -53,14 +53,13 @@ def unfit(header: Header) -> str | None:
 def _check_model(header: Header) -> None:
     metadata = header.metadata
     arch = metadata.get("general.architecture")
-    if arch in _TOKENIZERS:
+    if not _made_by_converter(header):
+        if arch not in _TOKENIZERS:
+            raise DamagedError(f"architecture {shown(arch)} is not one that qcat makes")
         _check_known(header, arch)
-    elif not made_by_converter(header):
-        raise DamagedError(f"architecture {shown(arch)} is not one that qcat makes")
-    elif metadata.get("tokenizer.ggml.model") not in _OTHER_TOKENIZERS:
-        raise DamagedError(
-            f"tokenizer {shown(metadata.get('tokenizer.ggml.model'))} is not one that qcat knows"
-        )
+    elif metadata.get("tokenizer.ggml.model") not in OTHER_TOKENIZERS:
+        found = shown(metadata.get("tokenizer.ggml.model"))
+        raise DamagedError(f"tokenizer {found} is not one that qcat knows")
     if metadata.get("tokenizer.ggml.model") == "llama" and any(
         metadata.get(key) != metadata.get(TOKENS) for key in (SCORES, TYPES)
     ):
@@ -69,7 +68,7 @@ def _check_model(header: Header) -> None:
         raise DamagedError("a token stands twice in the vocabulary, is empty, or holds a NUL")
 
 
-def made_by_converter(header: Header) -> bool:
+def _made_by_converter(header: Header) -> bool:
     """Whether `qcat export --converter` made the file: qcat does not know its architecture."""
     try:
         source = json.loads(header.metadata.get(SOURCE_KEY, "{}"))

@@ -128,7 +128,9 @@ def _hub_header(task: Task, report: Mapping[str, Any]) -> str:
 
 
 def layers_text(source: Mapping[str, Any]) -> str:
-    """How many layers of its base a model has."""
+    """How many layers of its base a model has; all if nothing is recorded."""
+    if "layers" not in source:
+        return "all of the base"
     kept, whole = source["layers"], source["base_layers"]
     if kept == whole:
         return f"all {whole} of the base"

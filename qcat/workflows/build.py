@@ -23,6 +23,7 @@ from qcat.gguf.bundle import Bundle
 from qcat.gguf.sections import REPORT_KEY, section
 from qcat.progress import Progress, silent
 from qcat.task import Task
+from qcat.training.settings import EPOCHS
 from qcat.workflows.choose import kinds_to_make
 from qcat.workflows.init import init_task, task_name
 from qcat.workflows.train import DEFAULT_BASE, train
@@ -65,7 +66,7 @@ def build(
     task: str | os.PathLike[str] | None = None,
     base: str = DEFAULT_BASE,
     method: Method = "scales",
-    epochs: int = 5,
+    epochs: int = EPOCHS,
     learning_rate: float | None = None,
     layers: int | Literal["auto"] | None = None,
     quantization: str | None = None,

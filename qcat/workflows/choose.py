@@ -88,7 +88,7 @@ def within_size(files: Mapping[str, Path], limit: float | None) -> dict[str, Pat
         smallest = min(sizes, key=lambda kind: sizes[kind])
         raise ExportError(
             f"{smallest} makes a file of {sizes[smallest]:.1f} MB, more than the {limit:g} of "
-            "--max-mb: allow more, or trim the vocabulary with --vocab trim"
+            "--max-mb: allow more, or trim the vocabulary with --vocab trim where that is possible"
         )
     return small
 

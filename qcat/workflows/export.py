@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from qcat.encoding.agreement import check_questions, check_tokens
 from qcat.encoding.encoded import EncodedTask
 from qcat.encoding.grammar import grammar
 from qcat.errors import DataError, ExportError
-from qcat.evaluation.proof import spread
 from qcat.files import whole_folder
 from qcat.gguf.bundle import Bundle
 from qcat.gguf.sections import REPORT_KEY, write_sections
@@ -43,16 +41,13 @@ from qcat.workflows.export_job import (
     PROBES,
     Request,
     Served,
-    needs_converter,
     prepare_job,
-    prepare_whole,
     read_request,
 )
 from qcat.workflows.prove import check_flips, prove, report_json
+from qcat.workflows.whole_job import find_unknown, for_proof, prepare_whole
 
 Convert = Callable[[Job | WholeJob, Count], Measured]
-_PROVED_WHOLE = 200
-"""Held-out questions of a model that llama.cpp's converter converts: its reference is slow."""
 
 
 def export(
@@ -126,11 +121,13 @@ def _export_into(
     trials_folder = folder / "trials"  # so that it cannot collide with the bundle's files
     trials_folder.mkdir()
     full = trials_folder / f"full.{request.precision}.gguf"
-    whole = needs_converter(request)
-    if whole:
-        request = replace(request, held_out=tuple(spread(request.held_out, _PROVED_WHOLE)))
+    unknown = find_unknown(request)
+    if unknown:
+        request = for_proof(request)
     with converter() as run:
-        job, served = (prepare_whole if whole else prepare_job)(full, request)
+        job, served = (
+            prepare_whole(full, request, unknown) if unknown else prepare_job(full, request)
+        )
         measured = run(job, partial(progress, "merge and convert"))
     task = served.encoded.task
     gguf = folder / f"{task.name}.gguf"
@@ -239,8 +236,7 @@ def _modelfile(
             parameters=parameters(runtime, model),
             base=base.in_ollama if base else None,
         )
-        if served.rows is not None:  # no other program has these tokens: check everything
-            check_questions(encoded.prompt, served.tokenizer, model, request.training)
+        check_questions(encoded.prompt, served.tokenizer, model, served.compared)
         questions = [*PROBES, *(example.text for example in request.held_out)]
         special = check_tokens(
             encoded.prompt, served.tokenizer, model, partial(render, text), questions

@@ -13,16 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qcat_convert.converter import (
-    SCRIPT,
-    WholeJob,
-    check_tree,
-    is_known,
-    locate_whole,
-    whole_layers,
-)
-from qcat_convert.gate import Fitted, check_base, check_text, check_weights
-from qcat_convert.source import Source, fingerprint, locate
+from qcat_convert.gate import Fitted, check_base, check_weights
+from qcat_convert.source import fingerprint, locate
 from qcat_convert.stream import Job
 from qcat_convert.trim import trim, whole_words
 from qcat_convert.vocab import Vocabulary, read_vocabulary
@@ -39,7 +31,6 @@ from qcat.task import Task
 
 PROBES = ("When was it replaced?", "12 'é'…", "ok")
 """Questions for comparing tokens even without data."""
-_PACKAGES = ("llama-cpp-python", "gguf", "torch", "transformers", "peft")
 _IMATRIX_QUESTIONS = 512  # more questions change the matrix by less than the quantizer's own noise
 
 
@@ -170,6 +161,9 @@ class Served:
     """The rows of embedding and head to keep; None for all."""
     report: dict[str, Any] | None = None
     """What was trimmed, and how many questions have different tokens as a result."""
+    compared: tuple[str, ...] = ()
+    """Texts for which tokenizer and file must give the same tokens, besides the held-out questions:
+    of a vocabulary that no other program has, or that qcat does not know."""
 
 
 def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
@@ -199,7 +193,14 @@ def prepare_job(full: Path, request: Request) -> tuple[Job, Served]:
         vocabulary=vocabulary,
         rows=served.rows,
         chat_template=chat_template(encoded.prompt),
-        made_from=_made_from(source, hashed.result()),
+        made_from=made_from(
+            source.base,
+            source.adapter,
+            "scales" if source.scales else "lora" if source.adapter else None,
+            hashed.result(),
+            layers=source.layers,
+            base_layers=source.base_layers,
+        ),
         prefix=list(encoded.prefix),
         trie=encoded.trie,
         training=training,
@@ -246,69 +247,26 @@ def _served(fitted: Fitted, request: Request) -> tuple[Served, Vocabulary]:
             "export with --vocab full, and please report it with the tokenizer's name"
         )
     kept = read_vocabulary(trimmed.tokenizer, len(trimmed.rows))
-    return Served(cut, trimmed.tokenizer, trimmed.rows, report), kept
+    return Served(cut, trimmed.tokenizer, trimmed.rows, report, request.training), kept
 
 
-def needs_converter(request: Request) -> bool:
-    """Whether llama.cpp's converter is to be used: it is given, and qcat's own does not do.
+def made_from(
+    base: str, adapter: Path | None, method: str | None, digest: str, **more: Any
+) -> dict[str, Any]:
+    """What a GGUF was made from, for its metadata: the names of local folders without their paths.
 
-    Raises:
-        ExportError, ModelError: as `prepare_whole`.
+    Args:
+        base: as the user or the adapter named it.
+        adapter: its folder, if there is one.
+        method: which weights were trained; None for an untrained base.
+        digest: fingerprint of the weights.
+        more: further entries.
     """
-    if request.converter is None:
-        return False
-    check_tree(request.converter)
-    folder, _ = locate_whole(request.adapter, request.base)
-    return not is_known(folder)
-
-
-def prepare_whole(full: Path, request: Request) -> tuple[WholeJob, Served]:
-    """As `prepare_job`, for a model that llama.cpp's converter converts.
-
-    Raises:
-        ExportError, ModelError, TaskError: something is missing or does not fit; names it.
-    """
-    if request.beside or request.merges is not None:
-        raise ExportError("--converter goes with neither --beside nor --vocab trim")
-    assert request.converter
-    folder, tokenizer_folder = locate_whole(request.adapter, request.base)
-    tokenizer = HubTokenizer(tokenizer_folder)
-    encoded = EncodedTask.build(request.task, tokenizer)
-    check_text(encoded, tokenizer)
-    adapter, layers = request.adapter, whole_layers(folder)
-    job = WholeJob(
-        tree=request.converter,
-        folder=folder,
-        adapter=adapter,
-        tokenizer_folder=tokenizer_folder,
-        target=full,
-        precision=request.precision,
-        task=encoded.task,
-        chat_template=chat_template(encoded.prompt),
-        made_from={
-            "base": request.base or folder.name,
-            "adapter": adapter.resolve().name if adapter else None,
-            "layers": layers,
-            "base_layers": layers,
-            "method": "lora" if adapter else None,
-            "converter": SCRIPT,
-            "fingerprint": fingerprint(folder, adapter),
-            "versions": versions(*_PACKAGES),
-        },
-        prefix=list(encoded.prefix),
-        trie=encoded.trie,
-        held_out=[encoded.rest(example.text) for example in request.held_out],
-    )
-    return job, Served(encoded, tokenizer)
-
-
-def _made_from(source: Source, digest: str) -> dict[str, Any]:
     return {
-        "base": Path(source.base).resolve().name if Path(source.base).is_dir() else source.base,
-        "adapter": source.adapter.resolve().name if source.adapter else None,
-        "layers": source.layers,
-        "base_layers": source.base_layers,
-        "method": "scales" if source.scales else "lora" if source.adapter else None,
+        "base": Path(base).resolve().name if Path(base).exists() else base,
+        "adapter": adapter.resolve().name if adapter else None,
+        "method": method,
         "fingerprint": digest,
-        "versions": versions(*_PACKAGES),
+        **more,
+        "versions": versions("llama-cpp-python", "gguf", "torch", "transformers", "peft"),
     }

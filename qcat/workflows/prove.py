@@ -85,24 +85,26 @@ def check_flips(report: Mapping[str, Any], request: Request) -> None:
     raise ExportError(
         f"{_tried(report)}{flips} of {questions} labels changed, more than "
         f"{request.max_flips:.1%}, and accuracy went from {before:.3f} to {after:.3f}: export with "
-        f"{_way_out(request, report)}; or train with --method scales, which has nothing to lose; "
-        f"the report is {kept}"
+        f"{_way_out(request, report)}; the report is {kept}"
     )
 
 
 def _way_out(request: Request, report: Mapping[str, Any]) -> str:
     """Options that may lose less and were not tried."""
-    ways = []
+    ways, foreign = [], "converter" in report["source"]
     if request.merges is not None and report["proof"]["f16"]["flips"]:
         ways.append("--vocab full")
     if report["source"]["method"] != "scales":
         if request.quantization not in (None, AUTO):
             ways.append(f"--quant {AUTO}, which measures {', '.join(CANDIDATES)}")
-        if not request.training:
+        if not (request.training or foreign):
             ways.append("questions for the importance matrix")
     if request.max_mb is not None:
         ways.append("a higher --max-mb")
-    return ", or with ".join([*ways, "a higher --max-flips"])
+    text = ", or with ".join([*ways, "a higher --max-flips"])
+    if foreign:
+        return text
+    return f"{text}; or train with --method scales, which has nothing to lose"
 
 
 def _tried(report: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from qcat.errors import ArgumentError
 from qcat.progress import Progress, silent
 from qcat.task import Task
 from qcat.threads import wait_briefly
+from qcat.training.settings import EPOCHS
 
 if TYPE_CHECKING:
     from qcat.training.adapters import Method
@@ -27,7 +28,7 @@ def train(
     output: str | os.PathLike[str],
     base: str = DEFAULT_BASE,
     checkpoint: str | os.PathLike[str] | None = None,
-    epochs: int = 5,
+    epochs: int = EPOCHS,
     batch_size: int = 8,
     learning_rate: float | None = None,
     rank: int = 16,

@@ -480,7 +480,7 @@ BAD = {
             "--embedder",
             "./none",
         ],
-        "embedding model './none': cannot be loaded",
+        "embedding model './none': cannot be used",
     ),
     "bad off-topic": (["HOUSE", "good.jsonl", "--off-topic", "empty.jsonl"], "empty.jsonl: no"),
     "no other": (["HOUSE", "good.jsonl", "--compare", "none.gguf"], "none.gguf"),
