@@ -234,8 +234,8 @@ def call(
     from qcat.workflows import export as pipeline
     from qcat.workflows import retrain
 
-    monkeypatch.setattr(pipeline, "convert_apart", lambda: nullcontext(pipeline.convert))
-    monkeypatch.setattr(retrain, "convert_apart", lambda: nullcontext(pipeline.convert))
+    monkeypatch.setattr(pipeline, "convert_apart", lambda: nullcontext(pipeline.convert_job))
+    monkeypatch.setattr(retrain, "convert_apart", lambda: nullcontext(pipeline.convert_job))
 
     def call(*args: Any) -> subprocess.CompletedProcess[str]:
         capsys.readouterr()  # what fixtures have printed

@@ -125,11 +125,12 @@ def test_through_the_command(qcat, make_pair, household, tmp_path):
 
 
 def test_a_base_with_a_capable_template_is_copied_for_ollama(make_pair, household, tmp_path):
-    from qcat.gguf.sections import _rewrite
+    from qcat.gguf.sections import write_metadata
 
     base, adapter = make_pair()
     capable = tmp_path / "capable.gguf"
-    _rewrite(base, capable, {"tokenizer.chat_template": b"{% if tools %}{{ tools }}{% endif %}"})
+    shutil.copy(base, capable)
+    write_metadata(capable, {"tokenizer.chat_template": "{% if tools %}{{ tools }}{% endif %}"})
     copy = tmp_path / "adapter"
     shutil.copytree(adapter, copy)
     request = Request(household, tmp_path / "out", adapter=copy, base=str(capable), beside=True)

@@ -29,7 +29,7 @@ def in_this_process(monkeypatch):
 
     from qcat.workflows import export as pipeline
 
-    monkeypatch.setattr(pipeline, "convert_apart", lambda: nullcontext(pipeline.convert))
+    monkeypatch.setattr(pipeline, "convert_apart", lambda: nullcontext(pipeline.convert_job))
 
 
 @pytest.fixture
