@@ -247,9 +247,19 @@ def test_an_interrupt_ends_the_converter_too(small, tmp_path):
     (tmp_path / "held.jsonl").write_text(few(3), "utf-8")
     program = Path(sys.executable).with_name("qcat")
     command = [program, "export", small[1], "-t", EXAMPLE / "task.toml", "-o", "out", *HELD]
-    with subprocess.Popen([*command, "--converter", tree], cwd=tmp_path) as process:
+    # A shell lets the programs that it starts in the background ignore this signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen([*command, "--converter", tree], cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
         wait_until((tmp_path / "started").exists)
         process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
     wait_until(lambda: not running(str(tree)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held.jsonl", "started", "tree"]
 
