@@ -33,7 +33,8 @@ from qcat.gguf.sections import SOURCE_KEY, TASK_KEY, write_metadata
 from qcat.progress import Count, uncounted
 from qcat.task import Task
 from qcat_convert.merge import attach, changed
-from qcat_convert.peft_adapter import embedding_rows, kept_layers, read_adapter_config
+from qcat_convert.peft_adapter import embedding_rows, kept_layers
+from qcat_convert.source import folder_of_tokenizer, named_base
 from qcat_convert.stream import Job, Measured, convert
 from qcat_convert.writer import Precision
 
@@ -94,10 +95,7 @@ def locate_unknown(adapter: Path | None, base: str | None) -> Located | None:
     Raises:
         ExportError, ModelError: something is missing, unsupported or damaged; names it.
     """
-    said = read_adapter_config(adapter) if adapter else {}
-    base = base or said.get("base_model_name_or_path")
-    if not base:
-        raise ExportError(f"{adapter}: names no base model: give one with --base")
+    said, base = named_base(adapter, base)
     folder = base_folder(base)
     config = _config(folder)
     names = config.get("architectures")
@@ -105,8 +103,7 @@ def locate_unknown(adapter: Path | None, base: str | None) -> Located | None:
         return None
     if kept_layers(said):
         raise ExportError(f"{adapter}: is for some of its base's layers: --converter exports all")
-    own = adapter and (adapter / "tokenizer.json").is_file()
-    return Located(base, folder, adapter if adapter and own else folder, _text_config(config))
+    return Located(base, folder, folder_of_tokenizer(folder, adapter), _text_config(config))
 
 
 def _config(folder: Path) -> dict[str, Any]:

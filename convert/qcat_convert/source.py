@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qcat.base.checkpoint import base_folder, count_layers
 from qcat.errors import ExportError, ModelError
@@ -44,26 +45,45 @@ def locate(adapter: Path | None, base: str | None) -> Source:
     Raises:
         ExportError, ModelError: something is missing, unsupported or damaged; names it.
     """
-    config = read_adapter_config(adapter) if adapter else {}
-    base = base or config.get("base_model_name_or_path")
-    if not base:
-        raise ExportError(f"{adapter}: names no base model: give one with --base")
+    config, base = named_base(adapter, base)
     folder = base_folder(base)
     shapes = Checkpoint(folder).shapes
     stored = shapes.get(EMBEDDING) or shapes.get(HEAD)
     if not stored:
         raise ModelError(f"base {folder}: has no {EMBEDDING}: save it with save_pretrained")
     rows = stored[0]
-    tokenizer_folder = folder
     if adapter:
         # An adapter that was trained with added tokens contains their rows.
         rows = embedding_rows(adapter) or rows
-        if (adapter / "tokenizer.json").is_file():
-            tokenizer_folder = adapter
+    tokenizer_folder = folder_of_tokenizer(folder, adapter)
     whole = count_layers(folder)
     layers = kept_layers(config) or whole
     scales = config.get("peft_type") == PEFT_TYPE
     return Source(base, folder, adapter, tokenizer_folder, rows, layers, whole, scales)
+
+
+def named_base(adapter: Path | None, base: str | None) -> tuple[dict[str, Any], str]:
+    """An adapter's configuration (empty without one), and the name of its base.
+
+    Args:
+        adapter: folder of the adapter.
+        base: the name if it was given; None uses the one in the adapter.
+
+    Raises:
+        ExportError: no base is named, or the adapter cannot be used.
+    """
+    config = read_adapter_config(adapter) if adapter else {}
+    base = base or config.get("base_model_name_or_path")
+    if not base:
+        raise ExportError(f"{adapter}: names no base model: give one with --base")
+    return config, base
+
+
+def folder_of_tokenizer(base: Path, adapter: Path | None) -> Path:
+    """The adapter's folder if it has a tokenizer of its own, else the base's."""
+    if adapter and (adapter / "tokenizer.json").is_file():
+        return adapter
+    return base
 
 
 def is_scales(adapter: Path) -> bool:
