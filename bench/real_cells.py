@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-SMALL_RECIPE = {
-    "method": "lora", "epochs": 4, "batch": 32, "rate": 5e-4, "rank": 32, "train_embeddings": True,
-    "word_dropout": 0.15,
-}  # fmt: skip
-"""What the small base is trained with, as `examples/household/make_model.sh` does."""
-FEW_RECIPE = SMALL_RECIPE | {"epochs": 12, "batch": 16}
+from bases import EXAMPLES
+
+sys.path.insert(0, str(EXAMPLES / "household"))
+
+from recipe import RECIPE  # noqa: E402 (it lies beside the example questions)
+
+FEW_RECIPE = RECIPE | {"epochs": 12, "batch": 16}
 """The small base on few questions: as many steps in all as four epochs of ten times as many."""
 
 
@@ -117,7 +119,7 @@ def _classics() -> Iterator[Cell]:
     for data in ("household-10", "household", "banking77-10", "banking77-50", "banking77-1000",
                  "clinc150-10", "clinc150-50"):  # fmt: skip
         few = data.endswith("-10")
-        settings = FEW_RECIPE if few else SMALL_RECIPE
+        settings = FEW_RECIPE if few else RECIPE
         yield Cell("classics", "small", data, "small base", settings=settings)
     for data in ("household-10", "banking77-10", "banking77-1000"):
         settings = {"epochs": 6} if data.endswith("-10") else TWO

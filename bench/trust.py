@@ -102,7 +102,8 @@ def jobs(work: Path, draws: int) -> Iterator[Job]:
 
 def make(name: str, draw: int, folder: Path) -> None:
     """Train and export one draw; what is neither trained on nor for validation is held out."""
-    sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples" / "base")]
+    sys.path[:0] = [str(ROOT / "examples" / part) for part in ("base", "household")]
+    from recipe import RECIPE
     from texts import reserved
 
     from qcat.training.settings import Settings
@@ -138,17 +139,7 @@ def make(name: str, draw: int, folder: Path) -> None:
         split = Split(few, parts["valid"], parts["test"] + rest)
     else:  # the base has seen Banking77's training questions, so only its test is held out
         split = Split(few, rest[:360], parts["test"])
-    settings = Settings(
-        method="lora",
-        base=str(ROOT / "examples/base/model"),
-        epochs=4,
-        batch=32,
-        rate=5e-4,
-        rank=32,
-        train_embeddings=True,
-        word_dropout=0.15,
-        seed=draw,
-    )
+    settings = Settings(base=str(ROOT / "examples/base/model"), seed=draw, **RECIPE)
     train(task, split, settings, folder / "run")
     request = Request(
         task,

@@ -37,6 +37,7 @@ sys.path.insert(0, str(HERE))
 
 from as_typed import as_typed  # noqa: E402 (they lie beside this file)
 from minilm import FineTuned  # noqa: E402
+from recipe import RECIPE  # noqa: E402
 
 from qcat.cli.output import Bars  # noqa: E402
 from qcat.data.dataset import Example, read_examples  # noqa: E402
@@ -52,16 +53,7 @@ SURE, UNSURE = 0.8, 0.35
 """Mean probability of the best label: from the first on it is taken, up to the second none is."""
 UNKNOWN = 400
 """Lines with a random label."""
-SETTINGS = Settings(
-    method="lora",
-    base=str(ROOT / "examples" / "base" / "model"),
-    epochs=4,
-    batch=32,
-    rate=5e-4,
-    rank=32,
-    train_embeddings=True,
-    word_dropout=0.15,
-)
+SETTINGS = Settings(base=str(ROOT / "examples" / "base" / "model"), **RECIPE)
 
 
 def main() -> None:
