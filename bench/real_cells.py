@@ -18,7 +18,7 @@ from bases import EXAMPLES
 
 sys.path.insert(0, str(EXAMPLES / "household"))
 
-from recipe import RECIPE  # noqa: E402 (it lies beside the example questions)
+from recipe import RECIPE
 
 FEW_RECIPE = RECIPE | {"epochs": 12, "batch": 16}
 """The small base on few questions: as many steps in all as four epochs of ten times as many."""
