@@ -128,7 +128,9 @@ def clean_question(question: str) -> str:
     """A question as every part of qcat sees it, in training and in use.
 
     NFC (Qwen's own tokenizer normalises, llama.cpp does not), lone surrogates to U+FFFD, control
-    characters and line breaks to spaces, runs of white space to one space, stripped.
+    characters and line breaks to spaces, runs of white space to one space, stripped. A question
+    typed in capitals becomes lower case, because capitals are split into other, rarer tokens; one
+    word in capitals may be a code, and stays.
 
     Raises:
         QuestionError: if nothing is left.
@@ -137,10 +139,18 @@ def clean_question(question: str) -> str:
     if not (text.isascii() and text.isprintable()):  # most questions are, and need none of this
         text = unicodedata.normalize("NFC", _SURROGATE.sub("\ufffd", question))
         text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text)
-    text = " ".join(text.split())
+    words = text.split()
+    text = " ".join(words)
+    if text.isupper() and sum(_is_shouted(word) for word in words) >= 2:
+        text = unicodedata.normalize("NFC", text.lower())
     if not text:
         raise QuestionError("the question is empty: write one")
     return text
+
+
+def _is_shouted(word: str) -> bool:
+    """Whether it is a word in capitals, and not a number, an initial or a model's name."""
+    return sum(map(str.isupper, word)) > 2 and not any(map(str.isdigit, word))
 
 
 def encode_segments(segments: Iterable[Segment], encoder: Encoder) -> list[int]:

@@ -88,6 +88,36 @@ def test_same_ids_for_any_question(pair):
     check()
 
 
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("WHO FIXED THE SPRINKLERS", "who fixed the sprinklers"),
+        ("POOL PUMP?", "pool pump?"),
+        ("ЦЕНА ЗАБОРА, КОГДА", "цена забора, когда"),
+        ("\u0130STANBUL KAPISI", "i\u0307stanbul kapisi"),
+        ("STRASSE UND ZAUN 12", "strasse und zaun 12"),
+        # Not typed with caps lock on: a name among words, one word, codes, other scripts.
+        ("WHO fixed the SPRINKLERS", "WHO fixed the SPRINKLERS"),
+        ("EADDRINUSE", "EADDRINUSE"),
+        ("E 1042", "E 1042"),
+        ("RP50587 X200 Y", "RP50587 X200 Y"),
+        ("HVAC 90X2 TP", "HVAC 90X2 TP"),
+        ("电费 多少", "电费 多少"),
+    ],
+)
+def test_capitals_become_lower_case(text, cleaned):
+    assert clean_question(text) == cleaned
+
+
+@given(TEXT | TEXT.map(str.upper))
+def test_cleaning_twice_is_cleaning_once(text):
+    try:
+        question = clean_question(text)
+    except QuestionError:
+        return
+    assert clean_question(question) == question
+
+
 @pytest.mark.parametrize("style", ["plain", "chat"])
 @pytest.mark.parametrize("verbalizer", ["name", "code"])
 def test_same_prompt_in_training_runtime_and_modelfile(pair, style, verbalizer, household):
