@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,17 +23,14 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from data_sets import DATA_SETS, ROOT, questions
+from data_sets import DATA_SETS, questions
+from minilm import FineTuned, minilm
 from real_weights import RESULTS
 from shape import machine
 
 from qcat.cli.output import table
 from qcat.data.dataset import Example
 from qcat.evaluation.baseline import baseline_predictions
-
-sys.path.insert(0, str(ROOT / "examples" / "household"))
-
-from minilm import FineTuned, minilm
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python bench/drift.py
 
 The shipped model answers the validation and test questions of seed 0, which it never saw, in
-their own words, in capitals and with slips, and the questions off the list. Then answers are drawn
+their own words and with slips, and the questions off the list. Then answers are drawn
 from these: for a reference as many whole families of paraphrases as validation has, of which it
 keeps one answer each; for windows single answers, as users ask. Prints tables and one line of JSON.
 """
@@ -46,7 +46,7 @@ Families = Sequence[Answers]
 
 def main() -> None:
     """Ask, draw, print."""
-    (validation, test), (capitals, slips, off) = ask()
+    (validation, test), (slips, off) = ask()
     pool = [*validation, *test]
 
     def drawn_reference(rng: random.Random) -> Reference:
@@ -67,7 +67,6 @@ def main() -> None:
     one_label = [answer for family in pool for answer in family if answer.label == "pool"]
     shifts: dict[str, Answers] = {
         "to one label": one_label,
-        "capitals": capitals,
         "slips": slips,
         "off the list": off,
     }
@@ -87,7 +86,7 @@ def main() -> None:
 
 
 def ask() -> tuple[list[Families], list[Answers]]:
-    """Answers to validation and test; to test in capitals and with slips, and off the list."""
+    """Answers to validation and test; to test with slips, and off the list."""
     sys.path.insert(0, str(ROOT / "tools"))
     from slips import slipped
 
@@ -95,7 +94,6 @@ def ask() -> tuple[list[Families], list[Answers]]:
     split = split_examples(read_examples(HOUSEHOLD / "questions.jsonl", task), task, seed=0)
     test = [example.text for example in split.test]
     others = [
-        [text.upper() for text in test],
         [slipped(text) for text in test],
         read_texts(HOUSEHOLD / "off_topic.jsonl"),
     ]

@@ -135,7 +135,10 @@ def household(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 def _trained(
     task: Any, split: Any, seed: int, layers: int, options: argparse.Namespace, work: Path
 ) -> dict[str, Any]:
-    """One training as `examples/household/make_model.sh` does it, and its export."""
+    """One training with the recipe of `examples/household/recipe.py`, and its export."""
+    sys.path.insert(0, str(ROOT / "examples" / "household"))
+    from recipe import RECIPE
+
     from qcat.training.settings import Settings
     from qcat.training.train import train
     from qcat.workflows.export import export as run_export
@@ -144,18 +147,8 @@ def _trained(
     run, target = work / "run", work / f"household-{layers}"
     for old in (run, target):
         shutil.rmtree(old, ignore_errors=True)
-    settings = Settings(
-        method="lora",
-        base=str(SMALL_BASE),
-        epochs=options.epochs,
-        batch=32,
-        rate=5e-4,
-        rank=32,
-        train_embeddings=True,
-        word_dropout=0.15,
-        seed=seed,
-        layers=layers,
-    )
+    recipe = RECIPE | {"epochs": options.epochs}
+    settings = Settings(base=str(SMALL_BASE), seed=seed, layers=layers, **recipe)
     start = time.perf_counter()
     record = train(task, split, settings, run)
     taken = time.perf_counter() - start

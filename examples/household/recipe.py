@@ -1,4 +1,4 @@
-"""How the small base is trained on the household questions, as `make_model.sh` does it."""
+"""How `make_model.py` and the benchmarks train the small base on the household questions."""
 
 from typing import Any
 

@@ -587,13 +587,12 @@ def unseen(household):
 def asked(unseen):
     """Answers to questions that the model never saw, and to others.
 
-    `pool`: all of `unseen`; `capitals`, `slips`: 150 of these in other words; `off`: off the list.
+    `pool`: all of `unseen`; `slips`: 150 of these with slips; `off`: off the list.
     """
     texts = [text for family in unseen for text in family]
     mixed = random.Random(0).sample(texts, 150)
     parts = {
         "pool": texts,
-        "capitals": [text.upper() for text in mixed],
         "slips": [slipped(text) for text in mixed],
         "off": read_texts(EXAMPLE / "off_topic.jsonl")[::2],
     }
@@ -625,7 +624,6 @@ def test_a_thousand_windows_without_drift(unseen, asked):
     [
         ("to one label", 0.2, 500),
         ("slips", 1.0, 300),
-        ("capitals", 1.0, 300),
         ("off", 0.2, 500),
         ("off", 0.5, 250),
     ],

