@@ -16,19 +16,14 @@ import numpy as np
 
 from qcat.base.ollama_store import PREFIX
 from qcat.calibration.calibration import Calibration
-from qcat.calibration.decide import OWN_RULE, check_coverage, decide
+from qcat.calibration.decide import OWN_RULE, check_coverage
 from qcat.encoding.prompt import QUESTION_ROOM, clean_question
-from qcat.encoding.scoring import (
-    BoundedScores,
-    Floats,
-    Scores,
-    label_log_probabilities,
-    temper,
-    temper_bounds,
-)
-from qcat.errors import ArgumentError, ModelError, QuestionError, ServerError
+from qcat.encoding.scoring import Floats
+from qcat.errors import ArgumentError, QuestionError, ServerError
+from qcat.judge import Judge
 from qcat.opening import Opened, open_file, open_served
 from qcat.prediction import Prediction
+from qcat.task import Task
 from qcat.threads import MAX_THREADS
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "household.gguf"
@@ -60,7 +55,12 @@ class Classifier:
         strict: bool,
         rule: str,
     ) -> None:
-        self.task = opened.encoded.task
+        self.task, among = opened.encoded.task, opened.among
+        if among is not None:
+            known = tuple(self.task.labels)
+            self.task = self.task.only([known[number] for number in among])
+        self.trained = opened.trained
+        """Whether the model was trained on these labels, or on a task that has them and others."""
         self.calibration = calibration
         self.coverage = coverage
         self.strict = strict
@@ -75,12 +75,22 @@ class Classifier:
         """In the order of the task."""
         self._encoded, self._vocabulary = opened.encoded, opened.vocabulary
         self._scorer = opened.scorer
+        self._judge = Judge(
+            name=name,
+            labels=self.labels,
+            among=among if among is not None else tuple(range(len(self.labels))),
+            trie=opened.encoded.trie,
+            calibration=calibration,
+            coverage=coverage,
+            accepts=opened.scorer.accepts,
+        )
 
     @classmethod
     def open(
         cls,
         model: str | os.PathLike[str] | None = None,
         *,
+        task: Task | None = None,
         adapter: str | os.PathLike[str] | None = None,
         threshold: float | None = None,
         coverage: float | None = None,
@@ -98,6 +108,10 @@ class Classifier:
                 with qcat, for questions about a house (`DEFAULT_MODEL`). `ollama:NAME` is a model
                 made by `qcat deploy` on the Ollama server at OLLAMA_HOST. For an adapter file
                 (`qcat export --beside`), the base is loaded from its location at export.
+            task: what to answer, instead of the task stored in the model. If the model was trained
+                on these labels and others, it answers among these; otherwise it answers without
+                training (`trained`), with raw probabilities, and `model` may be any GGUF of a
+                generative model, whose own chat template is then used. Not for a server.
             adapter: an adapter file, with `model` as its base: a GGUF, or a model on an Ollama
                 server that combines both. Without `model`, the same as passing the adapter file as
                 `model`. A file that several classifiers of a process have open is in memory once.
@@ -124,7 +138,7 @@ class Classifier:
             ArgumentError: an argument is invalid.
         """
         served = isinstance(model, str) and model.startswith(OLLAMA)
-        _check_arguments(served, threshold, coverage, threads, timeout)
+        _check_arguments(served, task, threshold, coverage, threads, timeout)
         if model is None:  # an adapter by itself knows its base
             model, adapter = adapter or DEFAULT_MODEL, None
         name = os.fspath(model)
@@ -145,6 +159,7 @@ class Classifier:
                 opened = open_file(
                     file,
                     base,
+                    task=task,
                     calibrated=calibrated,
                     threads=threads,
                     quick_start=quick_start,
@@ -178,7 +193,7 @@ class Classifier:
             ServerError: the server does not answer.
         """
         rest, truncated = self._encode(question)
-        return self._predict(next(self._scorer.score([rest])), truncated)
+        return self._judge.predict(next(self._scorer.score([rest])), truncated)
 
     def ask_many(self, questions: Iterable[str]) -> Iterator[Prediction]:
         """Classify many questions, in order, several in one forward pass.
@@ -221,7 +236,7 @@ class Classifier:
                 if isinstance(entry, QuestionError):
                     yield entry
                 else:
-                    yield self._predict(next(scores), entry[1])
+                    yield self._judge.predict(next(scores), entry[1])
 
     def predict(self, texts: Iterable[str]) -> list[str]:
         """The most probable label of each text, as scikit-learn's classifiers return it.
@@ -317,70 +332,10 @@ class Classifier:
             ids = self._encoded.ids(kept.rstrip())
         return ids
 
-    def _predict(self, scores: Scores | BoundedScores, truncated: bool) -> Prediction:
-        if isinstance(scores, BoundedScores):
-            return self._predict_bounded(scores, truncated)
-        logs = label_log_probabilities(self._encoded.trie, scores.logits)
-        probabilities = temper(logs, self.calibration.temperature)
-        # The grammar has the last word: a label that it rejects is never returned.
-        order = np.argsort(-probabilities, kind="stable")
-        best = next((int(i) for i in order if self._scorer.accepts(int(i))), None)
-        if best is None:
-            raise ModelError(f"{self.name}: its grammar accepts no label: export it again")
-        known = (probabilities, probabilities)
-        return self._decide(best, known, scores.mass, scores.energy, truncated)
-
-    def _predict_bounded(self, scores: BoundedScores, truncated: bool) -> Prediction:
-        best = scores.label
-        if not self._scorer.accepts(best):
-            raise ModelError(f"{self.name}: gave an answer that is no label: ask again")
-        if scores.mass is not None:
-            bounds = temper_bounds(scores.lower, scores.upper, self.calibration.temperature)
-            return self._decide(best, bounds, scores.mass, None, truncated)
-        if self.coverage is not None:
-            raise ServerError(
-                f"{self.name}: this Ollama gives no probabilities, which sets need: 0.12.11 or "
-                "later does"
-            )
-        nothing_known = self.calibration.reason(self.labels[best], 0.0, 0.0, False)
-        return Prediction(
-            label=self.labels[best],
-            confidence=None,
-            abstained=nothing_known is not None,
-            reason=nothing_known,
-            probabilities={},
-            exact=False,
-            label_mass=None,
-            energy=None,
-            on_topic=None,
-            prediction_set=None,
-            margin=None,
-            entropy=None,
-            truncated=truncated,
-        )
-
-    def _decide(
-        self,
-        best: int,
-        bounds: tuple[Floats, Floats],
-        mass: float,
-        energy: float | None,
-        truncated: bool,
-    ) -> Prediction:
-        return decide(
-            self.calibration,
-            self.labels,
-            best,
-            *bounds,
-            mass=mass,
-            energy=energy,
-            truncated=truncated,
-            coverage=self.coverage,
-        )
-
 
 def _check_arguments(
     served: bool,
+    task: Task | None,
     threshold: float | None,
     coverage: float | None,
     threads: int | None,
@@ -393,6 +348,8 @@ def _check_arguments(
         raise ArgumentError(f"threads from 1 to {MAX_THREADS} expected")
     if coverage is not None and (threshold is not None or not 0 < coverage < 1):
         raise ArgumentError("coverage between 0 and 1 expected, and no threshold with it")
+    if served and task is not None:
+        raise ArgumentError("a task expected for a file only: a model on a server has its own")
     if served and threads is not None:
         raise ArgumentError("threads are the server's own affair")
     if timeout is not None and not (served and 0 < timeout < float("inf")):

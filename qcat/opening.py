@@ -6,25 +6,38 @@ Independent of predictions.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qcat.base.beside import find_base
 from qcat.base.ollama_store import PREFIX
 from qcat.calibration.calibration import Calibration
 from qcat.encoding.encoded import EncodedTask
-from qcat.encoding.prompt import QUESTION_ROOM, Vocabulary
+from qcat.encoding.prompt import (
+    QUESTION_ROOM,
+    Prompt,
+    Segment,
+    Vocabulary,
+    build_prompt,
+    with_codes,
+)
 from qcat.encoding.scoring import BoundedScores, Scores
 from qcat.errors import BundleError, ModelError, ServerError
 from qcat.gguf.bundle import Bundle, fingerprint, identity, is_adapter
+from qcat.gguf.header import Header
 from qcat.gguf.sections import CALIBRATION_KEY, TASK_KEY, section
 from qcat.gguf.vocabulary import write_vocabulary
+from qcat.task import Task
 from qcat.threads import default_threads
+
+if TYPE_CHECKING:
+    from qcat.backends.llama import LlamaModel
 
 
 class Scorer(Protocol):
@@ -46,12 +59,17 @@ class Opened:
     calibration: Calibration
     identity: str
     """Identifies the model in a log."""
+    among: tuple[int, ...] | None = None
+    """The labels that may be answered, by their numbers in the task; None for all of them."""
+    trained: bool = True
+    """Whether the model was trained on the task, or on one with more labels."""
 
 
 def open_file(
     path: Path,
     base: Path | None,
     *,
+    task: Task | None,
     calibrated: bool,
     threads: int | None,
     quick_start: bool,
@@ -63,6 +81,7 @@ def open_file(
     Args:
         path: path of the GGUF.
         base: base of an adapter; None looks for it at its location at export.
+        task: the task to answer, on any generative model; None for the one stored in the file.
         calibrated: use the calibration stored in the file.
         threads: number of threads; None for the physical cores.
         quick_start: use the weights as they are stored in the file.
@@ -72,7 +91,10 @@ def open_file(
     Raises:
         BundleError, ModelError: the file, or its base, cannot be used.
     """
-    bundle = Bundle.read(path, remember=True)
+    from qcat.backends.llama import shared_model
+    from qcat.backends.llama_scorer import LlamaScorer
+
+    bundle = Bundle.read(path, remember=True, task=task)
     files = fingerprint(bundle.path, bundle.header)
     weights = bundle.path
     if is_adapter(bundle.header):
@@ -80,11 +102,12 @@ def open_file(
         files += fingerprint(weights, header)
     elif base is not None:
         raise BundleError(f"{path}: is no adapter: open it by itself")
-    from qcat.backends.llama import shared_model
-    from qcat.backends.llama_scorer import LlamaScorer
+    if bundle.foreign:
+        from qcat.backends.trial import try_model
 
+        try_model(weights, files)
     model = stack.enter_context(shared_model(weights, repack=not quick_start, verbose=verbose))
-    encoded = EncodedTask.served(bundle.task, model, str(path))
+    encoded, among, trained = _encoded(bundle, task or bundle.task, model)
     scorer = LlamaScorer(
         model,
         prefix=encoded.prefix,
@@ -96,8 +119,66 @@ def open_file(
         adapter=bundle.path if weights != bundle.path else None,
     )
     stack.callback(scorer.close)
-    calibration = read_calibration(bundle) if calibrated else Calibration()
-    return Opened(encoded, model, scorer, calibration, identity(bundle.header.metadata))
+    usable = trained and calibrated
+    return Opened(
+        encoded=encoded,
+        vocabulary=model,
+        scorer=scorer,
+        calibration=read_calibration(bundle) if usable else Calibration(),
+        identity=_identity(bundle, files, encoded.task, trained, among),
+        among=among,
+        trained=trained,
+    )
+
+
+def _identity(
+    bundle: Bundle, files: str, task: Task, trained: bool, among: tuple[int, ...] | None
+) -> str:
+    """As `identity`; where another task than the file's is answered, that task counts too."""
+    own = identity(bundle.header.metadata) if trained else f"{files} {task.to_toml()}"
+    if trained and among is None:
+        return own
+    return f"{task.name}-{hashlib.sha256(f'{own} {among}'.encode()).hexdigest()[:12]}"
+
+
+def _encoded(
+    bundle: Bundle, task: Task, model: LlamaModel
+) -> tuple[EncodedTask, tuple[int, ...] | None, bool]:
+    """A task in a model's tokens; which of its labels count, and whether it was trained on it."""
+    name, own = str(bundle.path), bundle.task
+    if bundle.foreign:
+        task = with_codes(task, model)
+        prompt = _foreign_prompt(task, bundle.header, model)
+        return EncodedTask.served(task, model, name, prompt), None, False
+    if task.labels.keys() == own.labels.keys():
+        return EncodedTask.served(own, model, name), None, True
+    if task.labels.keys() <= own.labels.keys():
+        numbers = {label: number for number, label in enumerate(own.labels)}
+        among = tuple(numbers[label] for label in task.labels)
+        return EncodedTask.served(own, model, name), among, True
+    return EncodedTask.served(task.replace(style=own.style), model, name), None, False
+
+
+def _foreign_prompt(task: Task, header: Header, model: LlamaModel) -> Prompt:
+    """The prompt for a model that qcat did not make: its own chat template, if it has one."""
+    from qcat.encoding.template import TEMPLATE_KEY, template_prompt
+
+    template = header.metadata.get(TEMPLATE_KEY)
+    begin = model.bos if model.adds_bos else None
+    if not isinstance(template, str):
+        if task.style == "chat":
+            raise ModelError(
+                f'{model.path}: has no chat template: write style = "plain" in the task'
+            )
+        return build_prompt(task, model, begin)
+    special = {"bos_token": model.bos or "", "eos_token": model.decode([model.end])}
+    try:
+        prompt = template_prompt(task, template, special)
+    except ModelError as error:
+        raise ModelError(f"{model.path}: {error}") from None
+    if begin and not prompt.prefix[0].text.startswith(begin):
+        return replace(prompt, prefix=(Segment(begin, True), *prompt.prefix))
+    return prompt
 
 
 def open_served(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -97,6 +97,13 @@ class Task:
     def _folded(self) -> Mapping[str, str]:
         return {fold(label): label for label in self.labels}
 
+    def only(self, labels: Sequence[str]) -> Task:
+        """The task with some of its labels, in the order given."""
+        return self.replace(
+            labels={label: self.labels[label] for label in labels},
+            codes={label: self.codes[label] for label in labels} if self.codes else {},
+        )
+
     def replace(self, **changes: Any) -> Task:
         """A copy with some fields changed, checked again."""
         return replace(self, **changes)
@@ -121,6 +128,14 @@ class Task:
             if key not in data:
                 raise TaskError(f"key {key!r} is missing")
         return cls(**data)
+
+    @classmethod
+    def of_labels(cls, labels: Sequence[str], name: str = "labels") -> Task:
+        """A task of labels without descriptions. Raises TaskError if one stands twice."""
+        for number, label in enumerate(labels):
+            if label in labels[:number]:
+                raise TaskError(f"label {label[:40]!r} stands twice: keep one")
+        return cls(name, dict.fromkeys(labels, ""))
 
     @classmethod
     def from_toml(cls, text: str) -> Task:

@@ -117,8 +117,12 @@ class LlamaModel:
         )
         """Whether it sums up what it has read in a state, beside or instead of attention."""
         bos = llama_cpp.llama_vocab_bos(self._vocab)
+        self.bos = self.decode([bos]) if bos >= 0 else None
+        """The token that begins a text, if there is one, as text."""
+        self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        """Whether the model expects it, by its file."""
         sentencepiece = llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_SPM
-        self.begin = self.decode([bos]) if sentencepiece and bos >= 0 else None
+        self.begin = self.bos if sentencepiece else None
         if not 0 <= self.end < self.n_vocab:
             self.close()
             raise ModelError(f"{path}: the vocabulary has no end token: export it again")

@@ -13,6 +13,7 @@ from qcat.classifier import OLLAMA, Classifier
 from qcat.cli import answers
 from qcat.cli.output import FloatRange, given, threads_option, timeout_option
 from qcat.cli.stdin_lines import Line, available_lines
+from qcat.cli.tasks import asked_task, note_untrained, task_options
 from qcat.monitor.recorder import Recorder
 
 FEW = 8  # questions: laying the weights out anew takes the time that it saves on some twenty
@@ -25,8 +26,9 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
     "--model",
     envvar="QCAT_MODEL",
     metavar="MODEL",
-    help="GGUF made by `qcat export`; by default the household model that comes with qcat. With "
-    "--backend ollama, or as ollama:NAME, a model that `qcat deploy` made.  [env: QCAT_MODEL]",
+    help="GGUF made by `qcat export`, or any with --task; by default the household model that "
+    "comes with qcat. With --backend ollama, or as ollama:NAME, a model that `qcat deploy` made.  "
+    "[env: QCAT_MODEL]",
 )
 @click.option(
     "--adapter",
@@ -105,6 +107,7 @@ FEW = 8  # questions: laying the weights out anew takes the time that it saves o
     default="label",
     help="`free`: no constraint, show what the model would have said; without probabilities.",
 )
+@task_options
 @threads_option
 @click.option(
     "--log",
@@ -130,6 +133,8 @@ def command(
     review_hash: bool,
     strict: bool,
     decode: str,
+    task: Path | None,
+    labels: tuple[str, ...],
     threads: int | None,
     log: str | None,
     log_text: bool,
@@ -153,15 +158,19 @@ def command(
       qcat ask -m house.gguf --json --top 3 < questions.txt
       qcat ask -m house.gguf --set --coverage 0.9 "When was the pool pump replaced?"
       qcat ask --backend ollama -m house "When was the pool pump replaced?"
+      qcat ask -m qwen3-4b-instruct-q4_k_m.gguf -t task.toml "When was the pool pump replaced?"
+      qcat ask -m qwen3-4b-instruct-q4_k_m.gguf -l pool -l fence "it turned green"
     """
     model = _model(model, backend)
     served = model is not None and model.startswith(OLLAMA)
     _check_model(model, served, backend, threads)
     _check_set(as_set, threshold, decode, top, as_json)
     _check_records(decode, review_default, review_hash, log, log_text)
+    asked = asked_task(task, labels, served)
     groups = _groups(questions)
     classifier = Classifier.open(
         model,
+        task=asked,
         adapter=adapter,
         threshold=threshold,
         coverage=coverage if as_set else None,
@@ -171,6 +180,7 @@ def command(
         timeout=timeout if served else None,
         verbose=verbose,
     )
+    note_untrained(classifier)
     queue = None if decode == "free" else True if review_default else review
     with (
         classifier,

@@ -8,6 +8,7 @@ import click
 
 from qcat.classifier import OLLAMA, Classifier
 from qcat.cli.output import Bars, FloatRange, given, threads_option, timeout_option
+from qcat.cli.tasks import asked_task, note_untrained, task_options
 from qcat.encoding.prompt import QUESTION_ROOM
 from qcat.workflows.batch import batch, check_paths
 
@@ -31,8 +32,8 @@ _FILE = click.Path(path_type=Path)
     "--model",
     envvar="QCAT_MODEL",
     metavar="MODEL",
-    help="GGUF made by `qcat export`; by default the household model that comes with qcat. As "
-    "ollama:NAME, a model that `qcat deploy` made.  [env: QCAT_MODEL]",
+    help="GGUF made by `qcat export`, or any with --task; by default the household model that "
+    "comes with qcat. As ollama:NAME, a model that `qcat deploy` made.  [env: QCAT_MODEL]",
 )
 @click.option(
     "--column",
@@ -54,6 +55,7 @@ _FILE = click.Path(path_type=Path)
     help="Below this confidence mark the row as abstained. 0 answers every question.  "
     "[default: what `qcat calibrate` put into the model]",
 )
+@task_options
 @threads_option
 @timeout_option
 def command(
@@ -63,6 +65,8 @@ def command(
     column: str,
     prefix: str,
     threshold: float | None,
+    task: Path | None,
+    labels: tuple[str, ...],
     threads: int | None,
     timeout: int,
 ) -> int:
@@ -93,18 +97,23 @@ def command(
         raise click.UsageError("--threads is for llama.cpp here: the Ollama server has its own")
     if not served and given("timeout"):
         raise click.UsageError("--timeout is for an Ollama server")
+    asked = asked_task(task, labels, served)
     check_paths(source, output)
     try:
         with (
             Classifier.open(
                 model,
+                task=asked,
                 threshold=threshold,
                 threads=threads,
                 timeout=timeout if served else None,
-            ) as asked,
+            ) as classifier,
             Bars() as bars,
         ):
-            done = batch(asked, source, output, column=column, prefix=prefix, progress=bars.show)
+            note_untrained(classifier)
+            done = batch(
+                classifier, source, output, column=column, prefix=prefix, progress=bars.show
+            )
     except KeyboardInterrupt:
         click.echo("qcat: stopped: rerun the command to resume", err=True)
         return STOPPED

@@ -39,8 +39,14 @@ class EncodedTask:
     trie: LabelTrie
 
     @classmethod
-    def build(cls, task: Task, tokenizer: Tokenizer) -> Self:
+    def build(cls, task: Task, tokenizer: Tokenizer, prompt: Prompt | None = None) -> Self:
         """Encode a task.
+
+        Args:
+            task: the task.
+            tokenizer: the model's.
+            prompt: what to put the question into, for a task with codes, if it uses them; by
+                default the prompt that qcat trains on.
 
         Raises:
             ModelError: the prompt cannot be split at the question, a label has no tokens of its
@@ -48,25 +54,28 @@ class EncodedTask:
             TaskError: the task answers in codes for which the vocabulary has no tokens.
         """
         task = with_codes(task, tokenizer)
-        prompt = build_prompt(task, tokenizer)
+        prompt = prompt or build_prompt(task, tokenizer)
         check_boundary(prompt, tokenizer)
         prefix = tuple(encode_segments(prompt.prefix, tokenizer))
         trie = LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end)
         return cls(task, tokenizer, prompt, prefix, trie)
 
     @classmethod
-    def served(cls, task: Task, vocabulary: Vocabulary, name: str) -> Self:
+    def served(
+        cls, task: Task, vocabulary: Vocabulary, name: str, prompt: Prompt | None = None
+    ) -> Self:
         """Like `build`, for a model that answers: it must also be able to spell the labels.
 
         Args:
             task: the task.
             vocabulary: the model's vocabulary.
             name: name of the model, for messages.
+            prompt: as for `build`.
 
         Raises:
             ModelError: as `build`; or a label is decoded with another spelling.
         """
-        encoded = cls.build(task, vocabulary)
+        encoded = cls.build(task, vocabulary, prompt)
         for answer, sequence in zip(encoded.task.answers, encoded.trie.sequences, strict=True):
             if vocabulary.decode(sequence) != f" {answer}":
                 raise ModelError(

@@ -55,25 +55,27 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A task's prompt, cut at the question: `prefix`, `before` + question + `after`."""
+    """A task's prompt, cut at the question: `prefix`, `before` + question, `after`."""
 
     prefix: tuple[Segment, ...]
     before: str
-    after: Segment
+    after: tuple[Segment, ...]
+    """At least one."""
 
     def rest(self, question: str) -> tuple[Segment, ...]:
         """The segments after the prefix, for a question that `clean_question` has been over."""
-        if not self.after.special:
+        first, *others = self.after
+        if not first.special:
             # One piece: Qwen's pre-tokenizer joins "?" and the line break after it.
-            return (Segment(self.before + question + self.after.text, False),)
-        return (Segment(self.before + question, False), self.after)
+            return (Segment(self.before + question + first.text, False), *others)
+        return (Segment(self.before + question, False), *self.after)
 
     def text(self, question: str) -> str:
         """The whole prompt as text, for a person or for another runtime's template."""
         return "".join(segment.text for segment in (*self.prefix, *self.rest(question)))
 
 
-def build_prompt(task: Task, encoder: Tokenizer) -> Prompt:
+def build_prompt(task: Task, encoder: Tokenizer, begin: str | None = None) -> Prompt:
     """The prompt of a task for a tokenizer.
 
     Chat style is ChatML as Qwen3, Qwen2.5 and SmolLM2 use it, always with a system message of
@@ -81,31 +83,33 @@ def build_prompt(task: Task, encoder: Tokenizer) -> Prompt:
     vocabulary has `<think>`: what Qwen3's template renders under `enable_thinking=False`. With
     Gemma's vocabulary it is Gemma's turns.
 
+    Args:
+        task: with codes, if it uses them.
+        encoder: the tokenizer.
+        begin: what a prompt begins with; by default what this tokenizer's prompts always do.
+
     Raises:
         ModelError: chat style and a vocabulary without the ChatML tokens.
         TaskError: the verbalizer is `code` and no codes have been chosen.
     """
-    lines = [task.instruction, "", "Valid categories:"]
-    for (label, description), answer in zip(task.labels.items(), task.answers, strict=True):
-        shown = label if task.verbalizer == "name" else f"{answer} = {label}"
-        lines.append(f"- {shown}: {description}" if description else f"- {shown}")
-    body = "\n".join(lines)
-    begin = (Segment(encoder.begin, True),) if encoder.begin else ()
+    body = task_lines(task)
+    begin = begin or encoder.begin
+    start = (Segment(begin, True),) if begin else ()
     if task.style == "plain":
         return Prompt(
-            prefix=(*begin, Segment(f"{body}\n\n{task.question}:", False)),
+            prefix=(*start, Segment(f"{body}\n\n{task.question}:", False)),
             before=" ",
-            after=Segment(f"\n{task.answer}:" if task.answer else "\n", False),
+            after=(Segment(f"\n{task.answer}:" if task.answer else "\n", False),),
         )
     if all(_is_token(encoder, token) for token in ("<start_of_turn>", "<end_of_turn>")):
         return Prompt(  # Gemma knows no system message
             prefix=(
-                *begin,
+                *start,
                 Segment("<start_of_turn>user\n", True),
                 Segment(f"{body}\n\n", False),
             ),
             before="",
-            after=Segment("<end_of_turn>\n<start_of_turn>model\n", True),
+            after=(Segment("<end_of_turn>\n<start_of_turn>model\n", True),),
         )
     if not all(_is_token(encoder, token) for token in ("<|im_start|>", "<|im_end|>")):
         raise ModelError(
@@ -120,8 +124,21 @@ def build_prompt(task: Task, encoder: Tokenizer) -> Prompt:
             Segment("<|im_end|>\n<|im_start|>user\n", True),
         ),
         before="",
-        after=Segment(f"<|im_end|>\n<|im_start|>assistant\n{think}", True),
+        after=(Segment(f"<|im_end|>\n<|im_start|>assistant\n{think}", True),),
     )
+
+
+def task_lines(task: Task) -> str:
+    """The instruction and the list of labels, as every prompt shows them.
+
+    Raises:
+        TaskError: the verbalizer is `code` and no codes have been chosen.
+    """
+    lines = [task.instruction, "", "Valid categories:"]
+    for (label, description), answer in zip(task.labels.items(), task.answers, strict=True):
+        shown = label if task.verbalizer == "name" else f"{answer} = {label}"
+        lines.append(f"- {shown}: {description}" if description else f"- {shown}")
+    return "\n".join(lines)
 
 
 def clean_question(question: str) -> str:
@@ -172,7 +189,7 @@ def check_boundary(prompt: Prompt, encoder: Encoder) -> None:
     Raises:
         ModelError: if one does; the prefix could then not be evaluated once.
     """
-    if prompt.after.special:
+    if prompt.after[0].special:
         return  # a special token stands between them in chat style
     prefix = encode_segments(prompt.prefix, encoder)
     for probe in ("When?", "?", "5", "'s", ":", "é", "…"):

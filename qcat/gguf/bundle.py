@@ -1,4 +1,4 @@
-"""A qcat GGUF: the checked file, the task stored in it, and its identity."""
+"""A GGUF to ask: the checked file, the task stored in it or given for it, and its identity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from qcat.errors import BundleError, TaskError
 from qcat.gguf.adapter import check_adapter
-from qcat.gguf.check import check_model
+from qcat.gguf.check import check_foreign, check_model
 from qcat.gguf.header import Header, read_header
 from qcat.gguf.sections import REFERENCE_KEY, TASK_KEY, section
 from qcat.task import Task
@@ -22,19 +22,22 @@ _SAMPLES, _SAMPLE = 64, 4096  # places in the tensor data that a fingerprint rea
 
 @dataclass(frozen=True)
 class Bundle:
-    """A qcat GGUF: the file, its header and the task stored in it."""
+    """A GGUF: the file, its header and the task stored in it."""
 
     path: Path
     header: Header
     task: Task
+    foreign: bool = False
+    """Whether qcat did not make the file: the task was given for it."""
 
     @classmethod
-    def read(cls, path: str | Path, *, remember: bool = False) -> Bundle:
+    def read(cls, path: str | Path, *, remember: bool = False, task: Task | None = None) -> Bundle:
         """Check a file and read its metadata.
 
         Args:
             path: of the file, or of the folder of a bundle.
             remember: as in `read_header`.
+            task: what a file without a task is to answer; None rejects such a file.
 
         Raises:
             BundleError: the file is absent, not a GGUF, damaged, or contains no usable qcat task.
@@ -44,7 +47,13 @@ class Bundle:
             file = find_gguf(file)
         header = read_header(file, remember=remember)
         if TASK_KEY not in header.metadata:
-            raise BundleError(f"{file}: a GGUF without qcat metadata: make one with `qcat export`")
+            if task is not None:
+                check_foreign(file, header)
+                return cls(file, header, task, foreign=True)
+            raise BundleError(
+                f"{file}: a GGUF without qcat metadata: name a task for it, or make one with "
+                "`qcat export`"
+            )
         if is_adapter(header):
             check_adapter(file, header)
         else:

@@ -1,13 +1,18 @@
-"""Checks that a GGUF is a model as made by qcat, because llama.cpp aborts on some others."""
+"""Checks that a GGUF is a model that llama.cpp can use, because it aborts on some others.
+
+A model that qcat made is checked down to every number; of any other, what is common to all.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qcat.errors import BundleError
-from qcat.gguf.header import SCORES, TOKENS, TYPES, DamagedError, Header, shown
+from qcat.gguf.header import SCORES, TOKENS, TYPES, DamagedError, Header, Length, shown
 from qcat.gguf.sections import SOURCE_KEY
 
 # What `qcat_convert.writer` writes of a model, with the largest number that makes sense
@@ -50,6 +55,42 @@ def unfit(header: Header) -> str | None:
     return None
 
 
+def check_foreign(path: Path, header: Header) -> None:
+    """Reject files that are no generative model, whoever made them.
+
+    Whether llama.cpp knows the architecture, it says itself.
+
+    Raises:
+        BundleError: naming the file.
+    """
+    try:
+        _check_foreign(header)
+    except DamagedError as error:
+        raise BundleError(f"{path}: {error}: choose a generative model in one GGUF file") from None
+
+
+def _check_foreign(header: Header) -> None:
+    metadata = header.metadata
+    arch, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    if arch == "clip" or kind == "mmproj":
+        raise DamagedError("is a multimodal projector, and no language model")
+    if kind != "model":
+        raise DamagedError(f"is of type {shown(kind)}, and no model")
+    if not isinstance(arch, str):
+        raise DamagedError("names no architecture")
+    if metadata.get(f"{arch}.pooling_type") or metadata.get(f"{arch}.attention.causal") is False:
+        raise DamagedError("is an embedding model, which writes nothing")
+    if metadata.get("split.count", 1) != 1:
+        raise DamagedError("is one of several parts")
+    for name, most in _COUNTS.items():
+        value = metadata.get(f"{arch}.{name}", 1)
+        # An array has a number for each layer; 0 stands where a layer has none.
+        if not isinstance(value, Length) and not (type(value) is int and 0 <= value <= most):
+            raise DamagedError(f"metadata {arch}.{name} is {shown(value)}")
+    _check_other_tokenizer(metadata)
+    _check_vocabulary(header)
+
+
 def _check_model(header: Header) -> None:
     metadata = header.metadata
     arch = metadata.get("general.architecture")
@@ -57,9 +98,19 @@ def _check_model(header: Header) -> None:
         if arch not in _TOKENIZERS:
             raise DamagedError(f"architecture {shown(arch)} is not one that qcat makes")
         _check_known(header, arch)
-    elif metadata.get("tokenizer.ggml.model") not in OTHER_TOKENIZERS:
+    else:
+        _check_other_tokenizer(metadata)
+    _check_vocabulary(header)
+
+
+def _check_other_tokenizer(metadata: Mapping[str, Any]) -> None:
+    if metadata.get("tokenizer.ggml.model") not in OTHER_TOKENIZERS:
         found = shown(metadata.get("tokenizer.ggml.model"))
         raise DamagedError(f"tokenizer {found} is not one that qcat knows")
+
+
+def _check_vocabulary(header: Header) -> None:
+    metadata = header.metadata
     if metadata.get("tokenizer.ggml.model") == "llama" and any(
         metadata.get(key) != metadata.get(TOKENS) for key in (SCORES, TYPES)
     ):

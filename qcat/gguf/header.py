@@ -41,8 +41,11 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
     6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84),
     11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
-    30: ("BF16", 1, 2),
+    14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
 }  # fmt: skip
 _ITEMS = {SCORES: struct.pack("<I", 6), TYPES: struct.pack("<I", 5)}  # f32 and i32
 _MAX_DIMENSIONS = 4
@@ -278,7 +281,7 @@ def _tensor(cursor: Cursor) -> Tensor:
     shape = tuple(cursor.take("<Q") for _ in range(n_dims))
     kind, offset = cursor.take("<I"), cursor.take("<Q")
     if kind not in TENSOR_TYPES:
-        raise DamagedError(f"tensor {shown(name)} has type {kind}, which qcat does not make")
+        raise DamagedError(f"tensor {shown(name)} has type {kind}, which qcat does not know")
     type_name, block, _ = TENSOR_TYPES[kind]
     if shape[0] % block or 0 in shape:
         raise DamagedError(f"tensor {shown(name)} has the impossible shape {shape}")

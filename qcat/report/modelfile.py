@@ -122,7 +122,7 @@ def render(text: str, question: str) -> str:
 
 def _around(prompt: Prompt) -> tuple[str, str]:
     prefix = "".join(segment.text for segment in prompt.prefix)
-    return prefix + prompt.before, prompt.after.text
+    return prefix + prompt.before, "".join(segment.text for segment in prompt.after)
 
 
 def _go_text(text: str) -> str:

@@ -20,12 +20,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import EXAMPLE, ROOT
+from plain_logits import walked_labels
 from safetensors import safe_open
 
 from qcat import Classifier
 from qcat.base.checkpoint import load_model, parse_config
 from qcat.encoding.tokenization import HubTokenizer
 from qcat.errors import ModelError
+from qcat.task import Task
 
 TREE = Path(os.environ.get("QCAT_LLAMA_CPP", ROOT / "build" / "llama.cpp"))
 needs_tree = pytest.mark.skipif(
@@ -144,8 +146,8 @@ def few(count, start=0):
 def exported(trained, tmp_path_factory, qcat):
     """The bundle, and what the command said."""
     folder = tmp_path_factory.mktemp("export")
-    (folder / "held.jsonl").write_text(few(24), "utf-8")
-    (folder / "validation.jsonl").write_text(few(60, start=1), "utf-8")
+    (folder / "held.jsonl").write_text(few(12), "utf-8")
+    (folder / "validation.jsonl").write_text(few(40, start=1), "utf-8")
     done = qcat(
         "export",
         trained[1],
@@ -174,7 +176,7 @@ def test_the_f16_file_changes_no_label(exported):
     assert report["source"]["converter"] == f"{TREE.name}/convert_hf_to_gguf.py"
     assert report["source"]["base"] == "base"
     proof = report["proof"]
-    assert proof["questions"] == 24
+    assert proof["questions"] == 12
     assert proof["f16"]["flips"] == 0
     assert proof["f16"]["kl_max"] < 1e-4
 
@@ -201,6 +203,21 @@ def test_the_file_answers_alike_one_at_a_time_and_many(exported, qcat):
     assert done.returncode == 0, done.stderr
     done = qcat("show", exported[0])
     assert done.returncode == 0, done.stderr
+
+
+@needs_tree
+def test_other_labels_on_a_model_that_keeps_a_state(exported):
+    """Its state is copied for each question and label, and the tasks do not mix."""
+    [path] = exported[0].glob("*.gguf")
+    labels = {"sorts": ("pool", "pool pump", "fence"), "answers": ("yes", "no")}
+    questions = ("When was the pool pump replaced?", "is it on?")
+    for name in ("sorts", "answers", "sorts"):
+        task = Task(name, dict.fromkeys(labels[name], ""))
+        with Classifier.open(path, task=task) as classifier:
+            for question in questions:
+                found = classifier.ask(question).probabilities
+                want = walked_labels(path, classifier, question)
+                np.testing.assert_allclose([found[label] for label in task.labels], want, atol=0.03)
 
 
 def test_without_a_converter_the_way_out_is_named(small, qcat, tmp_path):

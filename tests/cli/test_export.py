@@ -414,7 +414,7 @@ def test_quantizer_failure_is_an_error(tmp_path):
 def test_rendering_knows_only_its_own_actions():
     from qcat.errors import ExportError
 
-    question = go_template(Prompt((), "", Segment("", False)))
+    question = go_template(Prompt((), "", (Segment("", False),)))
     assert render(f'TEMPLATE """a {question}{{{{ "\\u200d" }}}}"""', "q") == "a q\u200d"
     with pytest.raises(ExportError, match="unknown action"):
         render('TEMPLATE """a {{ .System }} {{ .Prompt }}"""', "q")

@@ -136,7 +136,7 @@ def main(gguf: Path) -> None:
         labels = set(classifier.task.labels)
         prompt = build_prompt(classifier.task, vocabulary)
         control = {vocabulary.encode(token, special=True)[0] for token in CONTROL}
-        after = encode_segments([prompt.after], vocabulary)
+        after = encode_segments(prompt.after, vocabulary)
         n_control = sum(token in control for token in after)
         taken: list[tuple[str, Any]] = []
         for line in sys.stdin:
@@ -167,7 +167,7 @@ def main(gguf: Path) -> None:
                 rest = prompt.rest(clean_question(question[:2000]))
                 ids = encode_segments(rest, vocabulary)
                 outcome["control"] = sum(token in control for token in ids) - n_control
-                if not prompt.after.special:
+                if not prompt.after[0].special:
                     outcome["plain"] = ids == vocabulary.encode(rest[0].text, special=False)
             outcome["seconds"] = time.monotonic() - began
             classifier.strict = True

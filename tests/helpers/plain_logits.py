@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from qcat.backends.llama import LlamaModel
+from qcat.encoding.prompt import encode_segments
 
 PROMPT = "When was the pool pump replaced?\nCategory: water heater, fence and 12 gutters"
 
@@ -41,3 +42,19 @@ def gguf_log_probabilities(path, ids):
 def torch_log_probabilities(model, ids):
     with torch.inference_mode():
         return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1).numpy()
+
+
+def walked_labels(path, classifier, question):
+    """Each label's probability by evaluating it whole, in a context of its own: (labels,)."""
+    encoded = classifier._encoded
+    trie = encoded.trie
+    ids = [*encoded.prefix, *encode_segments(encoded.prompt.rest(question), encoded.tokenizer)]
+    found = []
+    for sequence in trie.sequences:
+        rows = gguf_log_probabilities(path, [*ids, *sequence])[len(ids) - 1 :]
+        total = 0.0
+        for depth, token in enumerate((*sequence, trie.end)):
+            rivals = rows[depth][list(trie.children[sequence[:depth]])]
+            total += rows[depth][token] - np.logaddexp.reduce(rivals)
+        found.append(total)
+    return np.exp(found)

@@ -46,7 +46,7 @@ ALLOWED = {
 }
 ALLOWED["workflows"] = {*ALLOWED}
 ALLOWED["cli"] = {*ALLOWED}
-_CLASSIFIER = ("classifier", "opening")
+_CLASSIFIER = ("classifier", "judge", "opening")
 
 
 def room(module):
@@ -93,6 +93,7 @@ def test_imports_point_one_way(path):
             assert name in (
                 "qcat.backends.llama",
                 "qcat.backends.llama_scorer",
+                "qcat.backends.trial",
                 "qcat_convert.quantize",
                 "qcat.cli.doctor",
             )
