@@ -109,9 +109,10 @@ class Classifier:
                 made by `qcat deploy` on the Ollama server at OLLAMA_HOST. For an adapter file
                 (`qcat export --beside`), the base is loaded from its location at export.
             task: what to answer, instead of the task stored in the model. If the model was trained
-                on these labels and others, it answers among these; otherwise it answers without
-                training (`trained`), with raw probabilities, and `model` may be any GGUF of a
-                generative model, whose own chat template is then used. Not for a server.
+                on these labels, perhaps with others, it answers among these; otherwise, or if
+                descriptions or instruction differ from the training's, it answers without training
+                (`trained`), with raw probabilities. `model` may then be any GGUF of a generative
+                model, whose own chat template is used. Not for a server.
             adapter: an adapter file, with `model` as its base: a GGUF, or a model on an Ollama
                 server that combines both. Without `model`, the same as passing the adapter file as
                 `model`. A file that several classifiers of a process have open is in memory once.
@@ -170,6 +171,11 @@ class Classifier:
             rule = OWN_RULE if calibrated else "uncalibrated"
             if threshold is not None:
                 calibration, rule = calibration.with_threshold(threshold), f"threshold {threshold}"
+            if coverage is not None and not opened.trained:
+                raise ArgumentError(
+                    "coverage expected for a task that the model was trained on: without training "
+                    "nothing is known of its errors"
+                )
             if coverage is not None:
                 check_coverage(calibration, coverage, name)
                 rule = f"coverage {coverage}"
@@ -348,6 +354,8 @@ def _check_arguments(
         raise ArgumentError(f"threads from 1 to {MAX_THREADS} expected")
     if coverage is not None and (threshold is not None or not 0 < coverage < 1):
         raise ArgumentError("coverage between 0 and 1 expected, and no threshold with it")
+    if task is not None and not isinstance(task, Task):
+        raise ArgumentError(f"a qcat.Task expected, not {type(task).__name__}: use Task.read(path)")
     if served and task is not None:
         raise ArgumentError("a task expected for a file only: a model on a server has its own")
     if served and threads is not None:

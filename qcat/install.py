@@ -9,7 +9,6 @@ from qcat.version import __version__
 DISTRIBUTION = "qcat-llm"
 _EXTRAS = {
     "httpx": "ollama",
-    "jinja2": "eval",
     "matplotlib": "eval",
     "ollama": "ollama",
     "pyarrow": "parquet",

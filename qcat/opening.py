@@ -33,7 +33,7 @@ from qcat.gguf.bundle import Bundle, fingerprint, identity, is_adapter
 from qcat.gguf.header import Header
 from qcat.gguf.sections import CALIBRATION_KEY, TASK_KEY, section
 from qcat.gguf.vocabulary import write_vocabulary
-from qcat.task import Task
+from qcat.task import DEFAULT_INSTRUCTION, Task
 from qcat.threads import default_threads
 
 if TYPE_CHECKING:
@@ -149,14 +149,29 @@ def _encoded(
     if bundle.foreign:
         task = with_codes(task, model)
         prompt = _foreign_prompt(task, bundle.header, model)
-        return EncodedTask.served(task, model, name, prompt), None, False
-    if task.labels.keys() == own.labels.keys():
-        return EncodedTask.served(own, model, name), None, True
-    if task.labels.keys() <= own.labels.keys():
-        numbers = {label: number for number, label in enumerate(own.labels)}
-        among = tuple(numbers[label] for label in task.labels)
-        return EncodedTask.served(own, model, name), among, True
+        return EncodedTask.served(task, model, name, prompt, model.turn_end), None, False
+    if (among := _among(task, own)) is not None:
+        all_in_order = among == tuple(range(len(own.labels)))
+        return EncodedTask.served(own, model, name), None if all_in_order else among, True
     return EncodedTask.served(task.replace(style=own.style), model, name), None, False
+
+
+def _among(task: Task, own: Task) -> tuple[int, ...] | None:
+    """The numbers of a task's labels in the one that a model was trained on.
+
+    None if it is another task: another label, or another description or instruction, than those of
+    the training. What is left at its default says nothing.
+    """
+    if task.instruction not in (DEFAULT_INSTRUCTION, own.instruction):
+        return None
+    numbers = {label: number for number, label in enumerate(own.labels)}
+    found = []
+    for label, description in task.labels.items():
+        spelled = own.spelled(label)
+        if spelled is None or description not in ("", own.labels[spelled]):
+            return None
+        found.append(numbers[spelled])
+    return tuple(found)
 
 
 def _foreign_prompt(task: Task, header: Header, model: LlamaModel) -> Prompt:

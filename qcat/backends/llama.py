@@ -111,6 +111,9 @@ class LlamaModel:
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self.handle)
         self.end: int = llama_cpp.llama_vocab_eos(self._vocab)
+        turn = llama_cpp.llama_vocab_eot(self._vocab)
+        self.turn_end: int = turn if turn >= 0 else self.end
+        """What ends a turn of a chat, which may be another token than the end of a text."""
         self.keeps_state = bool(
             llama_cpp.llama_model_is_recurrent(self.handle)
             or llama_cpp.llama_model_is_hybrid(self.handle)

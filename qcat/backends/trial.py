@@ -7,6 +7,7 @@ is done once for a file: what passed is remembered in the user's cache folder.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ import llama_cpp
 
 from qcat import cache
 from qcat.backends.llama import Batch, LlamaModel
+from qcat.child import run_module
 from qcat.errors import ModelError
 
 _FAILED = 3  # exit status: llama.cpp said no, in the line on stderr
 _TOKENS = 32
+_SECONDS = 600.0
 
 
 def try_model(path: Path, fingerprint: str) -> None:
@@ -32,16 +35,26 @@ def try_model(path: Path, fingerprint: str) -> None:
         ModelError: llama.cpp rejects it, or crashes on it.
     """
     key = f"tried {fingerprint} {llama_cpp.__version__}".encode()
-    if cache.load(key) is not None or getattr(sys, "frozen", False):
-        return  # a frozen program has no interpreter to start
-    command = [sys.executable, "-m", __name__, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if cache.load(key) is not None:
+        return
+    try:
+        done = run_module(__name__, os.fsencode(path.absolute()), seconds=_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"{path}: llama.cpp does not load it in {_SECONDS:g} s") from None
+    if done is None:
+        return
+    said = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"])[-1]
     if done.returncode == _FAILED:
-        raise ModelError(done.stderr.strip())
+        raise ModelError(said)
     if done.returncode:
+        # A signal, which a shell and Windows tell in a number above 127.
+        crashed = done.returncode < 0 or done.returncode > 127
+        what = (
+            f"crashes on it ({done.returncode})" if crashed else f"cannot be tried ({said[:200]})"
+        )
         raise ModelError(
-            f"{path}: llama.cpp {llama_cpp.__version__} crashes on it: it is damaged, or of a kind "
-            "that this version cannot run"
+            f"{path}: llama.cpp {llama_cpp.__version__} {what}: the file is damaged, of a kind "
+            "that this version cannot run, or too large for the memory"
         )
     cache.save(key, b"1")
 
@@ -63,9 +76,9 @@ def _evaluate(model: LlamaModel) -> None:
 
 
 def main() -> int:
-    """Load the file that is named, and evaluate a token."""
+    """Load the file that stdin names, and evaluate a token."""
     try:
-        with LlamaModel(Path(sys.argv[1]), repack=False) as model:
+        with LlamaModel(Path(os.fsdecode(sys.stdin.buffer.read())), repack=False) as model:
             _evaluate(model)
     except ModelError as error:
         print(error, file=sys.stderr)

@@ -167,6 +167,8 @@ def command(
     _check_set(as_set, threshold, decode, top, as_json)
     _check_records(decode, review_default, review_hash, log, log_text)
     asked = asked_task(task, labels, served)
+    if asked and (given("review") or review_default):
+        raise click.UsageError("--review is for the task in the model: not with --task or --label")
     groups = _groups(questions)
     classifier = Classifier.open(
         model,
@@ -181,7 +183,8 @@ def command(
         verbose=verbose,
     )
     note_untrained(classifier)
-    queue = None if decode == "free" else True if review_default else review
+    # A queue is one task's: another would not get in, or spoil it.
+    queue = None if decode == "free" or asked else True if review_default else review
     with (
         classifier,
         Recorder.open(

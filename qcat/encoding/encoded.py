@@ -39,7 +39,13 @@ class EncodedTask:
     trie: LabelTrie
 
     @classmethod
-    def build(cls, task: Task, tokenizer: Tokenizer, prompt: Prompt | None = None) -> Self:
+    def build(
+        cls,
+        task: Task,
+        tokenizer: Tokenizer,
+        prompt: Prompt | None = None,
+        end: int | None = None,
+    ) -> Self:
         """Encode a task.
 
         Args:
@@ -47,6 +53,7 @@ class EncodedTask:
             tokenizer: the model's.
             prompt: what to put the question into, for a task with codes, if it uses them; by
                 default the prompt that qcat trains on.
+            end: the token that ends an answer; by default the tokenizer's end token.
 
         Raises:
             ModelError: the prompt cannot be split at the question, a label has no tokens of its
@@ -57,12 +64,18 @@ class EncodedTask:
         prompt = prompt or build_prompt(task, tokenizer)
         check_boundary(prompt, tokenizer)
         prefix = tuple(encode_segments(prompt.prefix, tokenizer))
-        trie = LabelTrie.build(encode_answers(task, tokenizer), tokenizer.end)
+        end = tokenizer.end if end is None else end
+        trie = LabelTrie.build(encode_answers(task, tokenizer), end)
         return cls(task, tokenizer, prompt, prefix, trie)
 
     @classmethod
     def served(
-        cls, task: Task, vocabulary: Vocabulary, name: str, prompt: Prompt | None = None
+        cls,
+        task: Task,
+        vocabulary: Vocabulary,
+        name: str,
+        prompt: Prompt | None = None,
+        end: int | None = None,
     ) -> Self:
         """Like `build`, for a model that answers: it must also be able to spell the labels.
 
@@ -70,12 +83,12 @@ class EncodedTask:
             task: the task.
             vocabulary: the model's vocabulary.
             name: name of the model, for messages.
-            prompt: as for `build`.
+            prompt, end: as for `build`.
 
         Raises:
             ModelError: as `build`; or a label is decoded with another spelling.
         """
-        encoded = cls.build(task, vocabulary, prompt)
+        encoded = cls.build(task, vocabulary, prompt, end)
         for answer, sequence in zip(encoded.task.answers, encoded.trie.sequences, strict=True):
             if vocabulary.decode(sequence) != f" {answer}":
                 raise ModelError(

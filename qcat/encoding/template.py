@@ -1,24 +1,29 @@
 """A model's own chat template around a task: the prompt for a model that qcat did not train.
 
-The template is a Jinja2 program that came with the model, as trustworthy as the file it lies in. It
-is rendered within a second, in Jinja2's sandbox, with what Hugging Face's own renderer offers
-(`raise_exception`, `tojson`, loop controls, `{% generation %}`). The date is not offered: the same
+The template is a Jinja2 program that came with the model, and nobody vouches for it. It is rendered
+in Jinja2's sandbox, in a process of its own with little time and memory, because a sandbox stops
+neither an endless loop nor an endless text. It gets what Hugging Face's own renderer offers
+(`raise_exception`, `tojson`, loop controls, `{% generation %}`), but always the same date: the same
 prompt is needed tomorrow.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
-from types import FrameType
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qcat import cache
+from qcat.child import run_module
 from qcat.encoding.prompt import Prompt, Segment, task_lines
 from qcat.errors import ModelError
 from qcat.task import Task
@@ -27,7 +32,8 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 """Where a GGUF has it."""
 _TASK, _QUESTION = "\ue000task\ue001", "\ue000question\ue001"
 """Stand for the text of the task and for the question; no template has them."""
-_SECONDS = 1.0
+_CPU_SECONDS, _SECONDS, _BYTES = 3, 30, 1 << 30
+_DATE = datetime(2026, 1, 1)
 _OPEN, _CLOSED = "<think>", "</think>"
 
 
@@ -47,22 +53,18 @@ def template_prompt(task: Task, template: str, special: Mapping[str, str]) -> Pr
         ModelError: the template does not compile, fails, takes too long, or drops the question.
     """
     whole = f"{_TASK}\n\n{_QUESTION}"
-    attempts = (
+    attempts = [
         [{"role": "system", "content": _TASK}, {"role": "user", "content": _QUESTION}],
         [{"role": "user", "content": whole}],
-    )
+    ]
     failure = "leaves out the question"
-    for messages in attempts:
-        try:
-            text = _render(template, messages, special)
-        except TemplateError as error:
-            failure = f"cannot be used ({_line(error)})"
-            continue
+    for found in _rendered({"template": template, "special": special, "attempts": attempts}):
+        text, failure = found.get("text", ""), found.get("error", failure)
         if text.count(_TASK) == text.count(_QUESTION) == 1 and text.index(_TASK) < text.index(
             _QUESTION
         ):
             return _prompt(task, text)
-    raise ModelError(f'the chat template {failure}: write style = "plain" in the task')
+    raise ModelError(f"the chat template {failure}: choose another file of this model")
 
 
 def _prompt(task: Task, text: str) -> Prompt:
@@ -71,6 +73,7 @@ def _prompt(task: Task, text: str) -> Prompt:
     between, _, after = rest.partition(_QUESTION)
     if after.rstrip().endswith(_OPEN):  # a template that always thinks
         after = f"{after.rstrip()}\n\n{_CLOSED}\n\n"
+    after = after if after.strip() else "\n"  # something must part question and answer
     parts = ((before, True), (task_lines(task), False), (between, True))
     answer = f"{task.answer}:" if task.answer else ""
     tail = ((after, True), (answer, False))
@@ -81,47 +84,63 @@ def _prompt(task: Task, text: str) -> Prompt:
     )
 
 
-def _render(template: str, messages: list[dict[str, str]], special: Mapping[str, str]) -> str:
+def _rendered(job: Mapping[str, Any]) -> list[dict[str, str]]:
+    """For each list of messages the `text`, or the `error`; remembered in the cache folder."""
+    data = json.dumps(job, sort_keys=True).encode()
+    key = b"template 1 " + data
+    if (saved := cache.load(key)) is not None:
+        found: list[dict[str, str]] = json.loads(bytes(saved))
+        return found
+    try:
+        done = run_module(__name__, data, seconds=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [{"error": f"runs for more than {_SECONDS} s"}]
+    if done is None:
+        return _render_all(job)
+    if done.returncode:
+        return [{"error": f"takes more than {_CPU_SECONDS} s or {_BYTES >> 20} MB"}]
+    cache.save(key, done.stdout)
+    found = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    """Render the job on stdin, within limits where the system has them."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+        pages = int(Path("/proc/self/statm").read_text().split()[0])  # what libraries reserved
+        most = pages * resource.getpagesize() + _BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    print(json.dumps(_render_all(json.load(sys.stdin.buffer))))
+
+
+def _render_all(job: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [_render(job["template"], messages, job["special"]) for messages in job["attempts"]]
+
+
+def _render(
+    template: str, messages: list[dict[str, str]], special: Mapping[str, str]
+) -> dict[str, str]:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _DATE.strftime
     environment.filters["tojson"] = _json
-    values = {
-        **special,
-        "messages": messages,
-        "tools": None,
-        "add_generation_prompt": True,
-        "enable_thinking": False,
-    }
-
-    def render() -> str:
-        return environment.from_string(template).render(values)
-
     try:
-        return _within(_SECONDS, render)
-    except TemplateError:
-        raise
-    except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-            AttributeError) as error:  # what an expression of the template can raise  # fmt: skip
-        raise TemplateError(f"{type(error).__name__}: {error}") from None
-
-
-def _within(seconds: float, call: Callable[[], str]) -> str:
-    """A call's result; TemplateError if its Python code runs for longer than this."""
-    deadline = time.monotonic() + seconds
-
-    def watch(frame: FrameType, event: str, value: object) -> Any:
-        if time.monotonic() > deadline:
-            raise TemplateError(f"it runs for more than {seconds:g} s")
-        return watch
-
-    old = sys.gettrace()
-    sys.settrace(watch)
-    try:
-        return call()
-    finally:
-        sys.settrace(old)
+        text = environment.from_string(template).render(
+            **special,
+            messages=messages,
+            tools=None,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        text.encode()  # a lone surrogate cannot be tokenized
+    except Exception as error:  # whatever a program can raise
+        return {"error": f"cannot be used ({_line(error)})"}
+    return {"text": text}
 
 
 class _Generation(Extension):
@@ -144,4 +163,10 @@ def _json(value: object, indent: int | None = None, **_: object) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+    """What an error says, in a line without control characters, which a terminal would obey."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+if __name__ == "__main__":
+    main()

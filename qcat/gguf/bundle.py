@@ -51,8 +51,8 @@ class Bundle:
                 check_foreign(file, header)
                 return cls(file, header, task, foreign=True)
             raise BundleError(
-                f"{file}: a GGUF without qcat metadata: name a task for it, or make one with "
-                "`qcat export`"
+                f"{file}: a GGUF without qcat metadata: make one with `qcat export` (`qcat ask` "
+                "and `qcat batch` can give it a --task)"
             )
         if is_adapter(header):
             check_adapter(file, header)

@@ -80,7 +80,8 @@ def _check_foreign(header: Header) -> None:
         raise DamagedError("names no architecture")
     if metadata.get(f"{arch}.pooling_type") or metadata.get(f"{arch}.attention.causal") is False:
         raise DamagedError("is an embedding model, which writes nothing")
-    if metadata.get("split.count", 1) != 1:
+    parts = metadata.get("split.count", 0)  # 0 in a file that was put together again
+    if type(parts) is not int or parts > 1:
         raise DamagedError("is one of several parts")
     for name, most in _COUNTS.items():
         value = metadata.get(f"{arch}.{name}", 1)
@@ -88,6 +89,13 @@ def _check_foreign(header: Header) -> None:
         if not isinstance(value, Length) and not (type(value) is int and 0 <= value <= most):
             raise DamagedError(f"metadata {arch}.{name} is {shown(value)}")
     _check_other_tokenizer(metadata)
+    if metadata["tokenizer.ggml.model"] == "llama" and metadata.get(
+        "tokenizer.ggml.add_space_prefix", True
+    ):
+        raise DamagedError(
+            "has a tokenizer that puts a space before every text (as Llama 2, the first Mistral "
+            "and Phi-3 have), which qcat cannot use"
+        )
     _check_vocabulary(header)
 
 

@@ -13,7 +13,7 @@ import pytest
 from plain_logits import walked_labels
 
 from qcat import Classifier
-from qcat.errors import ArgumentError, BundleError, ModelError
+from qcat.errors import ArgumentError, ModelError
 from qcat.gguf.header import read_header
 from qcat.gguf.sections import TASK_KEY, write_metadata
 from qcat.task import Task
@@ -106,13 +106,37 @@ def test_some_of_a_models_own_labels(house, household):
         assert few.predict_proba(questions).shape == (3, 3)
 
 
+def test_another_task_with_the_same_labels_is_another_task(house, household):
+    labels = dict.fromkeys(["pool", "fence"], "")
+    own = Task("few", labels, instruction=household.instruction)
+    spelled = Task("few", {"Fence": "", "POOL": ""})
+    other = Task("few", labels, instruction="Which of them is urgent?")
+    described = Task("few", labels | {"pool": "billiards"})
+    found = []
+    for task in (own, spelled, other, described):
+        with Classifier.open(house, task=task) as classifier:
+            found.append((classifier.trained, classifier.labels))
+    assert found == [
+        (True, ("pool", "fence")),
+        (True, ("fence", "pool")),
+        (False, ("pool", "fence")),
+        (False, ("pool", "fence")),
+    ]
+    turned = household.replace(labels=dict(reversed(household.labels.items())))
+    with Classifier.open(house, task=turned) as classifier:
+        assert classifier.trained
+        assert classifier.labels == tuple(reversed(household.labels))
+
+
 def test_a_model_of_qcats_answers_other_labels_untrained(house):
     with Classifier.open(house, task=task_of("yes or no")) as classifier:
         assert not classifier.trained
         assert classifier.calibration.temperature == 1
         assert classifier.ask("is it on?").label in ("yes", "no")
-        with pytest.raises(BundleError, match="calibration"):
+        with pytest.raises(ArgumentError, match="coverage expected for a task"):
             Classifier.open(house, task=task_of("yes or no"), coverage=0.9)
+        with pytest.raises(ArgumentError, match="Task expected, not str"):
+            Classifier.open(house, task="task.toml")
 
 
 def test_ask_and_batch(qcat, foreign, house, tmp_path):
@@ -141,6 +165,7 @@ def test_bad_tasks_and_models(qcat, foreign, house, tmp_path):
         "embeds": {"qwen3.pooling_type": 3},
         "projects": {"general.type": "mmproj"},
         "parts": {"split.count": 3},
+        "merged": {"split.count": 0},
         "stranger": {"general.architecture": "nobody"},
     }
     for name, change in kinds.items():
@@ -151,14 +176,14 @@ def test_bad_tasks_and_models(qcat, foreign, house, tmp_path):
     )
     yes_no = ("-l", "yes", "-l", "no")
     cases = [
-        ((path,), "a GGUF without qcat metadata: name a task for it"),
+        ((path,), "a GGUF without qcat metadata: make one"),
         ((path, "-l", "pool"), "labels: 1 given"),
         ((path, "-l", "pool", "-l", "pool"), "stands twice"),
         ((path, "-l", "pool", "-l", "Pool"), "keep one"),
         ((path, "-t", tmp_path / "none.toml"), "cannot read the task"),
         ((path, "-t", tmp_path / "chat.toml"), "has no chat template"),
         ((path, "-t", tmp_path / "long.toml"), "the model has room for"),
-        ((looping, *yes_no), "runs for more than 1 s"),
+        ((looping, *yes_no), "takes more than 3 s"),
         ((tmp_path / "embeds.gguf", *yes_no), "is an embedding model"),
         ((tmp_path / "projects.gguf", *yes_no), "is a multimodal projector"),
         ((tmp_path / "parts.gguf", *yes_no), "is one of several parts"),
@@ -170,7 +195,12 @@ def test_bad_tasks_and_models(qcat, foreign, house, tmp_path):
         assert (done.returncode, done.stdout) == (1, ""), (message, done.stderr)
         assert message in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
-    for options in (("-l", "yes", "-t", "t.toml"), ("-m", "ollama:x", "-l", "yes")):
+    assert qcat("ask", "-m", tmp_path / "merged.gguf", *yes_no, "pool?").returncode == 0
+    for options in (
+        ("-l", "yes", "-l", "no", "--review-default"),
+        ("-l", "yes", "-t", "t.toml"),
+        ("-m", "ollama:x", "-l", "yes"),
+    ):
         assert qcat("ask", *options, "pool?").returncode == 2
     with pytest.raises(ArgumentError, match="a task expected for a file only"):
         Classifier.open("ollama:x", task=task_of("sorts"))
@@ -191,8 +221,10 @@ def altered(path, changes):
                 key, field.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None
             )
     for key, value in changes.items():
-        if key != "general.architecture":
-            (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+        if isinstance(value, int):  # split.count has 16 bits
+            (writer.add_uint16 if key == "split.count" else writer.add_uint32)(key, value)
+        elif key != "general.architecture":
+            writer.add_string(key, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()

@@ -80,6 +80,20 @@ def test_forms_that_are_met(template, expected):
         assert whole(prompt) == expected
 
 
+def test_a_question_and_its_answer_stay_apart():
+    prompt = template_prompt(TASK, "{{ messages[0].content }}\n{{ messages[1].content }}", {})
+    assert whole(prompt) == f"{LINES}\nQUESTION\nCategory:"
+    bare = template_prompt(
+        TASK.replace(answer=""), "{{ messages | map(attribute='content') | join }}", {}
+    )
+    assert whole(bare) == f"{LINES}QUESTION\n"
+
+
+def test_the_date_is_always_the_same():
+    template = "{% set d = strftime_now('%d %b %Y') %}{{ d }}" + CHATML
+    assert whole(template_prompt(TASK, template, {})).startswith("01 Jan 2026<|im_start|>system")
+
+
 def test_what_looks_like_markup_in_a_task_is_plain_text():
     task = Task("some", {"<|im_end|>": "", "{{ 7 * 7 }}": ""})
     plain = [part for part in template_prompt(task, CHATML, {}).prefix if not part.special]
@@ -94,12 +108,17 @@ def test_what_looks_like_markup_in_a_task_is_plain_text():
         ("{{ messages[0].nothing.at.all }}", "cannot be used"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "cannot be used"),
+        ("{% set x = 9**(9**(9**9)) %}", "takes more than 3 s"),
+        ("{{ 'a' * 3000000000 }}", "MemoryError"),
+        ("{{ '\ud800' }}", "UnicodeEncodeError"),
+        ("{{ raise_exception('\x1b]0;mine\x07') }}", r"TemplateError: \?\]0;mine\?"),
+        ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "SyntaxError"),
         ("always the same", "leaves out the question"),
         ("{{ messages[-1].content }}{{ messages[-1].content }}", "leaves out the question"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
         (
             "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
-            "runs for more than 1 s",
+            "takes more than 3 s or 1024 MB",
         ),
     ],
 )
