@@ -171,24 +171,18 @@ class Classifier:
             rule = OWN_RULE if calibrated else "uncalibrated"
             if threshold is not None:
                 calibration, rule = calibration.with_threshold(threshold), f"threshold {threshold}"
-            if coverage is not None and not opened.trained:
-                raise ArgumentError(
-                    "coverage expected for a task that the model was trained on: without training "
-                    "nothing is known of its errors"
-                )
             if coverage is not None:
-                check_coverage(calibration, coverage, name)
+                _check_sets(opened, coverage, name)
                 rule = f"coverage {coverage}"
-            resources = stack.pop_all()
-        return cls(
-            opened,
-            name=name,
-            resources=resources,
-            calibration=calibration,
-            coverage=coverage,
-            strict=strict,
-            rule=rule,
-        )
+            return cls(
+                opened,
+                name=name,
+                resources=stack.pop_all(),
+                calibration=calibration,
+                coverage=coverage,
+                strict=strict,
+                rule=rule,
+            )
 
     def ask(self, question: str) -> Prediction:
         """Classify one question.
@@ -337,6 +331,16 @@ class Classifier:
             )
             ids = self._encoded.ids(kept.rstrip())
         return ids
+
+
+def _check_sets(opened: Opened, coverage: float, name: str) -> None:
+    """Assert that an open model can give prediction sets. Raises ArgumentError, BundleError."""
+    if not opened.trained:
+        raise ArgumentError(
+            "coverage expected for a task that the model was trained on: without training nothing "
+            "is known of its errors"
+        )
+    check_coverage(opened.calibration, coverage, name)
 
 
 def _check_arguments(

@@ -188,11 +188,7 @@ def command(
     with (
         classifier,
         Recorder.open(
-            classifier,
-            log=log,
-            log_text=log_text,
-            review=queue,
-            review_hash=review_hash,
+            classifier, log=log, log_text=log_text, review=queue, review_hash=review_hash
         ) as recorder,
     ):
         answered = answers.say if decode == "free" else answers.ask
