@@ -17,7 +17,6 @@ from qcat.encoding.scoring import (
     Floats,
     Scores,
     label_log_probabilities,
-    share_bounds,
     temper,
     temper_bounds,
 )
@@ -35,7 +34,7 @@ class Judge:
     labels: tuple[str, ...]
     """Those that may be answered."""
     among: tuple[int, ...]
-    """Their numbers in the trie, which may hold others too."""
+    """Their numbers in the trie, which may hold others too, except for a model on a server."""
     trie: LabelTrie
     calibration: Calibration
     coverage: float | None
@@ -73,15 +72,8 @@ class Judge:
             raise ModelError(f"{self.name}: gave an answer that is no label: ask again")
         if scores.mass is None:
             return self._without_probabilities(scores.label, truncated)
-        bounds = (scores.lower, scores.upper)
-        best = scores.label
-        if len(self.among) < len(self.trie.sequences):
-            lower, upper = (bound[list(self.among)] for bound in bounds)
-            bounds = share_bounds(lower, upper)
-            inside = scores.label in self.among
-            best = self.among.index(scores.label) if inside else int(lower.argmax())
-        bounds = temper_bounds(*bounds, self.calibration.temperature)
-        return self._decide(best, bounds, scores.mass, None, truncated)
+        bounds = temper_bounds(scores.lower, scores.upper, self.calibration.temperature)
+        return self._decide(scores.label, bounds, scores.mass, None, truncated)
 
     def _without_probabilities(self, label: int, truncated: bool) -> Prediction:
         if self.coverage is not None:
@@ -89,12 +81,7 @@ class Judge:
                 f"{self.name}: this Ollama gives no probabilities, which sets need: 0.12.11 or "
                 "later does"
             )
-        if label not in self.among:
-            raise ServerError(
-                f"{self.name}: this Ollama gives no probabilities, and a label that is not asked "
-                "for: 0.12.11 or later gives them"
-            )
-        best = self.labels[self.among.index(label)]
+        best = self.labels[label]
         nothing_known = self.calibration.reason(best, 0.0, 0.0, False)
         return Prediction(
             label=best,

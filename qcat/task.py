@@ -130,12 +130,12 @@ class Task:
         return cls(**data)
 
     @classmethod
-    def of_labels(cls, labels: Sequence[str], name: str = "labels") -> Task:
+    def of_labels(cls, labels: Sequence[str]) -> Task:
         """A task of labels without descriptions. Raises TaskError if one stands twice."""
         for number, label in enumerate(labels):
             if label in labels[:number]:
                 raise TaskError(f"label {label[:40]!r} stands twice: keep one")
-        return cls(name, dict.fromkeys(labels, ""))
+        return cls("labels", dict.fromkeys(labels, ""))
 
     @classmethod
     def from_toml(cls, text: str) -> Task:

@@ -46,7 +46,6 @@ def asked_task(file: Path | None, labels: tuple[str, ...], served: bool) -> Task
         raise click.UsageError("--task and --label are for a file: a served model has its task")
     if file:
         return Task.read(file)
-    # Pairs, not a mapping, which would hide a label that is given twice.
     return Task.of_labels(labels) if labels else None
 
 
